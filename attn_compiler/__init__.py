@@ -1,0 +1,41 @@
+"""A compiler pass that finds multi-head attention in traced PyTorch models and rewrites it.
+
+    compiled = torch.compile(model, backend="attn_compiler")
+
+The public names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AttnCompilerError": "attn_compiler.errors",
+    "BadOption": "attn_compiler.errors",
+    "CompileConfig": "attn_compiler.config",
+    "Flash": "attn_compiler.variants",
+    "NoLegalVariant": "attn_compiler.errors",
+    "Report": "attn_compiler.report",
+    "UnsupportedCall": "attn_compiler.errors",
+    "VerificationFailed": "attn_compiler.errors",
+    "explain": "attn_compiler.api",
+    "fx_pass": "attn_compiler.api",
+    "last_report": "attn_compiler.backend",
+    "op_samples": "attn_compiler.kernels.library",
+    "rewrite": "attn_compiler.api",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

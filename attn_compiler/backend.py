@@ -1,0 +1,89 @@
+"""torch.compile(model, backend="attn_compiler"): rewrite the attention of each graph, then let Inductor compile it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.config import CompileConfig, make_config
+from attn_compiler.pipeline import compile_graph
+from attn_compiler.report import Report
+
+
+class _Reports:
+    """Reports of the graphs compiled since the last reset, merged on demand."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Report] = []
+
+    def clear(self) -> None:
+        self.graphs.clear()
+
+    def merged(self) -> Report:
+        return functools.reduce(lambda a, b: a + b, self.graphs, Report())
+
+
+_reports = _Reports()
+
+
+def attn_compiler(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend: called by torch.compile once per graph.
+
+    Raises:
+        BadOption: an unknown or wrong option (torch wraps it in BackendCompilerFailed).
+        NoLegalVariant: with `on_reject="raise"`.
+    """
+    config = make_config({**(options or {}), **({"mode": mode} if mode is not None else {})})
+    _reports.graphs.append(compile_graph(gm, config))
+    if config.then == "eager":
+        return gm.forward  # type: ignore[no-any-return]
+    return _inductor(gm, example_inputs, config)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CompileConfig) -> Callable[..., Any]:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
+    # AOTAutograd's cache does not see the autograd formula of an operator: a tag makes it see our sources
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}{source_hash()}"):
+        return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def source_hash() -> str:
+    """Hash of every source file of the package."""
+    digest = hashlib.sha256()
+    home = Path(__file__).parent
+    for file in sorted(home.rglob("*.py*")):
+        if file.suffix in (".py", ".jinja"):
+            digest.update(str(file.relative_to(home)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def last_report() -> Report:
+    """Everything compiled since the last torch._dynamo.reset(), all graphs merged."""
+    return _reports.merged()
+
+
+def register() -> None:
+    """Make the backend's name known where the package is not installed."""
+    from torch._dynamo.backends.registry import _BACKENDS, register_backend
+
+    if "attn_compiler" not in _BACKENDS:
+        register_backend(compiler_fn=attn_compiler, name="attn_compiler")
+
+
+attn_compiler.reset = _reports.clear  # type: ignore[attr-defined]

@@ -1,0 +1,104 @@
+"""What a run of the compiler is allowed to do, checked once at the door."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attn_compiler.errors import BadOption
+from attn_compiler.variants import VARIANTS
+from attn_compiler.variants.base import Variant, VariantSpec
+
+Target = VariantSpec | Literal["fastest"]
+_OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Allowed variants and behaviour.
+
+    Attributes:
+        to: pairs of a glob over module paths and what may be put there; the first match wins, no match keeps.
+        on_reject: "keep" leaves a site that cannot be rewritten as it is, "raise" raises NoLegalVariant.
+        then: who compiles the rest of the graph: "inductor" or "eager".
+        mode: mode of torch.compile for Inductor.
+        inductor: options for Inductor.
+        keep_graphs: keep the text of the graphs before and after for the report.
+    """
+
+    to: tuple[tuple[str, Target], ...] = (("*", "fastest"),)
+    on_reject: Literal["keep", "raise"] = "keep"
+    then: Literal["inductor", "eager"] = "inductor"
+    mode: str | None = None
+    inductor: tuple[tuple[str, Any], ...] = ()
+    keep_graphs: bool = False
+
+    def wanted(self, path: str) -> Target | None:
+        """What the user wants at this module path, None to keep it."""
+        return next((target for glob, target in self.to if fnmatch.fnmatchcase(path, glob)), None)
+
+
+def make_config(options: Mapping[str, Any] | None = None) -> CompileConfig:
+    """Check options of a door.
+
+    Raises:
+        BadOption: an unknown key or a wrong value.
+    """
+    options = dict(options or {})
+    for key in options:
+        if key not in _OPTIONS:
+            near = difflib.get_close_matches(str(key), _OPTIONS, 1)
+            hint = f'did you mean "{near[0]}"? ' if near else ""
+            raise BadOption(f'unknown option "{key}"', do=f"{hint}known options: {', '.join(_OPTIONS)}")
+    _refuse_unbuilt(options)
+    inductor = options.get("inductor") or {}
+    if not isinstance(inductor, Mapping):
+        raise BadOption(f"option inductor is {inductor!r}", do="give a dict of Inductor options")
+    return CompileConfig(
+        to=_targets(options.get("to", "fastest")),
+        on_reject=_one_of("on_reject", options.get("on_reject", "keep"), ("keep", "raise")),
+        then=_one_of("then", options.get("then", "inductor"), ("inductor", "eager")),
+        mode=options.get("mode"),
+        inductor=tuple(sorted(inductor.items())),
+    )
+
+
+def _refuse_unbuilt(options: Mapping[str, Any]) -> None:
+    hardware = options.get("hardware")
+    if hardware is not None and hardware != "cpu":
+        raise BadOption(
+            f"option hardware is {hardware!r}",
+            why=["there is no cost model in this version: the device is that of the model's tensors"],
+            do='leave it out, or give "cpu"',
+        )
+    if options.get("measure_top") is not None:
+        raise BadOption("option measure_top is set", why=["nothing is measured in this version"], do="leave it out")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise BadOption(f"option {name} is {value!r}", do=f"give one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
+    pairs = to.items() if isinstance(to, Mapping) else [("*", to)]
+    found: list[tuple[str, Target]] = []
+    for glob, target in pairs:
+        if not isinstance(glob, str):
+            raise BadOption(f"a key of option to is {glob!r}", do="use globs over module paths as keys")
+        if target != "fastest" and not isinstance(target, VariantSpec):
+            names = ", ".join(v.spec.__name__ for v in VARIANTS)
+            raise BadOption(f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them')
+        found.append((glob, target))
+    return tuple(found)
+
+
+def variant_of(target: Target) -> Variant:
+    """The variant that serves a spec; "fastest" is the exact one."""
+    if target == "fastest":
+        return VARIANTS[0]
+    return next(v for v in VARIANTS if isinstance(target, v.spec))

@@ -1,0 +1,415 @@
+"""The expression language of score programs and masks.
+
+One attention is  softmax_k( score(b, h, q, k) ) . v ; everything between q.k^T and the softmax is one expression over
+
+    b h q k        index variables: batch, query head, query row, key column
+    B H T S        sizes: batch, query heads, query rows, key columns
+    dot            the scaled product  scale * sum_d q[b,h,q,d] * k[b,g,k,d]
+    n0, n1, ...    integers known when the operator runs
+    t0[b, k], ...  a read of a tensor: one index expression per dimension
+
+and it is written as a Python expression, so that people, operators and caches share one text:
+
+    where((k <= q) & t0[b, k], 30.0 * tanh(dot / 30.0), -inf)
+
+Arithmetic on indices is exact integer arithmetic; `//` and `%` round towards minus infinity as in Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INDICES = ("b", "h", "q", "k")
+SIZES = ("B", "H", "T", "S")
+
+_INFIX = {
+    "eq": ("==", 1),
+    "ne": ("!=", 1),
+    "lt": ("<", 1),
+    "le": ("<=", 1),
+    "gt": (">", 1),
+    "ge": (">=", 1),
+    "or": ("|", 2),
+    "xor": ("^", 3),
+    "and": ("&", 4),
+    "add": ("+", 6),
+    "sub": ("-", 6),
+    "mul": ("*", 7),
+    "div": ("/", 7),
+    "floordiv": ("//", 7),
+    "mod": ("%", 7),
+}
+_PREFIX = {"not": "~", "neg": "-"}
+_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "not": torch.logical_not,
+    "neg": torch.neg,
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "exp2": torch.exp2,
+    "log": torch.log,
+    "log2": torch.log2,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "reciprocal": torch.reciprocal,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "erf": torch.erf,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "sign": torch.sign,
+    "square": torch.square,
+}
+_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "and": torch.logical_and,
+    "or": torch.logical_or,
+    "xor": torch.logical_xor,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "pow": torch.pow,
+}
+# int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are not written down
+_KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
+OPS = frozenset(_UNARY) | frozenset(_BINARY) | frozenset(_KINDS) | {"where"}
+
+
+class Expr:
+    """A node of the tree; `str()` is its text and `parse` reads it back."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return _text(self, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Const(Expr):
+    value: bool | int | float
+
+    # 1, 1.0 and True are three different constants
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Const) and repr(other.value) == repr(self.value)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.value))
+
+    __str__ = Expr.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Var(Expr):
+    """An index variable (b h q k) or a size (B H T S)."""
+
+    name: str
+    __str__ = Expr.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Int(Expr):
+    """An integer handed to the operator at run time."""
+
+    slot: int
+    __str__ = Expr.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Dot(Expr):
+    """The scaled product of the query row and the key row."""
+
+    __str__ = Expr.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Read(Expr):
+    """One element of the tensor in `slot`, one index expression per dimension."""
+
+    slot: int
+    index: tuple[Expr, ...]
+    __str__ = Expr.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Expr):
+    """A pointwise operation of `OPS`."""
+
+    op: str
+    args: tuple[Expr, ...]
+    __str__ = Expr.__str__
+
+
+DOT = Dot()
+TRUE = Const(True)
+FALSE = Const(False)
+B_, H_, Q_, K_ = (Var(n) for n in INDICES)
+
+
+def call(op: str, *args: Expr | bool | int | float) -> Expr:
+    """Build a call; plain numbers become constants, constants are folded."""
+    if op not in OPS:
+        raise KeyError(op)
+    nodes = tuple(a if isinstance(a, Expr) else Const(a) for a in args)
+    if all(isinstance(a, Const) for a in nodes):
+        folded = _fold(op, [a.value for a in nodes if isinstance(a, Const)])
+        if folded is not None:
+            return folded
+    neutral = _NEUTRAL.get(op)
+    if neutral is not None:
+        if isinstance(nodes[1], Const) and nodes[1].value == neutral:
+            return nodes[0]
+        if op in _COMMUTATIVE and isinstance(nodes[0], Const) and nodes[0].value == neutral:
+            return nodes[1]
+    return Call(op, nodes)
+
+
+_NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1, "and": True, "or": False}
+_COMMUTATIVE = frozenset({"add", "mul", "and", "or"})
+
+
+def _fold(op: str, values: Sequence[bool | int | float]) -> Const | None:
+    if op in _KINDS:
+        return Const({"int": int, "float": float, "bool": bool}[op](values[0])) if _finite(values[0]) else None
+    if op == "where":
+        return Const(values[1] if values[0] else values[2])
+    tensors = [torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for v in values]
+    try:
+        result = (_UNARY.get(op) or _BINARY[op])(*tensors)
+    except RuntimeError:
+        return None
+    return Const(result.item())
+
+
+def _finite(value: bool | int | float) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """The nodes of the tree, the root first; a shared node comes once."""
+    seen: set[int] = set()
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        stack.extend(children(node))
+
+
+def children(expr: Expr) -> tuple[Expr, ...]:
+    if isinstance(expr, Call):
+        return expr.args
+    return expr.index if isinstance(expr, Read) else ()
+
+
+def substitute(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
+    """Replace whole sub-expressions, from the root down; constants are folded again."""
+    if expr in table:
+        return table[expr]
+    if isinstance(expr, Call):
+        return call(expr.op, *(substitute(a, table) for a in expr.args))
+    if isinstance(expr, Read):
+        return Read(expr.slot, tuple(substitute(i, table) for i in expr.index))
+    return expr
+
+
+def slots(expr: Expr) -> list[int]:
+    """The tensor slots that are read, in increasing order."""
+    return sorted({n.slot for n in walk(expr) if isinstance(n, Read)})
+
+
+def depends(expr: Expr, *names: str) -> bool:
+    """Does the value change with any of these variables?"""
+    return any(isinstance(n, Var) and n.name in names for n in walk(expr))
+
+
+# ---------------------------------------------------------------- text
+
+
+def _text(expr: Expr, outer: int) -> str:
+    if isinstance(expr, Call):
+        return _call_text(expr, outer)
+    if isinstance(expr, Read):
+        return f"t{expr.slot}[{', '.join(map(str, expr.index)) or '()'}]"
+    if isinstance(expr, Const):
+        # a negative number binds like a unary minus
+        return f"({expr.value!r})" if outer > 7 and _negative(expr.value) else repr(expr.value)
+    if isinstance(expr, Int):
+        return f"n{expr.slot}"
+    return expr.name if isinstance(expr, Var) else "dot"
+
+
+def _negative(value: bool | int | float) -> bool:
+    return not isinstance(value, bool) and math.copysign(1, value) < 0
+
+
+def _call_text(expr: Call, outer: int) -> str:
+    if expr.op in _INFIX:
+        sign, level = _INFIX[expr.op]
+        # comparisons do not chain, the rest groups to the left
+        left, right = (_text(expr.args[0], level + (level == 1)), _text(expr.args[1], level + 1))
+        inner = f"{left} {sign} {right}"
+        return f"({inner})" if level < outer else inner
+    if expr.op in _PREFIX:
+        inner = _PREFIX[expr.op] + _text(expr.args[0], 9)
+        return f"({inner})" if outer > 8 else inner
+    return f"{expr.op}({', '.join(_text(a, 0) for a in expr.args)})"
+
+
+_AST_BINARY: dict[type[ast.AST], str] = {
+    ast.BitOr: "or",
+    ast.BitXor: "xor",
+    ast.BitAnd: "and",
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Div: "div",
+    ast.FloorDiv: "floordiv",
+    ast.Mod: "mod",
+    ast.Eq: "eq",
+    ast.NotEq: "ne",
+    ast.Lt: "lt",
+    ast.LtE: "le",
+    ast.Gt: "gt",
+    ast.GtE: "ge",
+}
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> Expr:
+    """Read what `str()` wrote.
+
+    Raises:
+        ValueError: `text` is not an expression of this language.
+    """
+    try:
+        return _from_ast(ast.parse(text, mode="eval").body)
+    except (SyntaxError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a score expression: {text!r} ({error})") from None
+
+
+def _from_ast(node: ast.AST) -> Expr:
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
+        return Const(node.value)
+    if isinstance(node, ast.Name):
+        return _from_name(node.id)
+    if isinstance(node, ast.UnaryOp):
+        inner = _from_ast(node.operand)
+        negated = isinstance(node.op, ast.USub)
+        if negated and isinstance(inner, Const):
+            return Const(-inner.value)
+        return Call("neg" if negated else "not", (inner,))
+    if isinstance(node, ast.BinOp):
+        return Call(_AST_BINARY[type(node.op)], (_from_ast(node.left), _from_ast(node.right)))
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        op = _AST_BINARY[type(node.ops[0])]
+        return Call(op, (_from_ast(node.left), _from_ast(node.comparators[0])))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OPS:
+        return Call(node.func.id, tuple(map(_from_ast, node.args)))
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        index = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        return Read(int(node.value.id.removeprefix("t")), tuple(map(_from_ast, index)))
+    raise KeyError(ast.dump(node)[:60])
+
+
+def _from_name(name: str) -> Expr:
+    if name == "dot":
+        return DOT
+    if name in ("inf", "nan"):
+        return Const(float(name))
+    if name in INDICES or name in SIZES:
+        return Var(name)
+    if name[:1] == "n" and name[1:].isdigit():
+        return Int(int(name[1:]))
+    raise KeyError(name)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    expr: Expr,
+    env: Mapping[str, Tensor | int],
+    reads: Sequence[Tensor] = (),
+    ints: Sequence[int] = (),
+    dot: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The value of `expr` for many elements at once, in plain PyTorch (differentiable in `dot` and `reads`).
+
+    Args:
+        expr: the expression.
+        env: a value for each variable used: sizes as integers, indices as integer tensors that broadcast together,
+            by custom b [B,1,1,1], h [H,1,1], q [T,1], k [S].
+        reads: the tensor of each slot.
+        ints: the integer of each `n` slot.
+        dot: the scaled products, broadcastable with the indices.
+        dtype: of constants with a fraction and of integers turned into numbers.
+
+    Returns:
+        A tensor that broadcasts to the joint shape of the indices.
+    """
+    done: dict[Expr, Any] = {}
+
+    def value(node: Expr) -> Any:
+        if node not in done:
+            done[node] = compute(node)
+        return done[node]
+
+    def compute(node: Expr) -> Any:
+        if isinstance(node, Const):
+            return torch.tensor(node.value, dtype=dtype if isinstance(node.value, float) else None)
+        if isinstance(node, Var):
+            return torch.as_tensor(env[node.name])
+        if isinstance(node, Int):
+            return torch.tensor(ints[node.slot])
+        if isinstance(node, Dot):
+            return dot
+        if isinstance(node, Read):
+            return _read(reads[node.slot], [value(i) for i in node.index])
+        assert isinstance(node, Call)
+        return _apply(node.op, [value(a) for a in node.args], dtype)
+
+    result = value(expr)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if op == "where":
+        return torch.where(args[0].bool(), args[1], args[2])
+    if op == "float":
+        return args[0] if args[0].is_floating_point() else args[0].to(dtype)
+    if op in _KINDS:
+        return args[0].to(_KINDS[op])
+    if op in ("min", "max"):
+        common = reduce(torch.promote_types, (a.dtype for a in args))
+        args = [a.to(common) for a in args]
+    return (_UNARY.get(op) or _BINARY[op])(*args)
+
+
+def _read(tensor: Tensor, index: list[Tensor]) -> Tensor:
+    return tensor[tuple(i.to(tensor.device, torch.int64) for i in index)] if index else tensor

@@ -1,0 +1,113 @@
+"""Where a node of the host graph comes from: the user's line, the module, and what made an operand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import ops
+from attn_compiler.ir.site import Projection
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FARTHEST = 64
+
+
+def location(node: fx.Node | None) -> str:
+    """The innermost line of the user's code that ran this operation, "file.py:88"."""
+    trace = node.meta.get("stack_trace") if node is not None else None
+    frames = _FRAME.findall(trace) if trace else []
+    torch_home = str(Path(torch.__file__).parent)
+    for file, line in reversed(frames):
+        if not file.startswith(torch_home):
+            return f"{Path(file).name}:{line}"
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def module(node: fx.Node) -> tuple[str, str]:
+    """Qualified name and class name of the innermost module."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", ""
+    path, kind = list(stack.values())[-1]
+    return clean(path), kind if isinstance(kind, str) else kind.__name__
+
+
+def clean(path: str) -> str:
+    """Dynamo's spelling of a module path, L['self'].layers[0].attn, as layers.0.attn."""
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^L\.self\.?|^L\.[a-z_]+\.self\.?|^self\.", "", path)
+    return path.removeprefix("L.").strip(".")
+
+
+def display_name(node: fx.Node) -> str:
+    """A short name for a tensor: the last name of an input's source, else the node's own."""
+    source = node.meta.get("grapharg")
+    name = source.source.name if source is not None and getattr(source, "source", None) is not None else ""
+    name = name() if callable(name) else name
+    words = re.findall(r"[A-Za-z_][A-Za-z0-9_]*", name)
+    if words:
+        return str(words[-1])
+    found = re.sub(r"_+$", "", node.name)
+    return re.sub(r"^l_(kwargs_|args_|self_)?", "", found) or node.name
+
+
+def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
+    """Follow an operand back to its projection: the tensor that is projected, and the projection."""
+    seen: set[fx.Node] = set()
+    for _ in range(_FARTHEST):
+        called = ops.name(node)
+        if called == "linear" and node.op == "call_function":
+            return _linear(node)
+        if called == "linear":
+            (given,) = node.all_input_nodes
+            return given, Projection(f"{node.target}.weight", f"{node.target}.bias", given.name)
+        if called == "addmm":
+            bias, given, weight = node.args[:3]
+            assert isinstance(given, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
+            return _unviewed(given), Projection(display_path(weight), display_path(bias), given.name)
+        if node.op in ("placeholder", "get_attr") or node in seen or called in ops.BOUNDARY:
+            break
+        seen.add(node)
+        inputs = [n for n in node.all_input_nodes if isinstance(ops.value(n), torch.Tensor)]
+        if not inputs:
+            break
+        node = max(inputs, key=_elements)
+    return _unviewed(node), None
+
+
+def _elements(node: fx.Node) -> float:
+    found = ops.value(node)
+    try:
+        return float(found.numel()) if isinstance(found, torch.Tensor) else 0.0
+    except (TypeError, RuntimeError):
+        return float(found.dim())
+
+
+def _linear(node: fx.Node) -> tuple[fx.Node, Projection | None]:
+    given, weight = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    assert isinstance(given, fx.Node)
+    if not isinstance(weight, fx.Node):
+        return _unviewed(given), None
+    name = display_path(bias) if isinstance(bias, fx.Node) else None
+    return _unviewed(given), Projection(display_path(weight), name, given.name)
+
+
+def display_path(node: fx.Node) -> str:
+    """Qualified parameter name of a graph input."""
+    source = node.meta.get("grapharg")
+    name = source.source.name if source is not None and getattr(source, "source", None) is not None else ""
+    name = name() if callable(name) else name
+    if name:
+        return re.sub(r"\._(parameters|buffers)\.", ".", clean(re.sub(r"_(parameters|buffers)\['([^']+)'\]", r"\2", name)))
+    return str(node.target)
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    while ops.name(node) in ("view", "reshape", "transpose", "contiguous", "to", "flatten") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node

@@ -1,0 +1,278 @@
+"""Regions: the few nodes around one candidate, cut out of a host graph and re-traced to functional ATen.
+
+    host graph --cut--> Region (nodes in graph order, inputs) --functionalise--> FunctionalRegion (pure ATen)
+
+The cut goes by graph order and by storage, not by def-use alone: a mask written in place through a view of the scores
+is no ancestor of the softmax, and a slice by def-use would silently drop it. Every write, before the region's end, to
+a storage that a node of the region lives in belongs to the region.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from attn_compiler.ir import ops
+
+LARGEST = 1500
+
+
+class RegionError(Exception):
+    """A region could not be cut or re-traced; `code` and `text` go into the report."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes of one host graph that lead to `end`, in graph order.
+
+    Attributes:
+        end: the last node: the product with the values.
+        nodes: everything to execute, `end` included.
+        inputs: nodes whose values the region reads but does not compute.
+        mutated: inputs that the region writes in place.
+    """
+
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    mutated: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class FunctionalRegion:
+    """The region as pure ATen.
+
+    Attributes:
+        graph: placeholders in the order of `Region.inputs`; each node has meta["val"].
+        of_host: the functional node that holds the value of a host node *after* the region has run.
+        end: the functional node of `Region.end`.
+        read: region inputs by their placeholder.
+        module: owner of the graph and of the constants in it.
+    """
+
+    graph: fx.Graph
+    of_host: Mapping[fx.Node, fx.Node]
+    end: fx.Node
+    read: Mapping[fx.Node, fx.Node]
+    module: fx.GraphModule
+
+
+# ---------------------------------------------------------------- cut
+
+
+def order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Position of each node in its graph."""
+    return {node: position for position, node in enumerate(graph.nodes)}
+
+
+def cut(end: fx.Node, position: Mapping[fx.Node, int], writers: Iterable[fx.Node]) -> Region:
+    """The region that ends at `end`.
+
+    Args:
+        end: host node of the product with the values (or of a fused attention).
+        position: `order(end.graph)`.
+        writers: the nodes of the graph that write in place, in graph order.
+
+    Raises:
+        RegionError: `region.too_large`.
+    """
+    inside: set[fx.Node] = set()
+    inputs: set[fx.Node] = set()
+    _reach(end, 0, inside, inputs)
+    earlier = [w for w in writers if position[w] < position[end]]
+    touched = _storages(inside | inputs)
+    pending = True
+    while pending:
+        pending = False
+        for writer in earlier:
+            if writer in inside or not any(ops.storages(t) & touched for t in ops.written(writer)):
+                continue
+            inputs.discard(writer)
+            _reach(writer, 0, inside, inputs)
+            touched = _storages(inside | inputs)
+            pending = True
+    if len(inside) > LARGEST:
+        raise RegionError("region.too_large", f"{len(inside)} operations lead to this attention, more than {LARGEST}")
+    nodes = tuple(sorted(inside, key=position.__getitem__))
+    return Region(
+        end=end,
+        nodes=nodes,
+        inputs=tuple(sorted(inputs, key=position.__getitem__)),
+        mutated=frozenset(_mutated(nodes, inputs)),
+    )
+
+
+def _reach(end: fx.Node, depth: int, inside: set[fx.Node], inputs: set[fx.Node]) -> None:
+    """Walk back from `end` through at most two contractions (the scores and the product with the values)."""
+    best: dict[fx.Node, int] = {}
+    stack = [(end, depth)]
+    while stack:
+        node, depth = stack.pop()
+        if best.get(node, 99) <= depth:
+            continue
+        best[node] = depth
+        contraction = ops.name(node) in ops.CONTRACTION
+        if node is not end and node not in inside and (is_boundary(node) or (contraction and depth >= 2)):
+            inputs.add(node)
+            continue
+        inputs.discard(node)
+        inside.add(node)
+        stack.extend((argument, depth + contraction) for argument in node.all_input_nodes)
+
+
+def is_boundary(node: fx.Node) -> bool:
+    """Does a region start behind this node?"""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims"):
+        return True
+    return ops.name(node) in ops.BOUNDARY or not _has_tensor(ops.value(node))
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(_has_tensor(item) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {identity for node in nodes for identity in ops.storages(node)}
+
+
+def _mutated(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> Iterable[fx.Node]:
+    hit = {identity for node in nodes for target in ops.written(node) for identity in ops.storages(target)}
+    return (node for node in inputs if ops.storages(node) & hit)
+
+
+# ---------------------------------------------------------------- ambient state
+
+
+def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
+    """For each node, the autocast regions it runs in: argument tuples of `torch.autocast`, the outermost first."""
+    stack: list[tuple[fx.Node, Any]] = []
+    found: dict[fx.Node, tuple[Any, ...]] = {}
+    for node in graph.nodes:
+        called = ops.name(node)
+        if called == "_enter_autocast":
+            stack.append((node, tuple(node.args)))
+        elif called == "_exit_autocast":
+            stack = [entry for entry in stack if entry[0] is not node.args[0]]
+        if stack:
+            found[node] = tuple(arguments for _, arguments in stack)
+    return found
+
+
+def _autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
+    stack = ExitStack()
+    for device, dtype, enabled, cache in arguments:
+        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+    return stack
+
+
+# ---------------------------------------------------------------- functionalise
+
+
+def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> FunctionalRegion:
+    """Trace the region alone, on its fake inputs, to functional pre-dispatch ATen.
+
+    Raises:
+        RegionError: `region.untraceable`, an operation in it does not survive the trace.
+    """
+    keep = [n for n in region.nodes if isinstance(ops.value(n), torch.Tensor)]
+    module = trace_region(region, keep, state)
+    graph = module.graph
+    leaves = iter(n for n in graph.nodes if n.op == "placeholder")
+    spread = {host: [next(leaves) for _ in pytree.tree_leaves(ops.value(host))] for host in region.inputs}
+    read = {nodes[0]: host for host, nodes in spread.items() if len(nodes) == 1}
+    results = graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
+    _mark_bounded(graph, read)
+    of_host = {host: node for host, node in zip(keep, results, strict=True) if isinstance(node, fx.Node)}
+    for placeholder, host in read.items():
+        if host not in region.mutated:
+            of_host.setdefault(host, placeholder)
+    return FunctionalRegion(graph, of_host, of_host[region.end], read, module)
+
+
+def _mark_bounded(graph: fx.Graph, read: Mapping[fx.Node, fx.Node]) -> None:
+    """Mark values that hold no huge negative numbers: a mask given by the caller may, a learned bias does not."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            host = read.get(node)
+            if host is None:
+                continue
+            given = isinstance(ops.value(host), torch.nn.Parameter) or host.op not in ("placeholder", "get_attr")
+            found = ops.value(host)
+            node.meta["bounded"] = given or not isinstance(found, torch.Tensor) or not found.dtype.is_floating_point
+        elif node.op == "call_function":
+            huge = any(isinstance(a, int | float) and a <= -1e8 for a in (*node.args, *node.kwargs.values()))
+            node.meta["bounded"] = not huge and all(n.meta.get("bounded", False) for n in node.all_input_nodes)
+
+
+def trace_region(
+    region: Region, keep: list[fx.Node], state: Mapping[fx.Node, tuple[Any, ...]]
+) -> fx.GraphModule:
+    """Functional ATen that computes the values of the nodes `keep` from the region's inputs.
+
+    Raises:
+        RegionError: `region.untraceable`, an operation in it does not survive the trace.
+    """
+    try:
+        flat, spec = pytree.tree_flatten([ops.value(n) for n in region.inputs])
+        return _trace(_executor(region, keep, state, spec), flat)
+    except Exception as error:  # the trace runs arbitrary user operations
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise RegionError("region.untraceable", f"{type(error).__name__}: {first[:160]}") from error
+
+
+def _executor(
+    region: Region, keep: list[fx.Node], state: Mapping[fx.Node, tuple[Any, ...]], spec: pytree.TreeSpec
+) -> Callable[..., list[Any]]:
+    def run(*flat: Any) -> list[Any]:
+        env: dict[fx.Node, Any] = dict(zip(region.inputs, pytree.tree_unflatten(flat, spec), strict=True))
+        for node in region.nodes:
+            with _autocast(state[node]) if node in state else nullcontext():
+                env[node] = execute(node, env)
+        return [env[node] for node in keep]
+
+    return run
+
+
+def execute(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """Run one node of a host graph on the values of its arguments."""
+    args = fx.map_arg(node.args, env.__getitem__)
+    kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _trace(run: Callable[..., list[Any]], fakes: list[Any]) -> fx.GraphModule:
+    # private but stable since 2.6: the pair that torch.export itself traces with
+    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    mode = FunctionalTensorMode(pre_dispatch=True, export=True)
+    with fake_mode(fakes), torch.no_grad():
+        return make_fx(dispatch_functionalize(run, mode), pre_dispatch=True)(*fakes)
+
+
+def fake_mode(fakes: Iterable[Any]) -> FakeTensorMode:
+    """The mode the fake values were made under."""
+    found = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+    return found if found is not None else FakeTensorMode(allow_non_fake_inputs=True)

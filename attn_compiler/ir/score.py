@@ -1,0 +1,61 @@
+"""The program of one attention: what is computed between q.k^T and the product with v.
+
+    dot  = scale * q.k^T
+    s    = where(mask, score(dot), -inf)
+    p    = softmax over k of s            (with `sink`, one more column that carries no value)
+    out  = dropout(p) . v
+
+`empty` says what a row gets whose mask allows no key, because the spellings differ there:
+"nan" (adding -inf), "zero" (a boolean mask of scaled_dot_product_attention), "uniform" (adding finfo.min: all
+keys alike, also those that the mask forbids), "any" (no such row exists, or nobody can tell).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from attn_compiler.ir.expr import DOT, TRUE, Expr, parse
+
+Empty = Literal["nan", "zero", "uniform", "any"]
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Score, mask and sink of one attention, with a one-line text that operators carry.
+
+    Attributes:
+        score: expression over `dot` and the indices.
+        mask: boolean expression over the indices; true where a key may be seen.
+        sink: logit of the extra column (over b, h, q), or None.
+        empty: what a row without any allowed key gets.
+    """
+
+    score: Expr = DOT
+    mask: Expr = TRUE
+    sink: Expr | None = None
+    empty: Empty = "any"
+
+    def __str__(self) -> str:
+        sink = f"; sink: {self.sink}" if self.sink is not None else ""
+        return f"score: {self.score}; mask: {self.mask}{sink}; empty: {self.empty}"
+
+    @staticmethod
+    def parse(text: str) -> Program:
+        """Read what `str()` wrote.
+
+        Raises:
+            ValueError: `text` is not a program.
+        """
+        return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Program:
+    fields = dict(part.split(": ", 1) for part in text.split("; ") if ": " in part)
+    empty = fields.get("empty", "any")
+    if not {"score", "mask"} <= fields.keys() or empty not in ("nan", "zero", "uniform", "any"):
+        raise ValueError(f"not an attention program: {text!r}")
+    sink = parse(fields["sink"]) if "sink" in fields else None
+    return Program(parse(fields["score"]), parse(fields["mask"]), sink, empty)  # type: ignore[arg-type]

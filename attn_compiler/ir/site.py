@@ -1,0 +1,124 @@
+"""The record of one attention: what selection, report and rewriting read, and nobody changes."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from attn_compiler.ir.mask import Mask
+from attn_compiler.ir.score import Program
+
+
+class Kind(enum.Enum):
+    """Do queries and keys come from the same sequence?"""
+
+    SELF = "self"
+    CROSS = "cross"
+
+    __str__ = lambda self: self.value  # noqa: E731
+
+
+class Phase(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    __str__ = lambda self: self.value  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something was not done: a stable code, a sentence, and the user's source line."""
+
+    code: str
+    text: str
+    location: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text}" + (f" ({self.location})" if self.location else "")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map that makes q, k or v: names of its weight and bias, and the name of what it reads."""
+
+    weight: str
+    bias: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for a site.
+
+    Attributes:
+        accepted: was it rewritten?
+        variant: the chosen variant, "" if none.
+        reasons: why not, all of them.
+        tile: block sizes, where a kernel has them.
+        predicted_seconds: by the cost model, None where it does not speak.
+        fidelity: "exact", "calibrated" or "retrained".
+    """
+
+    accepted: bool
+    variant: str = ""
+    reasons: tuple[Reason, ...] = ()
+    tile: Any = None
+    predicted_seconds: float | None = None
+    fidelity: str = "exact"
+
+    def __str__(self) -> str:
+        return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the user's model.
+
+    Attributes:
+        path: qualified name of the module that calls it, "" at the root.
+        owner: class name of the lowest module that holds it.
+        location: "file.py:88" of the user's code.
+        kind: self or cross attention.
+        phases: prefill, decode.
+        query_heads, kv_heads: None where they are symbolic.
+        head_dim, value_dim: features of queries and keys, and of values.
+        mask: the recovered predicate.
+        score: the score program over `dot`, "dot" if there is none.
+        program: score, mask, sink and empty rows together.
+        scale: what q.k is multiplied by; None if only known when it runs.
+        softmax_dtype: dtype the weights are normalised in.
+        dropout: probability.
+        projections: of q, k and v, where they could be found.
+        facts: further findings by name ("rotary", "cache", "spelling").
+        decision: what was chosen.
+    """
+
+    path: str
+    owner: str
+    location: str
+    kind: Kind
+    phases: tuple[Phase, ...]
+    query_heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    value_dim: int | None
+    mask: Mask
+    score: str
+    program: Program
+    scale: float | None
+    softmax_dtype: str
+    dropout: float
+    decision: Decision
+    projections: dict[str, Projection] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Something that looked like attention and was left alone."""
+
+    location: str
+    code: str
+    text: str
+    path: str = ""

@@ -1,0 +1,202 @@
+"""From the product with the values back to the softmax, however it was written.
+
+    p = softmax(x)      exp(x) / sum(exp(x))      exp(x - logsumexp(x))      exp(log_softmax(x))
+
+Between the softmax and the product only views, casts of float width, dropout and a zeroing of masked positions may
+stand; anything else means that this is not (only) attention, and says so by a reason code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir.expr import Const, Expr, call
+from attn_compiler.ir.pull import Coordinates, Puller, arguments, broadcast, op, shape, val
+
+CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"})
+_SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+
+
+class NotAttention(Exception):
+    """What looked like attention is something else; `code` and `text` go into the report."""
+
+    def __init__(self, code: str, text: str, node: fx.Node | None = None) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+        self.node = node
+
+
+@dataclass
+class Softmax:
+    """A softmax reached from the product with the values.
+
+    Attributes:
+        logits: functional node of its input.
+        where: coordinates into it, the key index at `dim`.
+        dim: the dimension that is normalised.
+        sink: extra term of the denominator, a logit, or None.
+        dropout: probability that a weight is dropped.
+        zeroed: condition under which a weight is set to zero afterwards.
+        safe: rows without any key give zero.
+    """
+
+    logits: fx.Node
+    where: Coordinates
+    dim: int
+    sink: Expr | None = None
+    dropout: float = 0.0
+    zeroed: list[Expr] = field(default_factory=list)
+    safe: bool = False
+
+
+def is_float_cast(node: fx.Node) -> bool:
+    if op(node) not in CASTS:
+        return False
+    inner = arguments(node)["self"]
+    return bool(val(inner).dtype.is_floating_point and val(node).dtype.is_floating_point)
+
+
+def through_casts(puller: Puller, node: fx.Node, where: Coordinates) -> tuple[fx.Node, Coordinates]:
+    """Back through views and casts of float width."""
+    while True:
+        node, where = puller.peel(node, where)
+        if not is_float_cast(node):
+            return node, where
+        node = arguments(node)["self"]
+
+
+def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
+    """Walk back from the operand that should hold the probabilities.
+
+    Raises:
+        NotAttention: something else than a softmax, or something in between that changes the weights.
+    """
+    dropout = 0.0
+    zeroed: list[Expr] = []
+    while True:
+        node, where = through_casts(puller, node, where)
+        args = arguments(node)
+        name = op(node)
+        if name == "dropout" or name == "native_dropout":
+            if args["train"] is not False and args["p"] != 0:
+                if dropout:
+                    raise NotAttention("attention.two_dropouts", "the weights are dropped out twice", node)
+                dropout = float(args["p"])
+            node = args["input"]
+        elif name in ("where", "masked_fill") and (kept := _zeroing(puller, node, args, where)) is not None:
+            condition, node = kept
+            where = broadcast(where, shape(node))
+            zeroed.append(condition)
+        else:
+            found = _softmax_at(puller, node, args, where)
+            found.dropout, found.zeroed = dropout, zeroed
+            return found
+
+
+def _zeroing(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates) -> tuple[Expr, fx.Node] | None:
+    """where(keep, p, 0) or p.masked_fill(drop, 0): the condition of being set to zero, and p."""
+    if op(node) == "masked_fill":
+        return (puller.operand(args["mask"], node, where), args["self"]) if _is_zero(puller, args["value"]) else None
+    condition = puller.operand(args["condition"], node, where)
+    if _is_zero(puller, args["other"]):
+        return call("not", condition), args["self"]
+    return (condition, args["other"]) if _is_zero(puller, args["self"]) else None
+
+
+def _is_zero(puller: Puller, argument: Any) -> bool:
+    if isinstance(argument, fx.Node):
+        found = val(argument)
+        zeros = (ax.ZERO,) * (found.dim() if hasattr(found, "dim") else 0)
+        value = puller.expr(argument, zeros)
+        return isinstance(value, Const) and value.value == 0
+    return bool(argument == 0)
+
+
+def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates) -> Softmax:
+    name = op(node)
+    if name in _SOFTMAX:
+        dim = args["dim"] % len(where)
+        return Softmax(args["self"], where, dim, safe=name == "_safe_softmax")
+    if name in ("div", "true_divide", "mul"):
+        found = _by_hand(puller, node, args, where)
+        if found is not None:
+            return found
+    if name == "exp":
+        found = _by_logsumexp(puller, args["self"], where)
+        if found is not None:
+            return found
+    if name == "log_softmax":
+        raise NotAttention("not_attention.log_softmax", "logarithms of probabilities are multiplied", node)
+    if name in ("mul", "add", "sub", "where", "masked_fill", "pow", "clamp", "sigmoid", "relu"):
+        raise NotAttention(
+            "attention.weights_changed", f"`{name}` stands between the softmax and the product with the values", node
+        )
+    raise NotAttention("not_attention.no_softmax", f"the weights come from `{name or node.op}`, not from a softmax", node)
+
+
+def _by_hand(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates) -> Softmax | None:
+    """exp(x) / (sum(exp(x)) + extra)."""
+    top, bottom = args["self"], args["other"]
+    if not isinstance(bottom, fx.Node) or not isinstance(top, fx.Node):
+        return None
+    if op(node) == "mul":
+        inverse, _ = through_casts(puller, bottom, broadcast(where, shape(bottom)))
+        if op(inverse) != "reciprocal":
+            return None
+        bottom = arguments(inverse)["self"]
+    exponential, at = through_casts(puller, top, broadcast(where, shape(top)))
+    if op(exponential) != "exp":
+        return None
+    total, total_at = through_casts(puller, bottom, broadcast(where, shape(bottom)))
+    extra: Expr | None = None
+    if op(total) == "add":
+        total, total_at, extra = _with_extra(puller, total, total_at)
+    if op(total) != "sum" or not arguments(total).get("dim"):
+        return None
+    (dim,) = _dims(arguments(total)["dim"], len(at)) or (None,)
+    summed, _ = through_casts(puller, arguments(total)["self"], (ax.ZERO,) * len(at))
+    if dim is None or summed is not exponential:
+        return None
+    return Softmax(arguments(exponential)["self"], at, dim, sink=None if extra is None else call("log", extra))
+
+
+def _with_extra(
+    puller: Puller, node: fx.Node, where: Coordinates
+) -> tuple[fx.Node, Coordinates, Expr | None]:
+    """1 + sum(exp(x)): the sum, and the other addend."""
+    args = arguments(node)
+    for one, other in ((args["self"], args["other"]), (args["other"], args["self"])):
+        if not isinstance(one, fx.Node):
+            continue
+        total, at = through_casts(puller, one, broadcast(where, shape(one)))
+        if op(total) == "sum":
+            extra = puller.operand(other, node, where)
+            return total, at, None if isinstance(extra, Const) and 0 <= extra.value < 1e-6 else extra
+    return node, where, None
+
+
+def _dims(dims: Any, rank: int) -> tuple[int, ...] | None:
+    listed = [dims] if isinstance(dims, int) else list(dims)
+    return tuple(d % rank for d in listed) if len(listed) == 1 else None
+
+
+def _by_logsumexp(puller: Puller, inner: fx.Node, where: Coordinates) -> Softmax | None:
+    node, at = through_casts(puller, inner, where)
+    args = arguments(node)
+    if op(node) == "log_softmax":
+        return Softmax(args["self"], at, args["dim"] % len(at))
+    if op(node) != "sub" or not isinstance(args["other"], fx.Node) or args.get("alpha", 1) != 1:
+        return None
+    norm, _ = through_casts(puller, args["other"], broadcast(at, shape(args["other"])))
+    if op(norm) != "logsumexp" or not isinstance(args["self"], fx.Node):
+        return None
+    logits, logits_at = args["self"], broadcast(at, shape(args["self"]))
+    if arguments(norm)["self"] is not logits:
+        return None
+    dims = _dims(arguments(norm)["dim"], len(logits_at))
+    return Softmax(logits, logits_at, dims[0]) if dims else None

@@ -1,0 +1,475 @@
+"""Value rules: pointwise operations, constants, factories, gathers and contractions, element by element."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir.axes import Index, along
+from attn_compiler.ir.expr import OPS, Call, Const, Expr, call
+from attn_compiler.ir.pull import (
+    VALUES,
+    Coordinate,
+    Coordinates,
+    Product,
+    Puller,
+    broadcast,
+    number,
+    rule,
+    shape,
+    shifted,
+    to_expr,
+    val,
+)
+
+Args = dict[str, Any]
+_KIND_ORDER = ("bool", "int", "float")
+
+
+def kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "float"
+    return "bool" if dtype is torch.bool else "int"
+
+
+def cast(expression: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
+    """Change of kind only: widths of floats are rounding."""
+    before, after = kind(old), kind(new)
+    return expression if before == after else call(after, expression)
+
+
+# ---------------------------------------------------------------- pointwise
+
+_SAME_NAME = {
+    name: name
+    for name in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh",
+                 "sigmoid", "relu", "erf", "floor", "ceil", "trunc", "sign", "square")
+}  # fmt: skip
+_BINARY = {
+    "mul": "mul", "multiply": "mul", "minimum": "min", "maximum": "max", "floor_divide": "floordiv",
+    "remainder": "mod", "true_divide": "div", "divide": "div",
+}  # fmt: skip
+_COMPARE = {
+    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "greater": "gt", "greater_equal": "ge",
+    "less": "lt", "less_equal": "le", "not_equal": "ne",
+}  # fmt: skip
+_LOGIC = {
+    "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "__and__": "and", "__or__": "or", "__xor__": "xor",
+    "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
+}  # fmt: skip
+
+
+def operands(puller: Puller, node: fx.Node, given: list[Any], where: Coordinates) -> list[Expr]:
+    return [puller.operand(a, node, where) for a in given]
+
+
+def dtype_of(argument: Any) -> torch.dtype | None:
+    found = val(argument) if isinstance(argument, fx.Node) else argument
+    return found.dtype if isinstance(found, torch.Tensor) else None
+
+
+def promoted(puller: Puller, node: fx.Node, given: list[Any], where: Coordinates) -> list[Expr]:
+    """Operands brought to the kind of the result; plain numbers take it by themselves."""
+    result = kind(val(node).dtype)
+    found = operands(puller, node, given, where)
+    return [
+        call(result, e) if (d := dtype_of(a)) is not None and _KIND_ORDER.index(kind(d)) < _KIND_ORDER.index(result) else e
+        for a, e in zip(given, found, strict=True)
+    ]  # fmt: skip
+
+
+@rule(VALUES, *_SAME_NAME, "negative", "absolute", "rsub", "add", "sub", "subtract", "div", *_BINARY)
+def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    unary = {"negative": "neg", "absolute": "abs"}.get(name, name)
+    if unary in _SAME_NAME:
+        return call(unary, *promoted(puller, node, [args["self"]], where))
+    left, right = promoted(puller, node, [args["self"], args["other"]], where)
+    if name in ("add", "sub", "subtract", "rsub"):
+        if args.get("alpha", 1) != 1:
+            scaled = puller.expr(args["alpha"], ())
+            left, right = (call("mul", left, scaled), right) if name == "rsub" else (left, call("mul", right, scaled))
+        return call("sub", right, left) if name == "rsub" else call("add" if name == "add" else "sub", left, right)
+    rounding = args.get("rounding_mode")
+    if name in ("div", "divide") and rounding is not None:
+        return call("floordiv", left, right) if rounding == "floor" else call("trunc", call("div", left, right))
+    if name == "floor_divide" or name == "remainder":
+        return call(_BINARY[name], left, right)
+    return call(_BINARY.get(name, "div"), left, right)
+
+
+@rule(VALUES, *_COMPARE)
+def _compare(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    return call(_COMPARE[name], *operands(puller, node, [args["self"], args["other"]], where))
+
+
+@rule(VALUES, *_LOGIC)
+def _logic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    given = [args["self"], args["other"]]
+    kinds = [d for a in given if (d := dtype_of(a)) is not None]
+    if not name.startswith("logical") and any(d is not torch.bool for d in kinds):
+        return None
+    found = operands(puller, node, given, where)
+    truths = [e if dtype_of(a) in (torch.bool, None) else call("bool", e) for a, e in zip(given, found, strict=True)]
+    return call(_LOGIC[name], *truths)
+
+
+@rule(VALUES, "logical_not", "bitwise_not")
+def _not(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    dtype = dtype_of(args["self"])
+    if dtype is not torch.bool and "bitwise" in str(node.target):
+        return None
+    inner = puller.operand(args["self"], node, where)
+    return call("not", inner if dtype is torch.bool else call("bool", inner))
+
+
+@rule(VALUES, "pow")
+def _pow(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    return call("pow", *promoted(puller, node, [args["self"], args["exponent"]], where))
+
+
+@rule(VALUES, "clamp", "clip", "clamp_min", "clamp_max")
+def _clamp(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    result = promoted(puller, node, [args["self"]], where)[0]
+    for bound, operation in ((args.get("min"), "max"), (args.get("max"), "min")):
+        if bound is not None:
+            result = call(operation, result, *promoted(puller, node, [bound], where))
+    return result
+
+
+@rule(VALUES, "where")
+def _where(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if "self" not in args:
+        return None
+    condition = puller.operand(args["condition"], node, where)
+    if dtype_of(args["condition"]) is not torch.bool:
+        condition = call("bool", condition)
+    return call("where", condition, *promoted(puller, node, [args["self"], args["other"]], where))
+
+
+@rule(VALUES, "masked_fill")
+def _masked_fill(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    mask, value, old = operands(puller, node, [args["mask"], args["value"], args["self"]], where)
+    return call("where", mask if dtype_of(args["mask"]) is torch.bool else call("bool", mask), value, old)
+
+
+@rule(VALUES, "to", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "_autocast_to_full_precision", "_autocast_to_reduced_precision")  # fmt: skip  # noqa: E501
+def _to(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    inner = args["self"]
+    return cast(puller.expr(inner, where), val(inner).dtype, val(node).dtype)
+
+
+@rule(VALUES, "fill")
+def _fill(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    return puller.expr(args["value"], ())
+
+
+@rule(VALUES, "copy")
+def _copy(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    inner = puller.operand(args["src"], node, where)
+    return cast(inner, dtype_of(args["src"]) or val(node).dtype, val(node).dtype)
+
+
+# ---------------------------------------------------------------- factories
+
+_FILL = {"zeros": 0, "ones": 1, "zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1}
+
+
+@rule(VALUES, *_FILL, "full", "full_like", "new_full", "scalar_tensor")
+def _full(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    given = _FILL[name] if name in _FILL else args.get("fill_value", args.get("s"))
+    if not isinstance(given, fx.Node):
+        given = {"bool": bool, "int": int, "float": float}[kind(val(node).dtype)](given)
+        if isinstance(given, float) and math.isfinite(given):
+            given = _rounded(given, val(node).dtype)
+    return puller.expr(given, ())
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype).item())
+
+
+@rule(VALUES, "arange")
+def _arange(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    position = to_expr(where[0])
+    step, start = args.get("step", 1), args.get("start", 0)
+    result = position if step == 1 else call("mul", position, puller.expr(step, ()))
+    if start is not None and start != 0:
+        result = call("add", result, puller.expr(start, ()))
+    return cast(result, torch.int64, val(node).dtype)
+
+
+@rule(VALUES, "eye")
+def _eye(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    same = call("eq", to_expr(where[0]), to_expr(where[1]))
+    return same if val(node).dtype is torch.bool else call(kind(val(node).dtype), same)
+
+
+@rule(VALUES, "tril", "triu")
+def _triangle(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    row, column = to_expr(where[-2]), to_expr(where[-1])
+    diagonal = puller.expr(args["diagonal"], ())
+    lower = "tril" in node.target._schema.name  # type: ignore[union-attr]
+    keep = call("le" if lower else "ge", column, call("add", row, diagonal))
+    inner = puller.expr(args["self"], where)
+    zero: bool | int | float = {"bool": False, "int": 0, "float": 0.0}[kind(val(node).dtype)]
+    return call("and", keep, inner) if val(node).dtype is torch.bool else call("where", keep, inner, zero)
+
+
+# ---------------------------------------------------------------- joins
+
+
+@rule(VALUES, "cat", "concat", "concatenate")
+def _cat(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    tensors = [t for t in args["tensors"] if not _is_empty_vector(t)]
+    at = args.get("dim", args.get("axis", 0)) % len(where)
+    sizes = [shape(t)[at] for t in tensors]
+    chosen = piece(where[at], sizes)
+    if chosen is not None:
+        number_, offset = chosen
+        inner = (*where[:at], shifted(where[at], ax.simple(-offset)), *where[at + 1 :])
+        return puller.expr(tensors[number_], inner)
+    if isinstance(where[at], Index) and _too_wide(node):
+        return None
+    return _piecewise(puller, tensors, sizes, where, at)
+
+
+def _is_empty_vector(node: fx.Node) -> bool:
+    return shape(node) == (0,)
+
+
+def _too_wide(node: fx.Node) -> bool:
+    # features are joined by rotary embeddings; as expressions they would only grow
+    return val(node).dtype.is_floating_point
+
+
+def _piecewise(
+    puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where: Coordinates, at: int
+) -> Expr:
+    position = to_expr(where[at])
+    total = ax.simple(sum(sizes))
+    result: Expr | None = None
+    for tensor, size in zip(reversed(tensors), reversed(sizes), strict=True):
+        total = ax.simple(total - size)
+        inner = puller.expr(tensor, (*where[:at], shifted(where[at], ax.simple(-total)), *where[at + 1 :]))
+        result = inner if result is None else call("where", call("lt", position, number(ax.simple(total + size))), inner, result)
+    assert result is not None
+    return result
+
+
+def piece(coordinate: Coordinate, sizes: list[ax.Size]) -> tuple[int, ax.Size] | None:
+    """Which of the joined pieces the index certainly lies in, and where that piece begins."""
+    if not isinstance(coordinate, Index):
+        return None
+    found = coordinate.resolved()
+    if any(isinstance(c, int) and c < 0 for _, c in found.terms):
+        return None
+    begin: ax.Size = 0
+    for position, size in enumerate(sizes):
+        end = ax.simple(begin + size)
+        if ax.at_most(begin, found.const) and ax.at_most(found.largest(), ax.simple(end - 1)):
+            return position, begin
+        begin = end
+    return None
+
+
+@rule(VALUES, "stack")
+def _stack(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    at = args["dim"] % len(where)
+    chosen = where[at]
+    if not isinstance(chosen, Index) or chosen.resolved().terms or not isinstance(chosen.const, int):
+        return None
+    return puller.expr(args["tensors"][chosen.const], (*where[:at], *where[at + 1 :]))
+
+
+@rule(VALUES, "constant_pad_nd", "pad")
+def _pad(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if args.get("mode", "constant") != "constant":
+        return None
+    widths = args["pad"]
+    if not all(isinstance(w, int) for w in widths):
+        return None
+    source = args["self"]
+    inside: list[Expr] = []
+    moved = list(where)
+    for pair in range(len(widths) // 2):
+        before, after = widths[2 * pair], widths[2 * pair + 1]
+        at = len(where) - 1 - pair
+        size = shape(source)[at]
+        moved[at] = shifted(where[at], -before)
+        if before > 0:
+            inside.append(call("ge", to_expr(moved[at]), 0))
+        if after > 0:
+            inside.append(call("lt", to_expr(moved[at]), number(size)))
+    inner = puller.expr(source, tuple(moved))
+    outside = args.get("value")
+    for condition in inside:
+        inner = call("where", condition, inner, puller.expr(0.0 if outside is None else outside, ()))
+    return inner
+
+
+# ---------------------------------------------------------------- gathers
+
+
+@rule(VALUES, "index", "_unsafe_index")
+def _index(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    chosen = list(args["indices"])
+    used = [p for p, i in enumerate(chosen) if i is not None]
+    if any(dtype_of(chosen[p]) is torch.bool for p in used):
+        return None
+    rank = max(len(shape(chosen[p])) for p in used)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    begin = used[0] if adjacent else 0
+    looked_up = where[begin : begin + rank]
+    rest = iter((*where[:begin], *where[begin + rank :]))
+    back: list[Coordinate] = []
+    for dimension in range(len(shape(args["self"]))):
+        index = chosen[dimension] if dimension < len(chosen) else None
+        if index is None:
+            back.append(next(rest))
+            continue
+        found = puller.expr(index, broadcast(looked_up, shape(index)))
+        back.append(_wrapped(puller.affine(found), shape(args["self"])[dimension]))
+    return puller.expr(args["self"], tuple(back))
+
+
+def _wrapped(coordinate: Coordinate, size: ax.Size) -> Coordinate:
+    """Negative constants count from the end."""
+    if isinstance(coordinate, Index) and not coordinate.terms:
+        if isinstance(coordinate.const, int) and coordinate.const < 0:
+            return Index((), ax.simple(coordinate.const + size))
+    return coordinate
+
+
+@rule(VALUES, "index_select")
+def _index_select(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    at = args["dim"] % len(where)
+    found = puller.affine(puller.expr(args["index"], (where[at],)))
+    return puller.expr(args["self"], (*where[:at], found, *where[at + 1 :]))
+
+
+# ---------------------------------------------------------------- contractions
+
+
+@rule(VALUES, "matmul", "bmm", "mm")
+def _matmul(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    left, right = args["self"], args.get("other", args.get("mat2"))
+    return product(puller, node, left, right, where)
+
+
+def product(puller: Puller, node: fx.Node, left: fx.Node, right: fx.Node, where: Coordinates) -> Expr | None:
+    size_l, size_r = shape(left), shape(right)
+    if len(size_l) < 2 or len(size_r) < 2:
+        return None
+    reduced = puller.new_axis(size_l[-1])
+    batch, row, column = where[:-2], where[-2], where[-1]
+    at_l = (*broadcast(batch, size_l[:-2]), row, along(reduced))
+    at_r = (*broadcast(batch, size_r[:-2]), along(reduced), column)
+    return Product(node, where, (left, at_l), (right, at_r), (reduced,))
+
+
+@rule(VALUES, "baddbmm")
+def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    found = product(puller, node, args["batch1"], args["batch2"], where)
+    if found is None:
+        return None
+    alpha, beta = args.get("alpha", 1), args.get("beta", 1)
+    scaled = found if alpha == 1 else call("mul", found, puller.expr(alpha, ()))
+    if beta == 0:
+        return scaled
+    added = puller.operand(args["self"], node, where)
+    return call("add", added if beta == 1 else call("mul", added, puller.expr(beta, ())), scaled)
+
+
+@rule(VALUES, "einsum")
+def _einsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    tensors = args["tensors"]
+    labels = einsum_labels(args["equation"], [len(shape(t)) for t in tensors])
+    if labels is None or len(tensors) != 2:
+        return None
+    inputs, output = labels
+    at: dict[Any, Coordinate] = dict(zip(output, where, strict=True))
+    reduced: list[ax.Axis] = []
+    for tensor, names in zip(tensors, inputs, strict=True):
+        for label, size in zip(names, shape(tensor), strict=True):
+            if label not in at:
+                axis = puller.new_axis(size)
+                reduced.append(axis)
+                at[label] = along(axis)
+    sides = []
+    for tensor, names in zip(tensors, inputs, strict=True):
+        if len(set(names)) != len(names):
+            return None
+        broadcasts = [isinstance(label, int) for label in names]
+        sides.append(
+            (
+                tensor,
+                tuple(
+                    ax.ZERO if wide and size == 1 else at[label]
+                    for label, size, wide in zip(names, shape(tensor), broadcasts, strict=True)
+                ),
+            )
+        )
+    return Product(node, where, sides[0], sides[1], tuple(reduced)) if reduced else None
+
+
+def einsum_labels(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list[Any]] | None:
+    """Labels of each operand and of the result; the dimensions under an ellipsis are numbered from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(ranks):
+        return None
+    inputs = [_spelled(term, rank) for term, rank in zip(terms, ranks, strict=True)]
+    if arrow:
+        wide = max(rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True))
+        return inputs, _spelled(right, len(right.replace("...", "")) + (wide if "..." in right else 0))
+    counts = [label for labels in inputs for label in labels]
+    wide_labels = sorted({x for x in counts if isinstance(x, int)}, reverse=True)
+    return inputs, [*wide_labels, *sorted(x for x in set(counts) if isinstance(x, str) and counts.count(x) == 1)]
+
+
+def _spelled(term: str, rank: int) -> list[Any]:
+    head, dots, tail = term.partition("...")
+    hidden = rank - len(head) - len(tail) if dots else 0
+    return [*head, *reversed(range(hidden)), *tail]
+
+
+@rule(VALUES, "sum")
+def _sum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """mul and sum: a product with broadcasting written out."""
+    rank = len(shape(args["self"]))
+    dims = args.get("dim")
+    if not dims:
+        return None
+    dims = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
+    inner: list[Coordinate] = []
+    reduced: list[ax.Axis] = []
+    rest = iter(where)
+    for dimension, size in enumerate(shape(args["self"])):
+        if dimension not in dims:
+            inner.append(next(rest))
+            continue
+        reduced.append(puller.new_axis(size))
+        inner.append(along(reduced[-1]))
+        if args.get("keepdim"):
+            next(rest)
+    factor, at = puller.peel(args["self"], tuple(inner))
+    if not factor.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor):
+        return None
+    left, right = factor.args[:2]
+    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return None
+    if not all(isinstance(val(side), torch.Tensor) and shape(side) for side in (left, right)):
+        return None
+    sides = [(side, broadcast(at, shape(side))) for side in (left, right)]
+    return Product(node, where, sides[0], sides[1], tuple(reduced))
+
+
+assert set(_SAME_NAME.values()) <= OPS

@@ -1,0 +1,1 @@
+"""Floor 3: operators and what computes them."""

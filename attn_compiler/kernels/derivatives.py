@@ -1,0 +1,176 @@
+"""Derivatives of the operators: reverse mode by the backward operator, everything else by the reference.
+
+    ordinary backward               attention_backward, which has no derivative of its own: a second order raises
+    torch.func (grad, jvp, ...)     `reference` at that level, which has all of them
+    forward-mode AD                 `reference`
+    vmap                            one call per element
+
+The operators have kernels of their own for the Autograd key, not `torch.library.register_autograd`, because only there
+can a call be told to take the reference instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from attn_compiler.errors import UnsupportedCall
+from attn_compiler.kernels.attention import reference
+from attn_compiler.kernels.dropout import Drop
+from attn_compiler.kernels.layout import accumulator
+from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Kernels re-enter the dispatcher and must see the dtypes they chose."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the kernel of the device; its results are fresh tensors, not views that nobody may write to."""
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, kwargs: dict[str, Any], ints: Any, seed: Any, *tensors: Tensor) -> Any:
+        q, k, v, *reads = tensors
+        out, lse = _below(attention, keyset, q, k, v, reads, ints, seed, **kwargs)
+        ctx.save_for_backward(out, lse, seed, *tensors)
+        ctx.kwargs, ctx.ints = kwargs, ints
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> Any:
+        wants = ctx.needs_input_grad[4:]
+        if grad_out is None:
+            return (None,) * (4 + len(wants))
+        out, lse, seed, q, k, v, *reads = ctx.saved_tensors
+        needs = list(wants[3:])
+        dq, dk, dv, dreads = attention_backward(
+            grad_out, q, k, v, reads, ctx.ints, seed, out, lse, needs, **ctx.kwargs
+        )
+        rest = iter(dreads)
+        return (None,) * 4 + (dq, dk, dv, *(next(rest) if need else None for need in needs))
+
+
+def _autograd(
+    keyset: Any, q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], ints: Any, seed: Tensor | None, **kwargs: Any
+) -> Any:
+    tensors = (q, k, v, *reads)
+    if any(_transformed(t) for t in tensors):
+        return _by_reference(q, k, v, reads, ints, seed, **kwargs)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return _Attention.apply(keyset, kwargs, ints, seed, *tensors)  # type: ignore[no-untyped-call]
+    return _below(attention, keyset, q, k, v, reads, ints, seed, **kwargs)
+
+
+def _transformed(tensor: Tensor) -> bool:
+    """Does a derivative that the backward operator lacks pass through here: torch.func, or forward mode?"""
+    if torch._C._functorch.is_gradtrackingtensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _by_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    seed: Tensor | None,
+    *,
+    program: str,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, seed, dropout)
+    batch, heads, length = q.shape[:3]
+    rows, cols = (0, length), (0, k.shape[2])
+    with full_precision(q.device.type):
+        factor = Drop(seed, dropout).factor((batch, heads, length), rows, cols, accumulator(q, k, v))
+        out, lse = reference(q, k, v, reads, ints, program, scale, factor)
+    return out, lse.detach()
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """The backward operator in a graph of its own: to be differentiated is refused when it happens."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, call: Callable[[], Any], *tensors: Tensor) -> Any:
+        dq, dk, dv, dreads = call()
+        return dq, dk, dv, *dreads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise UnsupportedCall(
+            "the gradient of attention_backward was asked for",
+            why=("fused attention has first derivatives only",),
+            do="use torch.func transforms or forward-mode AD, which run the plain reference, or keep the original module",
+        )
+
+
+def _autograd_backward(keyset: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> Any:
+    reads = rest[0]
+    tensors = (grad_out, q, k, v, *reads)
+    if any(_transformed(t) for t in tensors):
+        raise UnsupportedCall(
+            "a backward of attention was recorded outside of the transform that differentiates it",
+            why=("attention_backward has no forward-mode derivative",),
+            do="run the forward pass inside the same torch.func transform or dual level",
+        )
+
+    def call() -> Any:
+        return _below(attention_backward, keyset, grad_out, q, k, v, *rest, **kwargs)
+
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return call()
+    dq, dk, dv, *dreads = _OnlyOnce.apply(keyset, call, *tensors)  # type: ignore[no-untyped-call]
+    return dq, dk, dv, dreads
+
+
+LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("attention_backward", _autograd_backward, "Autograd", with_keyset=True)
+
+
+# ---------------------------------------------------------------- vmap
+
+
+def _looped(operator: Any) -> Callable[..., Any]:
+    """A batching rule: one call per element. The operator is large enough, and its memory stays linear."""
+
+    def pick(value: Any, dim: Any, index: int) -> Any:
+        if isinstance(value, list | tuple):
+            dims = dim if isinstance(dim, list | tuple) else [dim] * len(value)
+            return [pick(x, d, index) for x, d in zip(value, dims, strict=True)]
+        return value if dim is None or not isinstance(value, Tensor) else value.select(dim, index)
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        calls = [
+            operator(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True)), **kwargs)
+            for i in range(info.batch_size)
+        ]
+        results = tuple(
+            [torch.stack(parts) for parts in zip(*column, strict=True)]
+            if isinstance(column[0], list | tuple)
+            else torch.stack(column)
+            for column in zip(*calls, strict=True)
+        )
+        return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)
+
+    return rule
+
+
+torch.library.register_vmap("attn_compiler::attention", _looped(attention), lib=LIBRARY)
+torch.library.register_vmap("attn_compiler::attention_backward", _looped(attention_backward), lib=LIBRARY)

@@ -1,0 +1,69 @@
+"""Attention dropout that is a function of the seed and the place, so that every block of every pass draws the same.
+
+    keep[b, h, q, k] = mix(row(seed, b, h, q) ^ column(seed, k)) >= dropout * 2^32
+
+Rows and columns are hashed with 64-bit arithmetic (splitmix64, Steele, Lea and Flood 2014); one element costs two
+32-bit multiplications (the finaliser of murmur3 with the constants of Wellons' search, 2018). No generator: the
+forward and the backward may cut the matrix into different blocks, and any device gives the same mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """The dropout of one call: int64 seed of one element, probability to drop. Rate 0 draws nothing."""
+
+    seed: Tensor | None
+    rate: float
+
+    def factor(
+        self, shape: tuple[int, int, int], rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """What the probabilities of these rows and columns are multiplied with: 0 or 1 / (1 - rate)."""
+        if self.rate == 0 or self.seed is None:
+            return None
+        keep = keep_mask(self.seed, self.rate, shape, rows, cols)
+        return keep.to(dtype) * (1 / (1 - self.rate) if self.rate < 1 else 0.0)
+
+
+def keep_mask(
+    seed: Tensor, dropout: float, shape: tuple[int, int, int], rows: tuple[int, int], cols: tuple[int, int]
+) -> Tensor:
+    """Which probabilities survive.
+
+    Args:
+        seed: int64 tensor of one element.
+        dropout: probability to drop, 0 < dropout <= 1.
+        shape: batch B, heads H, query rows T of the whole attention.
+        rows: first and last + 1 row.
+        cols: first and last + 1 column.
+
+    Returns:
+        Boolean [B, H, rows, columns].
+    """
+    batch, heads, length = shape
+    device = seed.device
+    start = _splitmix(seed.reshape(()).to(torch.int64))
+    pairs = torch.arange(batch * heads, device=device).view(batch, heads, 1)
+    row = _splitmix(start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device)))
+    column = _splitmix(start + 2 * torch.arange(cols[0], cols[1], device=device) + 1)
+    x = row.to(torch.int32).unsqueeze(-1) ^ column.to(torch.int32)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -0x7B935975
+    x = x ^ ((x >> 16) & 0xFFFF)
+    return x >= round(dropout * 2.0**32) - 2**31 if dropout < 1 else torch.zeros_like(x, dtype=torch.bool)
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers; the low 32 bits of the result are used."""
+    x = x * -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

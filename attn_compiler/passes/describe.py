@@ -1,0 +1,98 @@
+"""From the functional core to the site record: the same attention in the user's words."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core
+from attn_compiler.ir.expr import slots
+from attn_compiler.ir.mask import classify
+from attn_compiler.ir.provenance import display_name, location, module, sources
+from attn_compiler.ir.pull import val
+from attn_compiler.ir.region import FunctionalRegion, Region
+from attn_compiler.ir.roles import extent
+from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase, Projection
+
+_ROTARY = re.compile(r"^(sin|cos|polar|view_as_complex)$")
+
+
+def describe(region: Region, functional: FunctionalRegion, core: Core) -> AttentionSite:
+    """The record of a core; its decision is still open."""
+    path, owner = module(region.end)
+    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    names = [_name(node, host, functional) for node in core.reads]
+    kinds = [_kind(node) for node in core.reads]
+    roles = core.roles
+    projections, ends = _projections(core, host)
+    rows = core.sizes["T"]
+    return AttentionSite(
+        path=path,
+        owner=owner,
+        location=location(region.end),
+        kind=Kind.CROSS if ends.get("q") is not ends.get("k") else Kind.SELF,
+        phases=(Phase.DECODE,) if rows == 1 else (Phase.PREFILL,),
+        query_heads=_static(extent(roles.query_heads)),
+        kv_heads=_static(extent(roles.heads)),
+        head_dim=_static(extent(roles.feature)),
+        value_dim=_static(extent(roles.value)),
+        mask=classify(core.program.mask, tuple(names), tuple(kinds)),
+        score=_named(str(core.program.score), names, slots(core.program.score)),
+        program=core.program,
+        scale=None if core.factors else core.scale,
+        softmax_dtype=str(core.dtype).removeprefix("torch."),
+        dropout=core.dropout,
+        decision=Decision(False),
+        projections=projections,
+        facts=_facts(region, core),
+    )
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _kind(node: fx.Node) -> str:
+    found = val(node)
+    if not isinstance(found, torch.Tensor) or found.dtype.is_floating_point:
+        return "float"
+    return "bool" if found.dtype is torch.bool else "int"
+
+
+def _name(node: fx.Node, host: dict[fx.Node, fx.Node], functional: FunctionalRegion) -> str:
+    found = functional.read.get(node) or host.get(node)
+    return display_name(found) if found is not None else node.name
+
+
+def _named(text: str, names: list[str], used: list[int]) -> str:
+    for slot in used:
+        text = re.sub(rf"\bt{slot}\[", f"{names[slot]}[", text)
+    return text
+
+
+def _projections(core: Core, host: dict[fx.Node, fx.Node]) -> tuple[dict[str, Projection], dict[str, fx.Node]]:
+    found: dict[str, Projection] = {}
+    ends: dict[str, fx.Node] = {}
+    for name, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
+        start = next((host[node] for node, _ in operand.chain if node in host), None)
+        if start is None:
+            continue
+        ends[name], projection = sources(start)
+        if projection is not None:
+            found[name] = projection
+    return found, ends
+
+
+def _facts(region: Region, core: Core) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    called = {ops.name(node) for node in region.nodes}
+    if any(_ROTARY.match(name) for name in called) or {"neg", "cat"} <= called:
+        facts["rotary"] = "a rotation stands between the projections and the scores"
+    if region.mutated:
+        facts["cache"] = "written in place"
+    facts["spelling"] = "fused" if ops.name(region.end) in ops.SDPA else "spelled out"
+    return facts

@@ -1,0 +1,269 @@
+"""Writing nodes into the host graph: operands brought to [batch, heads, rows, features], and the result brought back.
+
+All of it is views wherever strides allow: unflatten, permute, expand, flatten.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
+from attn_compiler.ir.axes import Axis, Index
+from attn_compiler.ir.core import Operand
+from attn_compiler.ir.region import FunctionalRegion, Region, RegionError, fake_mode
+
+aten = torch.ops.aten
+Groups = tuple[tuple[Axis, ...], ...]
+_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+
+
+class Emitter:
+    """Inserts nodes before the end of a region and gives each its fake value."""
+
+    def __init__(self, region: Region, functional: FunctionalRegion) -> None:
+        self.region = region
+        self.functional = functional
+        self.graph = region.end.graph
+        self.mode = fake_mode(ops.value(n) for n in (region.end, *region.inputs))
+        self.key = "example_value" if "example_value" in region.end.meta else "val"
+        self.new: list[fx.Node] = []
+        self._host: dict[fx.Node, fx.Node] = {}
+        for host, node in functional.of_host.items():
+            if host is not region.end:
+                self._host.setdefault(node, host)
+        self._sizes: dict[Any, fx.Node] = {}
+
+    # ------------------------------------------------------------ nodes
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert one call, with its fake value and the provenance of the region's end."""
+        with self.graph.inserting_before(self.region.end):
+            node = self.graph.call_function(target, args, kwargs)
+        values = fx.map_arg((args, kwargs), ops.value)
+        with self.mode, torch.no_grad():
+            node.meta[self.key] = target(*values[0], **values[1])
+        for name in _META:
+            if name in self.region.end.meta:
+                node.meta[name] = self.region.end.meta[name]
+        self.new.append(node)
+        return node
+
+    def host(self, node: Any) -> Any:
+        """The host node that holds the value of a functional node, copied into the host graph if there is none."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self._host:
+            if node.op == "placeholder":
+                raise RegionError("region.overwritten", "an input of the attention is overwritten before its end")
+            if node.op != "call_function":
+                self._host[node] = self._constant(node)
+            else:
+                assert callable(node.target)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.host)
+                self._host[node] = self.call(node.target, *args, **kwargs)
+        return self._host[node]
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        owner = self.graph.owning_module
+        assert owner is not None
+        name = f"_attn_constant{sum(k.startswith('_attn_constant') for k in dir(owner))}"
+        constant = getattr(self.functional.module, str(node.target))
+        owner.register_buffer(name, constant, persistent=False)
+        with self.graph.inserting_before(self.region.end):
+            created = self.graph.get_attr(name)
+        created.meta[self.key] = self.mode.from_tensor(constant)
+        return created
+
+    def undo(self) -> None:
+        """Erase what was inserted."""
+        for node in reversed(self.new):
+            if not node.users:
+                self.graph.erase_node(node)
+
+    # ------------------------------------------------------------ sizes
+
+    def size(self, size: ax.Size) -> Any:
+        """An int, or a host node that computes the symbolic size."""
+        if isinstance(size, int):
+            return size
+        if size not in self._sizes:
+            self._sizes[size] = self._find_size(size)
+        return self._sizes[size]
+
+    def _find_size(self, size: sympy.Expr) -> fx.Node:
+        for node in self.region.inputs:
+            value = ops.value(node)
+            if isinstance(value, torch.SymInt) and ax.equal(ax.size_of(value), size):
+                return node
+        for node in (*self.region.inputs, *self.region.nodes):
+            value = ops.value(node)
+            if node is self.region.end or not isinstance(value, torch.Tensor):
+                continue
+            for dimension, length in enumerate(value.shape):
+                if ax.equal(ax.size_of(length), size):
+                    return self.call(aten.sym_size.int, node, dimension)
+        if isinstance(size, sympy.Mul | sympy.Add):
+            combine = operator.mul if isinstance(size, sympy.Mul) else operator.add
+            parts = [self.size(ax.simple(part)) for part in size.args]
+            result = parts[0]
+            for part in parts[1:]:
+                result = self.call(combine, result, part)
+            return result  # type: ignore[no-any-return]
+        raise RegionError("region.symbolic_size", f"no node of the graph holds the size {size}")
+
+    # ------------------------------------------------------------ layouts
+
+    def canonical(self, operand: Operand, groups: Groups) -> fx.Node:
+        """The operand with one dimension per group, in this order; axes it does not run along are expanded."""
+        node, where = self._source(operand)
+        dims = [_runs(w.resolved(), groups) for w in where]
+        present = [axis for runs in dims for run in runs for axis in run]
+        x = self.host(node)
+        x, atoms = self._unflatten(x, dims)
+        x, atoms = self._drop_units(x, atoms)
+        target = [run for group in groups for run in _atoms_of(group, atoms)]
+        x = self._permute(x, [atoms.index(run) for run in target])
+        return self._grouped(x, target, groups, present)
+
+    def _source(self, operand: Operand) -> tuple[fx.Node, tuple[Index, ...]]:
+        """The outermost view of the operand that runs along no more axes than its innermost source."""
+        wanted = _real(operand.where)
+        for node, where in reversed(operand.chain):
+            if not all(isinstance(w, Index) for w in where):
+                continue
+            indices = tuple(w.resolved() for w in where if isinstance(w, Index))
+            if _real(indices) == wanted and _covers(indices, node):
+                return node, indices
+        raise RegionError("region.layout", "no view of an operand holds exactly what the attention reads of it")
+
+    def _unflatten(self, x: fx.Node, dims: Sequence[list[tuple[Axis, ...]]]) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
+        atoms: list[tuple[Axis, ...]] = []
+        for runs in dims:
+            if len(runs) > 1:
+                x = self.call(aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs]))
+            atoms += runs if runs else [()]
+        return x, atoms
+
+    def _shape(self, sizes: Sequence[ax.Size]) -> list[Any]:
+        """Sizes for a view: one symbolic size may be left to torch."""
+        symbolic = [position for position, size in enumerate(sizes) if not isinstance(size, int)]
+        if len(symbolic) == 1:
+            return [-1 if position == symbolic[0] else size for position, size in enumerate(sizes)]
+        return [self.size(size) for size in sizes]
+
+    def _drop_units(self, x: fx.Node, atoms: list[tuple[Axis, ...]]) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
+        for position in reversed(range(len(atoms))):
+            if not atoms[position]:
+                x = self.call(aten.select.int, x, position, 0)
+        return x, [run for run in atoms if run]
+
+    def _permute(self, x: fx.Node, order: list[int]) -> fx.Node:
+        return x if order == sorted(order) else self.call(aten.permute.default, x, order)
+
+    def _grouped(
+        self, x: fx.Node, atoms: list[tuple[Axis, ...]], groups: Groups, present: Iterable[Axis]
+    ) -> fx.Node:
+        """Unite the runs of each group, expanding along axes that are absent."""
+        held = set(present)
+        for position, group in enumerate(groups):
+            missing = [axis for axis in group if axis not in held]
+            if missing and len(missing) == len(group):
+                x = self.call(aten.unsqueeze.default, x, position)
+                if any(axis.extent != 1 for axis in group):
+                    x = self._expand(x, position, _extent(group))
+                continue
+            x = self._united(x, position, group, atoms, held)
+        return x
+
+    def _united(
+        self, x: fx.Node, position: int, group: tuple[Axis, ...], atoms: list[tuple[Axis, ...]], held: set[Axis]
+    ) -> fx.Node:
+        if not group:
+            return self.call(aten.unsqueeze.default, x, position)
+        count = 0
+        remaining = list(group)
+        while remaining:
+            run = next((r for r in atoms if r[0] is remaining[0]), None)
+            if run is None:
+                x = self.call(aten.unsqueeze.default, x, position + count)
+                x = self._expand(x, position + count, remaining[0].extent)
+                remaining = remaining[1:]
+            else:
+                remaining = remaining[len(run) :]
+            count += 1
+        return x if count == 1 else self.call(aten.flatten.using_ints, x, position, position + count - 1)
+
+    def _expand(self, x: fx.Node, position: int, size: ax.Size) -> fx.Node:
+        if size == 1:
+            return x
+        shape: list[Any] = [-1] * ops.value(x).dim()
+        shape[position] = self.size(size)
+        return self.call(aten.expand.default, x, shape)
+
+    def restore(self, x: fx.Node, end: Operand, groups: Groups) -> fx.Node:
+        """The result, one dimension per group, in the dimensions of the original output."""
+        dims = [_runs(w.resolved(), groups) for w in end.where]
+        wanted = [run for runs in dims for run in runs]
+        atoms: list[tuple[Axis, ...]] = []
+        for group in groups:
+            runs = _atoms_of(group, wanted)
+            if len(runs) > 1:
+                x = self.call(aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs]))
+            atoms += runs if runs else [()]
+        x, atoms = self._drop_units(x, atoms)
+        x = self._permute(x, [atoms.index(run) for run in wanted])
+        for position, runs in enumerate(dims):
+            if len(runs) > 1:
+                x = self.call(aten.flatten.using_ints, x, position, position + len(runs) - 1)
+            elif not runs:
+                x = self.call(aten.unsqueeze.default, x, position)
+        return x
+
+
+def _extent(run: Iterable[Axis]) -> ax.Size:
+    return ax.product(axis.extent for axis in run)
+
+
+def _real(where: Iterable[Index]) -> frozenset[Axis]:
+    return frozenset(axis for w in where for axis, _ in w.resolved().terms if axis.extent != 1)
+
+
+def _covers(where: Sequence[Index], node: fx.Node) -> bool:
+    """Is every element of the node read exactly once?"""
+    seen: set[Axis] = set()
+    for index, size in zip(where, node.meta["val"].shape, strict=True):
+        found = index.resolved()
+        if found.const != 0 or not ax.equal(_extent(a for a, _ in found.terms), ax.size_of(size)):
+            return False
+        stride: ax.Size = 1
+        for axis, coefficient in reversed(found.terms):
+            if axis in seen or not ax.equal(coefficient, stride):
+                return False
+            seen.add(axis)
+            stride = ax.simple(stride * axis.extent)
+    return True
+
+
+def _runs(index: Index, groups: Groups) -> list[tuple[Axis, ...]]:
+    """The axes of one dimension, cut where two neighbours are not neighbours in a group."""
+    following = {pair[0]: pair[1] for group in groups for pair in zip(group, group[1:], strict=False)}
+    runs: list[tuple[Axis, ...]] = []
+    for axis, _ in index.terms:
+        if runs and following.get(runs[-1][-1]) is axis:
+            runs[-1] = (*runs[-1], axis)
+        else:
+            runs.append((axis,))
+    return runs
+
+
+def _atoms_of(group: tuple[Axis, ...], atoms: Sequence[tuple[Axis, ...]]) -> list[tuple[Axis, ...]]:
+    """The runs that belong to a group, in its order."""
+    found = [run for run in atoms if run and run[0] in group]
+    return sorted(found, key=lambda run: group.index(run[0]))

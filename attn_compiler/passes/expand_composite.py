@@ -1,0 +1,98 @@
+"""Fused attention functions that hold projections as well are spelled out, so that one walk serves them all.
+
+    F.multi_head_attention_forward(x, ...)   ->   its ATen operations, in the host graph
+
+If the attention inside is not rewritten, the user's call comes back as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attn_compiler.ir import ops
+from attn_compiler.ir.region import Region, RegionError, trace_region
+
+
+@dataclass
+class Expansion:
+    """One call and what it was expanded to.
+
+    Attributes:
+        original: the user's node, without users while expanded.
+        users: pairs of a reader of the original and the node it reads now.
+        inserted: the operations, in order.
+    """
+
+    original: fx.Node
+    users: list[tuple[fx.Node, fx.Node]]
+    inserted: list[fx.Node]
+
+    def rewritten(self) -> bool:
+        """Was an attention inside replaced by the operator?"""
+        target = torch.ops.attn_compiler.attention.default
+        start, stop = self.inserted[0], self.inserted[-1]
+        node: Any = start
+        while node is not stop:
+            if node.target is target:
+                return True
+            node = node.next
+        return False
+
+    def undo(self) -> None:
+        for piece, replacement in self.users:
+            replacement.replace_all_uses_with(piece)
+        for node in reversed(self.inserted):
+            if not node._erased and not node.users:
+                node.graph.erase_node(node)
+
+
+def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:
+    """Expand every call of a fused function with projections."""
+    found: list[Expansion] = []
+    for node in list(graph.nodes):
+        if ops.name(node) in ops.MHA and node.op == "call_function":
+            try:
+                found.append(_expand(node, state))
+            except RegionError:
+                continue
+    return found
+
+
+def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
+    inputs = tuple(dict.fromkeys(node.all_input_nodes))
+    region = Region(end=node, nodes=(node,), inputs=inputs, mutated=frozenset())
+    module = trace_region(region, [node], state)
+    graph = node.graph
+    env: dict[fx.Node, fx.Node] = dict(zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    key = "example_value" if "example_value" in node.meta else "val"
+    inserted: list[fx.Node] = []
+    with graph.inserting_before(node):
+        for inner in module.graph.nodes:
+            if inner.op != "call_function":
+                if inner.op == "get_attr":
+                    raise RegionError("region.constant", "a constant stands inside a fused attention")
+                continue
+            copy = graph.node_copy(inner, env.__getitem__)
+            copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            copy.meta[key] = inner.meta.get("val")
+            env[inner] = copy
+            inserted.append(copy)
+    outputs = pytree.tree_leaves(module.graph.output_node().args[0])
+    return _connect(node, [env.get(out) if isinstance(out, fx.Node) else None for out in outputs], inserted)
+
+
+def _connect(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Node]) -> Expansion:
+    pairs: list[tuple[fx.Node, fx.Node]] = []
+    for user in list(node.users):
+        position = user.args[1] if ops.name(user) == "getitem" else None
+        replacement = outputs[position] if isinstance(position, int) else None
+        if replacement is None:
+            raise RegionError("region.composite_user", "a fused attention is read in an unusual way")
+        user.replace_all_uses_with(replacement)
+        pairs.append((user, replacement))
+    return Expansion(node, pairs, inserted)

@@ -1,0 +1,165 @@
+"""One recognised attention becomes one operator in the host graph.
+
+    softmax(q @ k.T * scale + mask) @ v   ->   attn_compiler::attention(q, k, v, reads, ints, seed, program=..., ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core
+from attn_compiler.ir.provenance import location
+from attn_compiler.ir.region import FunctionalRegion, Region
+from attn_compiler.ir.soft import NotAttention
+from attn_compiler.passes.emit import Emitter
+
+aten = torch.ops.aten
+# users that give the same result for any strides of what they read
+_LAYOUT_FREE = frozenset({"transpose", "permute", "swapaxes", "movedim", "contiguous", "reshape", "flatten", "linear"})
+
+
+def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> None:
+    """Replace the region's end; the caller removes what is dead afterwards.
+
+    Raises:
+        NotAttention: `attention.second_reader`; the graph is as before.
+        RegionError: an operand cannot be laid out; the graph is as before.
+    """
+    _check_readers(region, functional, core)
+    emitter = Emitter(region, functional)
+    try:
+        result = _emit(emitter, core)
+    except Exception:
+        emitter.undo()
+        raise
+    region.end.replace_all_uses_with(result)
+
+
+def _check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
+    inner = {host for host, node in functional.of_host.items() if node in core.inner and host is not region.end}
+    read = live_nodes(region.end.graph, set(region.nodes), {region.end}) & inner
+    if not read:
+        return
+    first = min(read, key=list(region.nodes).index)
+    reader = next((u for n in read for u in n.users if u not in region.nodes), None)
+    what = "weights" if any(ops.name(n) in ops.SOFTMAX for n in read) else "scores"
+    where = location(reader) if reader is not None else ""
+    raise NotAttention(
+        "attention.second_reader", f"the {what} are also read elsewhere{f' ({where})' if where else ''}", first
+    )
+
+
+def _emit(emitter: Emitter, core: Core) -> fx.Node:
+    roles = core.roles
+    outer, rows = roles.batch, roles.query
+    q = emitter.canonical(core.q, (outer, roles.query_heads, rows, roles.feature))
+    k = emitter.canonical(core.k, (outer, roles.heads, roles.key, roles.feature))
+    v = emitter.canonical(core.v, (outer, roles.heads, roles.key, roles.value))
+    q, k, v = (_as_dtype(emitter, x, core.dtype) for x in (q, k, v))
+    for operation, factor in core.factors:
+        target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
+        q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
+    seed = None
+    if core.dropout:
+        device = ops.value(q).device
+        seed = emitter.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
+    both = emitter.call(
+        torch.ops.attn_compiler.attention.default,
+        q,
+        k,
+        v,
+        [_read(emitter, node, q) for node in core.reads],
+        [emitter.size(size) for size in core.ints],
+        seed,
+        program=str(core.program),
+        scale=core.scale,
+        dropout=core.dropout,
+    )
+    out = emitter.call(operator.getitem, both, 0)
+    groups = (outer, roles.query_heads, rows, roles.value)
+    restored = emitter.restore(out, core.end, groups)
+    restored = _as_dtype(emitter, restored, ops.value(emitter.region.end).dtype)
+    return _laid_out(emitter, restored)
+
+
+def _as_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if ops.value(node).dtype == dtype else emitter.call(aten.to.dtype, node, dtype)
+
+
+def _read(emitter: Emitter, node: fx.Node, like: fx.Node) -> fx.Node:
+    host = emitter.host(node)
+    if isinstance(ops.value(host), torch.Tensor):
+        return host  # type: ignore[no-any-return]
+    return emitter.call(aten.scalar_tensor.default, host, dtype=torch.float32, device=ops.value(like).device)
+
+
+def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
+    """Give the result the strides the original had, unless no reader can tell."""
+    end = emitter.region.end
+    if all(ops.name(user) in _LAYOUT_FREE for user in end.users):
+        return node
+    wanted, given = ops.value(end), ops.value(node)
+    if wanted.stride() == given.stride():
+        return node
+    if wanted.is_contiguous():
+        return emitter.call(aten.contiguous.default, node)
+    order = sorted(range(wanted.dim()), key=lambda d: (-_static(wanted.stride()[d]), d))
+    if order == list(range(len(order))):
+        return emitter.call(aten.contiguous.default, node)
+    inverse = [order.index(d) for d in range(len(order))]
+    dense = emitter.call(aten.contiguous.default, emitter.call(aten.permute.default, node, order))
+    return emitter.call(aten.permute.default, dense, inverse)
+
+
+def _static(stride: Any) -> int:
+    return stride if isinstance(stride, int) else int(stride.node.hint or 0)
+
+
+# ---------------------------------------------------------------- what is still needed
+
+
+def live_nodes(graph: fx.Graph, candidates: set[fx.Node], removed: set[fx.Node]) -> set[fx.Node]:
+    """Those of `candidates` whose value, or whose write, something outside of them still needs.
+
+    Everything outside counts as needed. A write is needed if something needed, or an input of the graph, lives in the
+    storage it writes to.
+    """
+    live: set[fx.Node] = set()
+    stack = [a for node in graph.nodes if node not in candidates and node not in removed for a in node.all_input_nodes]
+    _close(stack, candidates, removed, live)
+    writers = [node for node in graph.nodes if node in candidates and ops.written(node)]
+    pending = True
+    while pending:
+        pending = False
+        held = _storages(n for n in graph.nodes if n not in removed and (n in live or n not in candidates))
+        for writer in writers:
+            if writer not in live and any(ops.storages(target) & held for target in ops.written(writer)):
+                _close([writer], candidates, removed, live)
+                pending = True
+    return live
+
+
+def _close(stack: list[fx.Node], candidates: set[fx.Node], removed: set[fx.Node], live: set[fx.Node]) -> None:
+    while stack:
+        node = stack.pop()
+        if node in candidates and node not in live and node not in removed:
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+
+
+def _storages(nodes: Iterable[fx.Node]) -> set[int]:
+    return {identity for node in nodes for identity in ops.storages(node)}
+
+
+def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> None:
+    """Erase those of `candidates` that nothing needs any more."""
+    dead = candidates - live_nodes(graph, candidates, set())
+    for node in reversed(list(graph.nodes)):
+        if node in dead:
+            graph.erase_node(node)

@@ -1,0 +1,174 @@
+"""The order of things: find, cut, functionalise, raise, select, rewrite, clean up; for every graph of a module.
+
+    host graph --find_candidates--> candidates --cut, functionalise--> regions --recognise--> cores
+      --describe--> sites --select--> decisions --rewrite_site--> host graph with one operator per accepted site
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+from attn_compiler.config import CompileConfig, variant_of
+from attn_compiler.errors import NoLegalVariant
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core, recognise
+from attn_compiler.ir.provenance import location, module
+from attn_compiler.ir.region import FunctionalRegion, Region, RegionError, ambient, cut, functionalise, order
+from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
+from attn_compiler.ir.soft import NotAttention
+from attn_compiler.passes.describe import describe
+from attn_compiler.passes.expand_composite import Expansion, expand_composites
+from attn_compiler.passes.find_regions import Candidate, find_candidates
+from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
+from attn_compiler.report import Report
+
+log = logging.getLogger("attn_compiler")
+
+
+@dataclass
+class _Work:
+    """What is known about one graph while it is worked on."""
+
+    graph: fx.Graph
+    config: CompileConfig
+    state: dict[fx.Node, tuple[Any, ...]]
+    change: bool
+    sites: list[AttentionSite] = field(default_factory=list)
+    missed: list[Missed] = field(default_factory=list)
+    touched: set[fx.Node] = field(default_factory=set)
+
+
+def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = True) -> Report:
+    """Find every attention of a traced module, and rewrite in place those that may be.
+
+    Args:
+        gm: a graph whose nodes hold fake values, with the bodies of its higher-order operators as submodules.
+        config: what is allowed.
+        change: False only looks.
+
+    Raises:
+        NoLegalVariant: `on_reject="raise"` and a site stays as it is.
+    """
+    before = gm.print_readable(print_output=False) if config.keep_graphs else ""
+    works = list(_graphs(gm, config, change))
+    for work in works:
+        _run(work)
+    for _, child in gm.named_modules():
+        if isinstance(child, fx.GraphModule):
+            child.graph.lint()
+            child.recompile()
+    report = Report(
+        sites=tuple(site for work in works for site in work.sites),
+        missed=tuple(missed for work in works for missed in work.missed),
+        graph_before=before,
+        graph_after=gm.print_readable(print_output=False) if config.keep_graphs else "",
+    )
+    _raise_rejected(report, config)
+    return report
+
+
+def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator[_Work]:
+    """The graph itself and the bodies of checkpoint, cond and nested regions, each once."""
+    outer = ambient(gm.graph)
+    yield _Work(gm.graph, config, outer, change)
+    for name, child in gm.named_children():
+        if not isinstance(child, fx.GraphModule):
+            continue
+        around = _around(gm.graph, name, outer)
+        for work in _graphs(child, config, change):
+            if around:
+                work.state = {n: (*around, *work.state.get(n, ())) for n in work.graph.nodes}
+            yield work
+
+
+def _around(graph: fx.Graph, name: str, state: dict[fx.Node, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Autocast state in which the graph runs the body it holds under this name."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            for user in node.users:
+                found = state.get(user, ())
+                if ops.name(user) == "wrap_with_autocast":
+                    device, dtype, enabled, cache = user.args[:4]
+                    return (*found, (device, dtype, enabled, cache))
+                return found
+    return ()
+
+
+def _run(work: _Work) -> None:
+    expansions = expand_composites(work.graph, work.state)
+    position = order(work.graph)
+    writers = [n for n in work.graph.nodes if ops.written(n)]
+    for candidate in list(find_candidates(work.graph)):
+        _visit(work, candidate, position, writers)
+        position = order(work.graph)
+    _settle(work, expansions)
+    erase_dead(work.graph, work.touched)
+
+
+def _settle(work: _Work, expansions: list[Expansion]) -> None:
+    """Take back the expansion of a fused module whose attention was not rewritten."""
+    for expansion in expansions:
+        if not expansion.rewritten():
+            expansion.undo()
+        work.touched -= {n for n in work.touched if n.graph is not work.graph or n._erased}
+
+
+def _visit(work: _Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]) -> None:
+    """Try the nodes that may end this candidate, the first that works is taken."""
+    refusals: list[tuple[fx.Node, Reason]] = []
+    if not candidate.ends:
+        reason = Reason("not_attention.no_value_product", "the softmax never meets a product with values")
+        refusals.append((candidate.anchor, reason))
+    for end in candidate.ends:
+        try:
+            region = cut(end, position, writers)
+            functional = functionalise(region, work.state)
+            core = recognise(functional)
+            _decide(work, region, functional, core)
+            return
+        except (NotAttention, RegionError) as refusal:
+            refusals.append((end, Reason(refusal.code, refusal.text, location(candidate.anchor))))
+    node, reason = refusals[0]
+    path, _ = module(candidate.anchor)
+    log.info("%s: %s", path or location(candidate.anchor), reason)
+    work.missed.append(Missed(location(candidate.anchor), reason.code, reason.text, path))
+
+
+def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
+    site = describe(region, functional, core)
+    target = work.config.wanted(site.path)
+    if target is None:
+        decision = Decision(False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),))
+    else:
+        variant = variant_of(target)
+        spec = variant.spec() if target == "fastest" else target
+        reasons = tuple(variant.legality(site, spec))
+        decision = Decision(not reasons, variant.name if not reasons else "", reasons, fidelity=variant.fidelity.value)
+    if decision.accepted and work.change:
+        try:
+            rewrite_site(region, functional, core)
+            work.touched |= set(region.nodes)
+        except (NotAttention, RegionError) as refusal:
+            decision = Decision(False, reasons=(Reason(refusal.code, refusal.text, site.location),))
+    site = replace(site, decision=decision)
+    log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
+    work.sites.append(site)
+
+
+def _raise_rejected(report: Report, config: CompileConfig) -> None:
+    rejected = [s for s in report.sites if not s.decision.accepted and config.wanted(s.path) is not None]
+    if config.on_reject == "raise" and rejected:
+        site = rejected[0]
+        raise NoLegalVariant(
+            "nothing may replace attention",
+            where=f"{site.path or 'the root'} ({site.location})",
+            why=[str(reason) for reason in site.decision.reasons],
+            do='on_reject="keep" leaves the site as it is',
+        )
+

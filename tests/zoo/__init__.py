@@ -1,0 +1,1 @@
+"""Attention as people write it, and as the library models spell it."""

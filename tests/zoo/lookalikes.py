@@ -1,0 +1,408 @@
+"""What looks like attention and is not, or not the kind that may be replaced: none of these may be rewritten.
+
+Each row says why. Outputs and gradients must stay as they were, and no site may be accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo.entry import B, D, H, S, T, WIDTH, Attend, Site, hidden, normal
+from zoo.written_masks import dots, tril
+
+
+@dataclass(frozen=True)
+class Lookalike:
+    """One row: a module, its inputs, and the reason for leaving it alone."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    why: str
+    inputs: Callable[[torch.Generator], tuple[Any, ...]] = hidden()
+
+    def module(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.build()
+
+    def arguments(self) -> tuple[Any, ...]:
+        return self.inputs(torch.Generator().manual_seed(0))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def core(attend: Attend, why: str, *more: Callable[[torch.Generator], Any], **options: Any) -> Lookalike:
+    def build() -> nn.Module:
+        return Site(attend() if isinstance(attend, type) else attend, **options)
+
+    return Lookalike(attend.__name__.lower(), build, why, hidden(*more))
+
+
+# ---------------------------------------------------------------- the wrong axis
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).softmax(-2) @ v
+
+
+def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).softmax(1) @ v
+
+
+def over_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).softmax(0) @ v
+
+
+def over_queries_and_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = dots(q, k)
+    return s.flatten(-2).softmax(-1).view_as(s) @ v
+
+
+def over_heads_and_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # one distribution over all heads' keys, a sum over heads' values for free
+    b, h, t, s = dots(q, k).shape
+    joint = dots(q, k).transpose(1, 2).reshape(b, t, h * s).softmax(-1)
+    return joint.view(b, t, h, s).transpose(1, 2) @ v
+
+
+def slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # slot attention: the slots compete for the inputs, then each is normalised
+    weights = dots(q, k).softmax(dim=2) + 1e-6
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # cross-covariance attention (XCiT): d x d weights, which mix features, not rows
+    q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
+    return ((q.mT @ k).softmax(-1) @ v.mT).mT
+
+
+# ---------------------------------------------------------------- not normalised as attention is
+
+
+def log_probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.log_softmax(dots(q, k), dim=-1) @ v
+
+
+def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).sigmoid() @ v
+
+
+def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (dots(q, k).relu().square() / q.shape[2]) @ v
+
+
+def no_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (dots(q, k) * tril(q.shape[2])) @ v
+
+
+def normalised_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).softmax(-1).softmax(-1) @ v
+
+
+def scores_normalised_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = dots(q, k)
+    s = (s - s.mean(-1, keepdim=True)) / s.std(-1, keepdim=True)
+    return s.softmax(-1) @ v
+
+
+def sinkhorn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = dots(q, k)
+    for _ in range(2):
+        s = s - s.logsumexp(-1, keepdim=True)
+        s = s - s.logsumexp(-2, keepdim=True)
+    return s.exp() @ v
+
+
+def squared_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = dots(q, k).exp()
+    return (e / e.square().sum(-1, keepdim=True).sqrt()) @ v
+
+
+def wrong_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the sum is over what is not masked, the numerator over everything
+    s = dots(q, k)
+    return (s.exp() / s.masked_fill(~tril(q.shape[2]), float("-inf")).exp().sum(-1, keepdim=True)) @ v
+
+
+def wrong_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # two different shifts do not cancel
+    s = dots(q, k)
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    return (e / (s - s.amax(-2, keepdim=True)).exp().sum(-1, keepdim=True)) @ v
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.softmax(-1) @ (k.softmax(-2).mT @ v)
+
+
+def linear_attention_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # associated the other way it even has a T x T product
+    return (q.softmax(-1) @ k.softmax(-2).mT) @ v
+
+
+# ---------------------------------------------------------------- between the softmax and the values
+
+
+def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return (dots(q, k).softmax(-1) * gate) @ v
+
+
+def masked_afterwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (dots(q, k).softmax(-1) * tril(q.shape[2])) @ v
+
+
+def bias_afterwards(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (dots(q, k).softmax(-1) + bias) @ v
+
+
+class Talking(nn.Module):
+    """Talking heads: the heads are mixed after the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(H, H))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhij,hg->bgij", dots(q, k).softmax(-1), self.mix) @ v
+
+
+class TalkingBefore(Talking):
+    """The heads are mixed before the softmax: a score is no product of one query and one key of its own head."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.einsum("bhij,hg->bgij", dots(q, k), self.mix).softmax(-1) @ v
+
+
+def strongest_only(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = dots(q, k).softmax(-1)
+    best, at = p.topk(3, dim=-1)
+    return torch.zeros_like(p).scatter(-1, at, best / best.sum(-1, keepdim=True)) @ v
+
+
+def threshold(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = dots(q, k).softmax(-1)
+    return torch.where(p > 0.05, p, 0.0) @ v
+
+
+def differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q1, q2 = q.chunk(2, dim=-1)
+    k1, k2 = k.chunk(2, dim=-1)
+    return (dots(q1, k1).softmax(-1) - 0.3 * dots(q2, k2).softmax(-1)) @ v
+
+
+def convolved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = dots(q, k).softmax(-1)
+    return F.avg_pool1d(p.flatten(0, 1), 3, 1, 1).view_as(p) @ v
+
+
+def shifted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dots(q, k).softmax(-1).roll(1, dims=-1) @ v
+
+
+def cut_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the last key takes probability; its value is dropped
+    return dots(q, k).softmax(-1)[..., :-1] @ v[:, :, :-1]
+
+
+def rolled_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # an attention over values in another order than the keys
+    return dots(q, k).softmax(-1).flip(-1) @ v
+
+
+# ---------------------------------------------------------------- somebody else reads
+
+
+class Reader(nn.Module):
+    """Returns an inner tensor of the attention beside its result."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.inner = Site(self.attend)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = dots(q, k)
+        masked = s.masked_fill(~tril(q.shape[2]), float("-inf"))
+        p = masked.softmax(-1)
+        entropy = -(p * p.clamp(min=1e-9).log()).sum(-1)
+        self.read = {"probabilities": p, "scores": s, "entropy": entropy, "mean": p.mean(1)}[self.what]
+        return p @ v
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), self.read
+
+
+class TwoValues(nn.Module):
+    """The same probabilities weigh two things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other = Site(self.attend), nn.Linear(D, D)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = dots(q, k).softmax(-1)
+        return p @ v + (p.mT @ self.other(v))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------- not attention at all
+
+
+class Router(nn.Module):
+    """A mixture of experts: softmax over experts, then a weighted sum of what they made."""
+
+    def __init__(self, hard: bool = False) -> None:
+        super().__init__()
+        self.hard, self.gate = hard, nn.Linear(WIDTH, 3)
+        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) * 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.gate(x).softmax(-1)
+        if self.hard:
+            best, at = p.topk(2, dim=-1)
+            p = torch.zeros_like(p).scatter(-1, at, best)
+        return torch.einsum("bte,bted->btd", p, torch.einsum("btc,ecd->bted", x, self.experts))
+
+
+class LinearRouter(nn.Module):
+    """softmax(x W) E: the `keys` and `values` are parameters without a batch, as in a router's combine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.table = nn.Linear(WIDTH, 5, bias=False), nn.Parameter(torch.randn(5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(x).softmax(-1) @ self.table
+
+
+class SoftExperts(nn.Module):
+    """Soft MoE: dispatch by a softmax over tokens, combine by one over slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phi, self.inner = nn.Parameter(torch.randn(WIDTH, 6)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.einsum("bmd,dp->bmp", x, self.phi)
+        dispatched = torch.einsum("bmd,bmp->bpd", x, logits.softmax(dim=1))
+        return torch.einsum("bpd,bmp->bmd", self.inner(dispatched), logits.softmax(dim=2))
+
+
+class Pooling(nn.Module):
+    """softmax(W x) x: one learned vector weighs the rows."""
+
+    def __init__(self, hidden_layer: bool = False) -> None:
+        super().__init__()
+        inner = [nn.Linear(WIDTH, WIDTH), nn.Tanh()] if hidden_layer else []
+        self.score = nn.Sequential(*inner, nn.Linear(WIDTH, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.score(x).softmax(dim=1) * x).sum(1)
+
+
+class PoolingByProduct(Pooling):
+    """The same with a batched product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(self.score(x).transpose(1, 2).softmax(-1), x).squeeze(1)
+
+
+class Squeeze(nn.Module):
+    """Squeeze and excite, with a softmax over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.up(F.relu(self.down(x.mean(1)))).softmax(-1)[:, None]
+
+
+class Additive(nn.Module):
+    """Bahdanau: the score is a small network of query and key, not a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.score = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, 6), nn.Linear(6, 1)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        energy = torch.tanh(self.q(x)[:, :, None] + self.k(memory)[:, None])
+        return self.score(energy).squeeze(-1).softmax(-1) @ memory
+
+
+class Synthesizer(nn.Module):
+    """The weights come from the rows alone, or from a table: there are no keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.value = nn.Parameter(torch.randn(T, T)), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table.softmax(-1) @ self.value(x)  # type: ignore[no-any-return]
+
+
+class Classifier(nn.Module):
+    """A product, a softmax and a product: the label embedding of soft predictions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.back = nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.head(x).softmax(-1))  # type: ignore[no-any-return]
+
+
+class NearestNeighbours(nn.Module):
+    """The query takes part with its own distance: squared distance without the terms that cancel would be attention."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        return torch.cdist(x, memory).neg().softmax(-1) @ memory
+
+
+AXIS = "the softmax is over another axis than the one that is summed with the values"
+MIXED = "the probabilities are changed before they meet the values"
+READ = "somebody else reads the tensor"
+NO_KEYS = "the scores are no product of queries and keys"
+GATE = normal(B, H, T, T)
+
+LOOKALIKES: tuple[Lookalike, ...] = (
+    *(core(f, AXIS) for f in (over_queries, over_heads, over_batch, over_queries_and_keys, over_heads_and_keys, slots)),
+    core(channels, "features are mixed, not rows"),
+    core(log_probabilities, "logarithms are summed"),
+    *(core(f, "there is no softmax") for f in (sigmoid_attention, relu_attention, no_softmax)),
+    core(normalised_twice, "a softmax of a softmax"),
+    core(scores_normalised_first, "the scores depend on the whole row"),
+    core(sinkhorn, "rows and columns are normalised in turn"),
+    *(core(f, "the denominator is not the sum") for f in (squared_sum, wrong_denominator, wrong_maximum)),
+    *(core(f, "two softmaxes, none of scores") for f in (linear_attention, linear_attention_in_rows)),
+    core(gated, MIXED, GATE),
+    core(masked_afterwards, MIXED),
+    core(bias_afterwards, MIXED, GATE),
+    *(core(f, MIXED) for f in (Talking, strongest_only, threshold, convolved, shifted, cut_off, rolled_values)),
+    core(differential, "two distributions are subtracted before they meet the values"),
+    core(TalkingBefore, "the scores mix heads"),
+    *(Lookalike(f"reads_{w}", lambda w=w: Reader(w), READ) for w in ("probabilities", "scores", "entropy", "mean")),  # type: ignore[misc]
+    Lookalike("two_values", TwoValues, READ),
+    Lookalike("router", Router, NO_KEYS),
+    Lookalike("hard_router", lambda: Router(hard=True), NO_KEYS),
+    Lookalike("linear_router", LinearRouter, NO_KEYS),
+    Lookalike("soft_experts", SoftExperts, NO_KEYS),
+    Lookalike("pooling", Pooling, NO_KEYS),
+    Lookalike("pooling_by_a_network", lambda: Pooling(hidden_layer=True), NO_KEYS),
+    Lookalike("pooling_by_product", PoolingByProduct, NO_KEYS),
+    Lookalike("squeeze", Squeeze, NO_KEYS),
+    Lookalike("additive", Additive, NO_KEYS, hidden(normal(B, S, WIDTH))),
+    Lookalike("synthesizer", Synthesizer, NO_KEYS),
+    Lookalike("classifier", Classifier, NO_KEYS),
+    Lookalike("nearest_neighbours", NearestNeighbours, NO_KEYS, hidden(normal(B, S, WIDTH))),
+)
+# attentions all the same: a compiler that recomputes the inner tensor for its reader makes no error
+MAY_BE_REWRITTEN = {"reads_probabilities", "reads_scores", "reads_mean", "reads_entropy", "two_values"}
