@@ -41,7 +41,6 @@ $(STAMP):
 		echo "Python 3.11 or 3.12 is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; fi
 	@echo "setting up $(VENV) with $$($(PYTHON) --version): some minutes, once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@if [ "$(GPU)" != 0 ]; then $(BIN)/python -m pip install "$(TORCH)"; \
 		else $(BIN)/python -m pip install "$(TORCH)" "$(TRITON)"; fi
 	@$(BIN)/python -m pip install -e ".[dev]"

@@ -104,6 +104,9 @@ def _run(work: _Work) -> None:
     expansions = expand_composites(work.graph, work.state)
     position = order(work.graph)
     writers = [n for n in work.graph.nodes if ops.written(n)]
+    for node in work.graph.nodes:
+        if ops.name(node) in ops.NATIVE:
+            _miss(work, node, Reason("region.native", "this is fused already, in one native call of PyTorch"))
     for candidate in list(find_candidates(work.graph)):
         _visit(work, candidate, position, writers)
         position = order(work.graph)
@@ -114,7 +117,9 @@ def _run(work: _Work) -> None:
 def _settle(work: _Work, expansions: list[Expansion]) -> None:
     """Take back the expansion of a fused module whose attention was not rewritten."""
     for expansion in expansions:
-        if not expansion.rewritten():
+        if expansion.rewritten():
+            work.touched |= expansion.replaced()
+        else:
             expansion.undo()
         work.touched -= {n for n in work.touched if n.graph is not work.graph or n._erased}
 
@@ -134,10 +139,13 @@ def _visit(work: _Work, candidate: Candidate, position: dict[fx.Node, int], writ
             return
         except (NotAttention, RegionError) as refusal:
             refusals.append((end, Reason(refusal.code, refusal.text, location(candidate.anchor))))
-    node, reason = refusals[0]
-    path, _ = module(candidate.anchor)
-    log.info("%s: %s", path or location(candidate.anchor), reason)
-    work.missed.append(Missed(location(candidate.anchor), reason.code, reason.text, path))
+    _miss(work, candidate.anchor, refusals[0][1])
+
+
+def _miss(work: _Work, node: fx.Node, reason: Reason) -> None:
+    path, _ = module(node)
+    log.info("%s: %s", path or location(node), reason)
+    work.missed.append(Missed(location(node), reason.code, reason.text, path))
 
 
 def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:

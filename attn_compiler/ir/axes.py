@@ -133,6 +133,14 @@ def size_of(size: Any) -> Size:
     return simple(size.node.expr) if hasattr(size, "node") else simple(size)
 
 
+def hint(size: Any) -> int:
+    """A size to sort by: that of the example, asked without a guard."""
+    if isinstance(size, int):
+        return size
+    found = getattr(size.node, "hint", None)
+    return int(found) if isinstance(found, int) else 1
+
+
 def simple(size: Size) -> Size:
     if isinstance(size, int):
         return size

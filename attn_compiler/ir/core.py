@@ -16,7 +16,7 @@ from attn_compiler.ir import axes as ax
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import DOT, FALSE, TRUE, Call, Const, Expr, Read, Var, call, substitute, walk
-from attn_compiler.ir.filling import split
+from attn_compiler.ir.filling import never_empty, split
 from attn_compiler.ir.mask import normalise
 from attn_compiler.ir.pull import VALUES, Coordinates, Leaf, Product, Puller, arguments, op, shape, to_expr, val
 from attn_compiler.ir.region import FunctionalRegion
@@ -128,7 +128,7 @@ def _from_softmax(
     weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
     roles = role.assign(where, weights, key, product.reduced, q.where, k.where, v.where)
     naming = Naming(puller, roles)
-    score = scaling.fold(naming(_with_dot(logits, product)))
+    score = naming(scaling.fold(_with_dot(logits, product)))
     extra = None if sink is None else naming(sink)
     program, dropout = _program(naming, score, extra, soft, val(soft.logits).dtype)
     inner = _between(product.node, end)
@@ -270,7 +270,7 @@ def _from_sdpa(puller: Puller, end: fx.Node, where: Coordinates, node: fx.Node, 
             logits = call("add", DOT, element)
     soft = Softmax(query, (), 0, dropout=float(args["dropout_p"]), safe=True)
     allowed = normalise(naming(mask))
-    program, dropout = _program(naming, scaling.fold(naming(logits)), None, soft, val(query).dtype, allowed)
+    program, dropout = _program(naming, naming(scaling.fold(logits)), None, soft, val(query).dtype, allowed)
     dtype = _dtype(node, q, k, v)
     return _core(end, where, q, k, v, roles, program, scaling, naming, dropout, frozenset(), dtype)
 
@@ -291,7 +291,6 @@ class _Scaling:
     def __init__(self) -> None:
         self.scale = 1.0
         self.factors: list[tuple[str, fx.Node]] = []
-        self.reads: dict[int, fx.Node] = {}
 
     def take(self, operation: str, factor: Any) -> bool:
         """Take one multiplication off q, k or the scores; False if it is no plain number."""
@@ -324,7 +323,7 @@ class _Scaling:
         other = outer.args[1] if outer.args[0] == DOT else outer.args[0]
         if isinstance(other, Const):
             return outer.op, other.value
-        return None
+        return (outer.op, other.node) if isinstance(other, Leaf) and not other.where else None
 
 
 def _operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: _Scaling | None) -> Operand:
@@ -383,15 +382,22 @@ def _program(
     found = split(score, dtype, bounded, is_bool)
     allowed = found.mask if mask == TRUE else normalise(call("and", mask, found.mask))
     empty = found.empty if found.mask != TRUE else "any"
+    if never_empty(allowed):
+        return Program(found.score, allowed, sink), _unzeroed(naming, soft, allowed)
     if soft.safe and allowed != TRUE and (empty != "any" or mask != TRUE):
         empty = "zero"
+    if soft.zeroed:
+        empty = "zero"
+    return Program(found.score, allowed, sink, empty), _unzeroed(naming, soft, allowed)
+
+
+def _unzeroed(naming: Naming, soft: Softmax, allowed: Expr) -> float:
+    """The dropout, once it is sure that only weights are set to zero that the mask has made zero already."""
     for condition in soft.zeroed:
         dropped = naming(condition)
-        # only weights that are zero anyway may be zeroed: then it only decides what an empty row gets
         if normalise(call("and", dropped, allowed)) != FALSE and normalise(call("not", dropped)) != allowed:
             raise NotAttention("attention.weights_changed", "weights are set to zero where the mask allows the key")
-        empty = "zero"
-    return Program(found.score, allowed, sink, empty), soft.dropout
+    return soft.dropout
 
 
 def _dtype_of(node: fx.Node) -> torch.dtype | None:

@@ -92,6 +92,9 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "max": torch.maximum,
     "pow": torch.pow,
 }
+_REAL = frozenset(
+    ("div", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf")
+)
 # int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are not written down
 _KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
 OPS = frozenset(_UNARY) | frozenset(_BINARY) | frozenset(_KINDS) | {"where"}
@@ -196,7 +199,7 @@ def _fold(op: str, values: Sequence[bool | int | float]) -> Const | None:
         return Const(values[1] if values[0] else values[2])
     tensors = [torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for v in values]
     try:
-        result = (_UNARY.get(op) or _BINARY[op])(*tensors)
+        result = _apply(op, tensors, torch.float64)
     except RuntimeError:
         return None
     return Const(result.item())
@@ -298,6 +301,9 @@ _AST_BINARY: dict[type[ast.AST], str] = {
 }
 
 
+_AST_PREFIX: dict[type[ast.AST], str] = {ast.USub: "neg", ast.Invert: "not", ast.Not: "not"}
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> Expr:
     """Read what `str()` wrote.
@@ -318,21 +324,29 @@ def _from_ast(node: ast.AST) -> Expr:
         return _from_name(node.id)
     if isinstance(node, ast.UnaryOp):
         inner = _from_ast(node.operand)
-        negated = isinstance(node.op, ast.USub)
-        if negated and isinstance(inner, Const):
+        if isinstance(node.op, ast.USub) and isinstance(inner, Const):
             return Const(-inner.value)
-        return Call("neg" if negated else "not", (inner,))
+        sign = _AST_PREFIX.get(type(node.op))
+        return inner if sign is None else Call(sign, (inner,))
     if isinstance(node, ast.BinOp):
         return Call(_AST_BINARY[type(node.op)], (_from_ast(node.left), _from_ast(node.right)))
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         op = _AST_BINARY[type(node.ops[0])]
         return Call(op, (_from_ast(node.left), _from_ast(node.comparators[0])))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OPS:
-        return Call(node.func.id, tuple(map(_from_ast, node.args)))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return _from_call(node.func.id, node.args)
     if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
         index = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        return Read(int(node.value.id.removeprefix("t")), tuple(map(_from_ast, index)))
+        if node.value.id[:1] == "t" and node.value.id[1:].isdigit():
+            return Read(int(node.value.id[1:]), tuple(map(_from_ast, index)))
     raise KeyError(ast.dump(node)[:60])
+
+
+def _from_call(op: str, args: Sequence[ast.AST]) -> Expr:
+    wanted = 3 if op == "where" else 2 if op in _BINARY else 1
+    if op not in OPS or len(args) != wanted:
+        raise KeyError(f"{op} of {len(args)}")
+    return Call(op, tuple(map(_from_ast, args)))
 
 
 def _from_name(name: str) -> Expr:
@@ -408,6 +422,8 @@ def _apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
     if op in ("min", "max"):
         common = reduce(torch.promote_types, (a.dtype for a in args))
         args = [a.to(common) for a in args]
+    if op in _REAL and not any(a.is_floating_point() for a in args):
+        args = [a.to(dtype) for a in args]  # torch would take its default dtype
     return (_UNARY.get(op) or _BINARY[op])(*args)
 
 

@@ -2,7 +2,8 @@
 
     q - k + 0 >= 0   ->   {k: -1, q: 1} + 0           (k // 8) * 8 + k % 8   ->   {k: 1} + 0
 
-A sum is made of atoms: variables, sizes, run-time integers, and whatever is an integer but not a sum (`k // 128`, `t0[b]`).
+A sum is made of atoms: variables, sizes, run-time integers, and whatever is an integer but not a
+sum (`k // 128`, `t0[b]`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from attn_compiler.ir.expr import Call, Const, Expr, Int, Read, Var, children, depends
 
 _BOOLEAN = frozenset(("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "bool"))
-_SAME_KIND = frozenset(("add", "sub", "mul", "min", "max", "mod", "floordiv", "neg", "abs", "relu", "square"))
-_ALSO_BOOLEAN = frozenset(("add", "mul", "min", "max", "where"))  # of booleans they are or, and, and, or, a choice
+_SAME_KIND = frozenset(
+    ("add", "sub", "mul", "min", "max", "mod", "floordiv", "neg", "abs", "relu", "square")
+)
+_ALSO_BOOLEAN = frozenset(
+    ("add", "mul", "min", "max", "where")
+)  # of booleans they are or, and, and, or, a choice
 _ROUNDING = frozenset(("floor", "ceil", "trunc"))
 
 
@@ -36,28 +41,30 @@ class Linear:
         return Linear(terms, self.const + factor * other.const)
 
     def times(self, factor: int) -> Linear:
-        return Linear({a: c * factor for a, c in self.terms.items()} if factor else {}, self.const * factor)
+        return Linear(
+            {a: c * factor for a, c in self.terms.items()} if factor else {}, self.const * factor
+        )
 
     def replace(self, atom: Expr, value: Linear) -> Linear:
         rest = {a: c for a, c in self.terms.items() if a != atom}
         return Linear(rest, self.const).plus(value, self.terms[atom])
 
     def part(self) -> tuple[tuple[Expr, int], ...]:
-        """The terms in their fixed order: what moves with the key column first, then the row, then the rest."""
-        return tuple(sorted(self.terms.items(), key=_order))
+        """The terms in their fixed order."""
+        return tuple(sorted(self.terms.items(), key=lambda term: rank(term[0])))
 
     def expr(self) -> Expr:
         return total(self.part(), self.const)
 
 
-def _order(term: tuple[Expr, int]) -> tuple[int, str]:
-    atom = term[0]
-    for rank, name in enumerate("kqhb"):
-        if atom == Var(name):
-            return 2 * rank, ""
-        if depends(atom, name):
-            return 2 * rank + 1, str(atom)
-    return 8, str(atom)
+def rank(expr: Expr) -> tuple[int, str]:
+    """The order of terms and of the sides of a comparison: first what moves with the key column."""
+    for place, name in enumerate("kqhb"):
+        if expr == Var(name):
+            return 2 * place, ""
+        if depends(expr, name):
+            return 2 * place + 1, str(expr)
+    return (9 if isinstance(expr, Const) else 8), str(expr)
 
 
 def total(part: Iterable[tuple[Expr, int]], const: int = 0) -> Expr:
@@ -89,7 +96,7 @@ class Integers:
     def __init__(self, kinds: Sequence[str] = (), values: Mapping[str, int] | None = None) -> None:
         self.kinds = kinds
         self.values = values or {}
-        # by identity, since shared nodes are common; the node itself is kept so that its id stays its own
+        # by identity, since shared nodes are common; the node is kept so that its id stays its own
         self._linear: dict[int, tuple[Expr, Linear | None]] = {}
         self._kind: dict[int, tuple[Expr, str]] = {}
 
@@ -151,7 +158,11 @@ class Integers:
 
     def _linear_of(self, expr: Expr) -> Linear | None:
         if isinstance(expr, Const):
-            return Linear({}, int(expr.value)) if math.isfinite(expr.value) and expr.value == int(expr.value) else None
+            return (
+                Linear({}, int(expr.value))
+                if math.isfinite(expr.value) and expr.value == int(expr.value)
+                else None
+            )
         if isinstance(expr, Var | Int):
             known = self.values.get(str(expr))
             return Linear({expr: 1}) if known is None else Linear({}, known)
@@ -169,7 +180,11 @@ class Integers:
         else:
             args = [found for a in expr.args if (found := self.linear(a)) is not None]
             whole = len(args) == len(expr.args)
-            found = (self._product(*args) if expr.op == "mul" else _arithmetic(expr.op, args)) if whole else None
+            found = (
+                (self._product(*args) if expr.op == "mul" else _arithmetic(expr.op, args))
+                if whole
+                else None
+            )
         if found is None and self.kind(expr) == "int":
             return Linear({Call(expr.op, tuple(map(self.normal, expr.args))): 1})
         return found
@@ -180,8 +195,10 @@ class Integers:
         for one, other in ((left, right), (right, left)):
             atom = next(iter(one.terms))
             if len(one.terms) == 1 and isinstance(atom, Call) and atom.op == "where":
-                # where(c, x, y) * z  ->  where(c, x * z, y * z): of two conditions as 0 and 1 this is their `and`
-                values = [one.replace(atom, v) for a in atom.args[1:] if (v := self.linear(a)) is not None]
+                # where(c, x, y) * z  ->  where(c, x * z, y * z): of conditions as 0 and 1 the `and`
+                values = [
+                    one.replace(atom, v) for a in atom.args[1:] if (v := self.linear(a)) is not None
+                ]
                 yes, no = (self._product(v, other).expr() for v in values)
                 return Linear({Call("where", (atom.args[0], yes, no)): 1})
         return Linear({Call("mul", tuple(sorted((left.expr(), right.expr()), key=str))): 1})
@@ -191,7 +208,11 @@ class Integers:
         if yes is None or no is None:
             return None
         branches = (yes.expr(), no.expr())
-        return yes if branches[0] == branches[1] else Linear({Call("where", (expr.args[0], *branches)): 1})
+        return (
+            yes
+            if branches[0] == branches[1]
+            else Linear({Call("where", (expr.args[0], *branches)): 1})
+        )
 
     def _rounded(self, expr: Call) -> Linear | None:
         """A rounded quotient of integers; rounding what is an integer already does nothing."""
@@ -235,7 +256,11 @@ def _arithmetic(op: str, args: list[Linear]) -> Linear | None:
     if op in ("min", "max"):
         return _extreme(op, first, args[1])
     if op in ("floordiv", "mod") and not args[1].terms and args[1].const:
-        return _quotient(first, args[1].const) if op == "floordiv" else _remainder(first, args[1].const)
+        return (
+            _quotient(first, args[1].const)
+            if op == "floordiv"
+            else _remainder(first, args[1].const)
+        )
     return None
 
 
@@ -249,7 +274,9 @@ def _extreme(op: str, left: Linear, right: Linear) -> Linear:
 def _magnitude(value: Linear) -> Linear:
     if not value.terms:
         return Linear({}, abs(value.const))
-    return Linear({Call("abs", ((value if value.part()[0][1] > 0 else value.times(-1)).expr(),)): 1})
+    return Linear(
+        {Call("abs", ((value if value.part()[0][1] > 0 else value.times(-1)).expr(),)): 1}
+    )
 
 
 def _quotient(value: Linear, by: int) -> Linear:
@@ -270,4 +297,3 @@ def _remainder(value: Linear, by: int) -> Linear | None:
         return None
     rest = Linear({a: c % by for a, c in value.terms.items() if c % by}, value.const % by)
     return Linear({Call("mod", (rest.expr(), Const(by))): 1}) if rest.terms else rest
-

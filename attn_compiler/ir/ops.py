@@ -17,6 +17,8 @@ SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
 SDPA = frozenset({"scaled_dot_product_attention"})
 MHA = frozenset({"multi_head_attention_forward"})
+# fused further than this package looks: an encoder layer or attention with its projections in one native call
+NATIVE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 FLEX = frozenset({"flex_attention"})
 CONTRACTION = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner"})
 # a region never reaches behind these: they make the activations and parameters it starts from
@@ -25,7 +27,7 @@ BOUNDARY = frozenset(
         "linear", "addmm", "bilinear", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d", "convolution",
         "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm", "rms_norm", "group_norm", "batch_norm",
         "instance_norm", "native_layer_norm", "native_group_norm", "gru", "lstm", "rnn_tanh", "rnn_relu", "item",
-        "_transformer_encoder_layer_fwd", "_native_multi_head_attention", "nonzero", "unique", "topk", "sort",
+        *NATIVE, "nonzero", "unique", "topk", "sort",
         "rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "argmax", "argmin",
     }
 )  # fmt: skip
@@ -79,11 +81,14 @@ def storages(node: fx.Node) -> frozenset[int]:
     """Identities of the storages that the value of this node lives in; views share theirs."""
     found = value(node)
     leaves = found if isinstance(found, tuple | list) else (found,)
-    return frozenset(
-        leaf.untyped_storage()._cdata
-        for leaf in leaves
-        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
-    )
+    try:
+        return frozenset(
+            leaf.untyped_storage()._cdata
+            for leaf in leaves
+            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+        )
+    except NotImplementedError:  # a tensor inside vmap has no storage of its own, and cannot be written in place here
+        return frozenset()
 
 
 def written(node: fx.Node) -> tuple[fx.Node, ...]:

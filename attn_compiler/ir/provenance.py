@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import ops
+from attn_compiler.ir.axes import hint
 from attn_compiler.ir.site import Projection
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -72,19 +74,17 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
         if node.op in ("placeholder", "get_attr") or node in seen or called in ops.BOUNDARY:
             break
         seen.add(node)
-        inputs = [n for n in node.all_input_nodes if isinstance(ops.value(n), torch.Tensor)]
+        inputs = [n for n in node.all_input_nodes if _elements(n)]
         if not inputs:
             break
         node = max(inputs, key=_elements)
     return _unviewed(node), None
 
 
-def _elements(node: fx.Node) -> float:
+def _elements(node: fx.Node) -> int:
     found = ops.value(node)
-    try:
-        return float(found.numel()) if isinstance(found, torch.Tensor) else 0.0
-    except (TypeError, RuntimeError):
-        return float(found.dim())
+    tensors = found if isinstance(found, tuple | list) else (found,)
+    return sum(math.prod(map(hint, t.shape)) for t in tensors if isinstance(t, torch.Tensor))
 
 
 def _linear(node: fx.Node) -> tuple[fx.Node, Projection | None]:

@@ -2,9 +2,10 @@
 
     k <= q  on rows 4..7:  columns 0..3 FULL, 4..7 PARTIAL, 8..11 SKIP
 
-The box rows x columns is made smaller by each bound in turn until nothing changes (bounds propagation); an empty box
-means that no element passes. For differences of row and column, for single indices and for chunks this is exact: the
-lower corner of the box that is left is itself an element that passes. What reads tensors is taken to go either way.
+The box rows x columns is made smaller by each bound in turn until nothing changes (bounds
+propagation); an empty box means that no element passes. For differences of row and column, single
+indices and chunks this is exact: the lower corner of the box that is left is itself an element that
+passes. What reads tensors is taken to go either way.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attn_compiler.ir.expr import Call, Const, Expr, Var
-from attn_compiler.ir.predicate import Bound, Junction, Predicate, conjuncts, negate
+from attn_compiler.ir.predicate import Bound, Junction, Predicate, conjuncts
 
-_ROUNDS = 64  # unequal coefficients may converge slowly; stopping early only makes the answer coarser
+_ROUNDS = (
+    64  # unequal coefficients may converge slowly; stopping early only makes the answer coarser
+)
 _CASES = 256
 
 # ends included; floats appear only as +-inf
@@ -40,9 +43,13 @@ class Box:
     ranges: Mapping[str, Range]
 
     @classmethod
-    def of(cls, rows: tuple[int, int], cols: tuple[int, int], sizes: Mapping[str, int]) -> Box | None:
+    def of(
+        cls, rows: tuple[int, int], cols: tuple[int, int], sizes: Mapping[str, int]
+    ) -> Box | None:
         """Half-open rows and columns, cut to the grid; None if nothing is left."""
-        ranges: dict[str, Range] = {n: (0, sizes[s] - 1) for n, s in (("b", "B"), ("h", "H")) if s in sizes}
+        ranges: dict[str, Range] = {
+            n: (0, sizes[s] - 1) for n, s in (("b", "B"), ("h", "H")) if s in sizes
+        }
         for name, (start, stop), size in (("q", rows, "T"), ("k", cols, "S")):
             low, high = max(start, 0), min(stop, sizes.get(size, stop)) - 1
             if low > high:
@@ -59,10 +66,10 @@ class Box:
         return Box({**self.ranges, name: new}) if new[0] <= new[1] else None
 
 
-def tile(p: Predicate, box: Box | None) -> Tile:
+def tile(p: Predicate, opposite: Predicate, box: Box | None) -> Tile:
     if box is None or narrow(p, box) is None:
         return Tile.SKIP
-    return Tile.FULL if narrow(negate(p), box) is None else Tile.PARTIAL
+    return Tile.FULL if narrow(opposite, box) is None else Tile.PARTIAL
 
 
 def narrow(p: Predicate, box: Box, cases: int = _CASES) -> Box | None:
@@ -73,7 +80,9 @@ def narrow(p: Predicate, box: Box, cases: int = _CASES) -> Box | None:
         if isinstance(part, Junction):
             choices.append(part.parts)
         elif isinstance(part, Bound) and part.rel == "ne":
-            choices.append((Bound(part.part, "le", part.value - 1), Bound(part.part, "ge", part.value + 1)))
+            choices.append(
+                (Bound(part.part, "le", part.value - 1), Bound(part.part, "ge", part.value + 1))
+            )
         elif isinstance(part, Bound):
             bounds.append(part)
     smaller = _fixpoint(bounds, box)
@@ -89,16 +98,18 @@ def _by_cases(
     if len(options) > cases:
         return box
     # with too many cases each choice is looked at alone, which is coarser
-    together = [*bounds, *rest] if math.prod(map(len, choices)) <= cases else []
+    joint = math.prod(map(len, choices)) <= cases
+    together = [*bounds, *(rest if joint else ())]
     found = [
         smaller
         for option in options
-        if (smaller := narrow(Junction("and", (*together, *conjuncts(option))), box, cases)) is not None
+        if (smaller := narrow(Junction("and", (*together, *conjuncts(option))), box, cases))
+        is not None
     ]
     if not found:
         return None
     hull = Box({n: _hull(b.ranges.get(n, r) for b in found) for n, r in box.ranges.items()})
-    return hull if together or not rest else narrow(Junction("and", (*bounds, *rest)), hull, cases)
+    return hull if joint or not rest else narrow(Junction("and", (*bounds, *rest)), hull, cases)
 
 
 def _hull(ranges: Iterable[Range]) -> Range:
@@ -142,7 +153,11 @@ def _project(expr: Expr, limits: Range, box: Box) -> Box | None:
         return box.within(expr.name, limits)
     if not isinstance(expr, Call):
         return box
-    if expr.op == "floordiv" and isinstance(expr.args[1], Const) and (by := int(expr.args[1].value)) > 0:
+    if (
+        expr.op == "floordiv"
+        and isinstance(expr.args[1], Const)
+        and (by := int(expr.args[1].value)) > 0
+    ):
         return _project(expr.args[0], (limits[0] * by, limits[1] * by + by - 1), box)
     if expr.op == "neg":
         return _project(expr.args[0], (-limits[1], -limits[0]), box)
@@ -194,6 +209,8 @@ def _divided(r: Range, c: int) -> Range:
 def _times(a: Range, b: Range) -> Range:
     if a[0] == a[1] and not math.isinf(a[0]):
         return _scaled(b, int(a[0])) if a[0] else (0, 0)
+    if b[0] == b[1]:
+        return _times(b, a) if not math.isinf(b[0]) else ANY
     if math.inf in (*map(abs, a), *map(abs, b)):
         return ANY
     corners = [x * y for x in a for y in b]

@@ -10,7 +10,8 @@ from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index, along
-from attn_compiler.ir.expr import OPS, Call, Const, Expr, call
+from attn_compiler.ir.expr import FALSE, OPS, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.mask import normalise
 from attn_compiler.ir.pull import (
     VALUES,
     Coordinate,
@@ -231,14 +232,9 @@ def _cat(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
     tensors = [t for t in args["tensors"] if not _is_empty_vector(t)]
     at = args.get("dim", args.get("axis", 0)) % len(where)
     sizes = [shape(t)[at] for t in tensors]
-    chosen = piece(where[at], sizes)
-    if chosen is not None:
-        number_, offset = chosen
-        inner = (*where[:at], shifted(where[at], ax.simple(-offset)), *where[at + 1 :])
-        return puller.expr(tensors[number_], inner)
-    if isinstance(where[at], Index) and _too_wide(node):
+    if piece(where[at], sizes) is None and _too_wide(node):
         return None
-    return _piecewise(puller, tensors, sizes, where, at)
+    return _joined(puller, tensors, sizes, where, at)
 
 
 def _is_empty_vector(node: fx.Node) -> bool:
@@ -250,9 +246,13 @@ def _too_wide(node: fx.Node) -> bool:
     return val(node).dtype.is_floating_point
 
 
-def _piecewise(
-    puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where: Coordinates, at: int
-) -> Expr:
+def _joined(puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where: Coordinates, at: int) -> Expr:
+    """Element of the pieces put one after the other."""
+    chosen = piece(where[at], sizes)
+    if chosen is not None:
+        which, offset = chosen
+        inside = (*where[:at], shifted(where[at], ax.simple(-offset)), *where[at + 1 :])
+        return puller.expr(tensors[which], inside)
     position = to_expr(where[at])
     total = ax.simple(sum(sizes))
     result: Expr | None = None
@@ -313,6 +313,37 @@ def _pad(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
     for condition in inside:
         inner = call("where", condition, inner, puller.expr(0.0 if outside is None else outside, ()))
     return inner
+
+
+@rule(VALUES, "diff")
+def _diff(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if args["n"] != 1 or args.get("append") is not None or val(node).dtype is torch.bool:
+        return None
+    at = args["dim"] % len(where)
+    tensors = [t for t in (args.get("prepend"), args["self"]) if t is not None]
+    sizes = [shape(t)[at] for t in tensors]
+    late = (*where[:at], shifted(where[at], 1), *where[at + 1 :])
+    return call("sub", *(_joined(puller, tensors, sizes, place, at) for place in (late, where)))
+
+
+@rule(VALUES, "cumsum")
+def _cumsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """A running sum of nothing but zeros (document numbers of a batch that is one document)."""
+    at = args["dim"] % len(where)
+    inner = args["self"]
+    names = iter(("q", "b", "h"))
+    fresh = [puller.new_axis(size) for size in shape(inner)]
+    element = puller.expr(inner, tuple(along(axis) for axis in fresh))
+    if len(fresh) > 4:
+        return None
+    table: dict[Expr, Expr] = {
+        Var(axis.name): Var("k" if position == at else next(names)) for position, axis in enumerate(fresh)
+    }
+    element = substitute(element, table)
+    if any(not isinstance(n, Call | Const | Var) for n in walk(element)):
+        return None
+    nothing = element if kind(val(inner).dtype) == "bool" else call("ne", element, 0)
+    return Const(0) if normalise(nothing) == FALSE else None
 
 
 # ---------------------------------------------------------------- gathers

@@ -125,7 +125,7 @@ def backward(
         if flash.fits_backward(q, k, v, frame, drop, saved[1], into):
             found = flash.backward(grad, q, k, v, frame, scale, saved, into)
         else:
-            found = rows.backward(grad, q, k, v, frame, scale, drop, into)
+            found = rows.backward(grad, q, k, v, frame, scale, drop, saved[0], into)
     dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, (q, k, v), strict=True))
     return dq, dk, dv, [into[i].to(reads[i].dtype) for i in wanted]
 

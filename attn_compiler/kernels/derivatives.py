@@ -97,9 +97,10 @@ def _by_reference(
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, seed, dropout)
     batch, heads, length = q.shape[:3]
-    rows, cols = (0, length), (0, k.shape[2])
     with full_precision(q.device.type):
-        factor = Drop(seed, dropout).factor((batch, heads, length), rows, cols, accumulator(q, k, v))
+        drop = Drop(seed, dropout)
+        dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, k.shape[2]))
+        factor = None if dropped is None else (~dropped).to(accumulator(q, k, v)) * drop.gain
         out, lse = reference(q, k, v, reads, ints, program, scale, factor)
     return out, lse.detach()
 

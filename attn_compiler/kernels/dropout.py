@@ -1,6 +1,6 @@
 """Attention dropout that is a function of the seed and the place, so that every block of every pass draws the same.
 
-    keep[b, h, q, k] = mix(row(seed, b, h, q) ^ column(seed, k)) >= dropout * 2^32
+    dropped[b, h, q, k] = mix(row(seed, b, h, q) ^ column(seed, k)) < rate * 2^32
 
 Rows and columns are hashed with 64-bit arithmetic (splitmix64, Steele, Lea and Flood 2014); one element costs two
 32-bit multiplications (the finaliser of murmur3 with the constants of Wellons' search, 2018). No generator: the
@@ -22,43 +22,39 @@ class Drop:
     seed: Tensor | None
     rate: float
 
-    def factor(
-        self, shape: tuple[int, int, int], rows: tuple[int, int], cols: tuple[int, int], dtype: torch.dtype
+    @property
+    def gain(self) -> float:
+        """What the surviving probabilities are multiplied with."""
+        return 1 / (1 - self.rate) if self.rate < 1 else 0.0
+
+    def dropped(
+        self, shape: tuple[int, int], items: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]
     ) -> Tensor | None:
-        """What the probabilities of these rows and columns are multiplied with: 0 or 1 / (1 - rate)."""
+        """Which probabilities are set to zero, None for none.
+
+        Args:
+            shape: heads H and query rows T of the whole attention.
+            items: first and last + 1 batch item; `rows` and `cols` likewise.
+
+        Returns:
+            Boolean [items, H, rows, columns].
+        """
         if self.rate == 0 or self.seed is None:
             return None
-        keep = keep_mask(self.seed, self.rate, shape, rows, cols)
-        return keep.to(dtype) * (1 / (1 - self.rate) if self.rate < 1 else 0.0)
-
-
-def keep_mask(
-    seed: Tensor, dropout: float, shape: tuple[int, int, int], rows: tuple[int, int], cols: tuple[int, int]
-) -> Tensor:
-    """Which probabilities survive.
-
-    Args:
-        seed: int64 tensor of one element.
-        dropout: probability to drop, 0 < dropout <= 1.
-        shape: batch B, heads H, query rows T of the whole attention.
-        rows: first and last + 1 row.
-        cols: first and last + 1 column.
-
-    Returns:
-        Boolean [B, H, rows, columns].
-    """
-    batch, heads, length = shape
-    device = seed.device
-    start = _splitmix(seed.reshape(()).to(torch.int64))
-    pairs = torch.arange(batch * heads, device=device).view(batch, heads, 1)
-    row = _splitmix(start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device)))
-    column = _splitmix(start + 2 * torch.arange(cols[0], cols[1], device=device) + 1)
-    x = row.to(torch.int32).unsqueeze(-1) ^ column.to(torch.int32)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * -0x7B935975
-    x = x ^ ((x >> 16) & 0xFFFF)
-    return x >= round(dropout * 2.0**32) - 2**31 if dropout < 1 else torch.zeros_like(x, dtype=torch.bool)
+        heads, length = shape
+        device = self.seed.device
+        start = _splitmix(self.seed.reshape(()).to(torch.int64))
+        pairs = torch.arange(items[0] * heads, items[1] * heads, device=device).view(-1, heads, 1)
+        row = _splitmix(start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device)))
+        column = _splitmix(start + 2 * torch.arange(cols[0], cols[1], device=device) + 1)
+        x = row.to(torch.int32).unsqueeze(-1) ^ column.to(torch.int32)
+        x = x * 0x7FEB352D
+        x = ((x >> 15) & 0x1FFFF) ^ x
+        x = x * -0x7B935975
+        x = ((x >> 16) & 0xFFFF) ^ x
+        if self.rate == 1:
+            return torch.ones_like(x, dtype=torch.bool)
+        return x < round(self.rate * 2.0**32) - 2**31
 
 
 def _splitmix(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ B batch, H query heads, G kv heads, T query rows, S key rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 
 from attn_compiler.ir.expr import TRUE, Call, Read, depends
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import NO_BIAS, Block, Frame, empty_heads, in_heads_layout
+from attn_compiler.kernels.layout import NO_BIAS, Span, Frame, empty_heads, in_heads_layout
 from attn_compiler.kernels.rows import pull_back
 
 INF = float("inf")
@@ -50,15 +51,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float) -> tupl
     query, key, value = _prepared(q, k, v)
     shape = (*q.shape[:3], v.shape[-1])
     results = (
-        (block, *_piece(query, key, value, frame, block, causal, scale)) for block, causal in _pieces(frame, query.dtype)
+        (span, *_piece(query, key, value, frame, span, causal, scale)) for span, causal in _pieces(frame, query.dtype)
     )
-    block, out, lse = next(results)
-    if block.r1 < shape[2]:
-        first, first_lse = out, lse
-        out, lse = empty_heads(out, out.shape[:2] + (shape[2], out.shape[3])), empty_heads(lse, shape[:3])
-        out[:, :, : block.r1], lse[:, :, : block.r1] = first, first_lse
-        for block, part, part_lse in results:
-            out[:, :, block.r0 : block.r1], lse[:, :, block.r0 : block.r1] = part, part_lse
+    span, out, lse = next(results)
+    if span.r1 < shape[2]:
+        first, out, lse = (span, out, lse), empty_heads(query, query.shape), empty_heads(lse, shape[:3])
+        for span, part, part_lse in chain([first], results):
+            out[span.rows], lse[span.rows] = part, part_lse
     if frame.plan.sink is not None:
         out, lse = _with_sink(out, lse, frame)
     return in_heads_layout(out[..., : shape[3]], v.dtype), in_heads_layout(lse, frame.dtype)
@@ -114,7 +113,7 @@ def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Block, bool]]:
+def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Span, bool]]:
     """The calls: a block of rows each, and whether the structural mask is left to is_causal."""
     plan, sizes = frame.plan, frame.sizes
     free = frame.free()
@@ -126,8 +125,8 @@ def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Block, bool]]:
     if (free or causal) and (small or _in_place(frame, dtype)):
         yield frame.whole(masked=False), causal
         return
-    for block in frame.blocks(pairs, _BIAS_BUDGET, _ROWS if free else _SKIP_ROWS):
-        yield block, False
+    for span in frame.spans(pairs, _BIAS_BUDGET, _ROWS if free else _SKIP_ROWS):
+        yield span, False
 
 
 def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
@@ -140,13 +139,13 @@ def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
     return frame.reads[frame.plan.slices[bias.slot - frame.plan.base].slot].dtype in (dtype, frame.dtype)
 
 
-def _bias(frame: Frame, block: Block, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the dot products of a block, -inf where the mask forbids a key; None for nothing."""
-    tensors = frame.tensors(block)
-    mask = frame.mask(block, tensors)
+def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the dot products of a span, -inf where the mask forbids a key; None for nothing."""
+    tensors = frame.tensors(span)
+    mask = frame.mask(span, tensors)
     bias = None
     if frame.plan.bias != NO_BIAS:
-        bias = frame.value(frame.plan.local_bias, block, tensors)
+        bias = frame.value(frame.plan.local_bias, span, tensors)
         if bias.dtype not in (dtype, frame.dtype):
             bias = bias.to(frame.dtype)
     if mask is None:
@@ -160,20 +159,19 @@ def _bias(frame: Frame, block: Block, dtype: torch.dtype) -> Tensor | None:
 
 
 def _piece(
-    q: Tensor, k: Tensor, v: Tensor, frame: Frame, block: Block, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, frame: Frame, span: Span, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    query = q[:, :, block.r0 : block.r1]
-    if block.lo == block.hi:
+    query = q[span.rows]
+    if span.lo == span.hi:
         out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=frame.dtype)
         empty = torch.ones_like(lse, dtype=torch.bool)
     else:
-        bias = _bias(frame, block, q.dtype)
-        cols = slice(block.lo, block.hi)
-        out, lse = _FORWARD(query, k[:, :, cols], v[:, :, cols], 0.0, causal, attn_mask=bias, scale=scale)
+        bias = _bias(frame, span, q.dtype)
+        out, lse = _FORWARD(query, k[span.keys], v[span.keys], 0.0, causal, attn_mask=bias, scale=scale)
         # a sum of exponentials is one by accident or because there is none
         if bias is None or not bool((lse == 0).any()):
             return out, lse
-        empty = _rows_without_keys(bias, causal, block).expand(lse.shape)
+        empty = _rows_without_keys(bias, causal, span).expand(lse.shape)
     lse.masked_fill_(empty, -INF)
     policy = "zero" if frame.plan.sink is not None else frame.plan.program.empty
     if policy == "nan":
@@ -184,12 +182,12 @@ def _piece(
     return out, lse
 
 
-def _rows_without_keys(bias: Tensor, causal: bool, block: Block) -> Tensor:
+def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
     """Rows whose every score is -inf, as [b, h, rows]."""
     dead = bias == -INF
     if not causal:
         return dead.all(-1)
-    rows, keys = block.r1 - block.r0, block.hi - block.lo
+    rows, keys = span.r1 - span.r0, span.hi - span.lo
     if dead.shape[2] > 1:
         later = torch.ones(rows, keys, dtype=torch.bool).triu_(1)
         return (dead | later).all(-1)
@@ -198,11 +196,11 @@ def _rows_without_keys(bias: Tensor, causal: bool, block: Block) -> Tensor:
     return run[..., torch.arange(rows).clamp_(max=keys - 1)].bool()
 
 
-def _sink(frame: Frame) -> tuple[Tensor, Block, list[Tensor]]:
-    block = frame.whole()
-    tensors = frame.tensors(block)
+def _sink(frame: Frame) -> tuple[Tensor, Span, list[Tensor]]:
+    span = frame.whole()
+    tensors = frame.tensors(span)
     assert frame.plan.sink is not None
-    return frame.value(frame.plan.sink, block, tensors).to(frame.dtype).squeeze(-1), block, tensors
+    return frame.value(frame.plan.sink, span, tensors).to(frame.dtype).squeeze(-1), span, tensors
 
 
 def _with_sink(out: Tensor, lse: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
@@ -216,32 +214,31 @@ def _with_sink(out: Tensor, lse: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
 def _sum_pieces(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def piece(block: Block, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows, cols = slice(block.r0, block.r1), slice(block.lo, block.hi)
-        args = (g[:, :, rows], q[:, :, rows], k[:, :, cols], v[:, :, cols], out[:, :, rows], lse[:, :, rows])
-        bias = _bias(frame, block, q.dtype)
+    def piece(span: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        args = (g[span.rows], q[span.rows], k[span.keys], v[span.keys], out[span.rows], lse[span.rows])
+        bias = _bias(frame, span, q.dtype)
         found: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*args, 0.0, causal, attn_mask=bias, scale=scale)
         return found
 
     pieces = _pieces(frame, q.dtype)
     first, causal = next(pieces)
-    if first == Block(0, frame.sizes["T"], 0, frame.sizes["S"], first.masked):
+    if first == frame.whole(first.masked):
         return piece(first, causal)
     dq = empty_heads(q, q.shape).zero_()
     dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in (k, v))
-    for block, causal in [(first, causal), *pieces]:
-        if block.lo == block.hi:
+    for span, causal in chain([(first, causal)], pieces):
+        if span.lo == span.hi:
             continue
-        dq[:, :, block.r0 : block.r1], dk_part, dv_part = piece(block, causal)
-        dk[:, :, block.lo : block.hi] += dk_part
-        dv[:, :, block.lo : block.hi] += dv_part
+        dq[span.rows], dk_part, dv_part = piece(span, causal)
+        dk[span.keys] += dk_part
+        dv[span.keys] += dv_part
     return dq, dk, dv
 
 
 def _sink_gradient(grad: Tensor, saved: tuple[Tensor, Tensor], frame: Frame, into: Mapping[int, Tensor]) -> None:
     """d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)."""
     out, lse = saved
-    sink, block, tensors = _sink(frame)
+    sink, span, tensors = _sink(frame)
     assert frame.plan.sink is not None
     delta = (grad.to(frame.dtype) * out.to(frame.dtype)).sum(-1)
-    pull_back(frame, block, frame.plan.sink, tensors, into, -(torch.exp(sink - lse) * delta).unsqueeze(-1))
+    pull_back(frame, span, frame.plan.sink, tensors, into, -(torch.exp(sink - lse) * delta).unsqueeze(-1))

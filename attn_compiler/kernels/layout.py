@@ -40,6 +40,8 @@ from attn_compiler.ir.mask import Causal, Mask, Tile, classify
 from attn_compiler.ir.score import Program
 
 NO_BIAS = Const(0.0)
+# fewer rows than this make slow matrix products
+LEAST_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +131,10 @@ def _addend(score: Expr) -> Expr | None:
     if not isinstance(score, Call) or score.op not in ("add", "sub"):
         return None
     left, right = score.args
-    if not _has_dot(right):
+    if not has_dot(right):
         inner = _addend(left)
         term = call("neg", right) if score.op == "sub" else right
-    elif score.op == "add" and not _has_dot(left):
+    elif score.op == "add" and not has_dot(left):
         inner, term = _addend(right), left
     else:
         return None
@@ -141,7 +143,7 @@ def _addend(score: Expr) -> Expr | None:
     return term if inner == NO_BIAS else call("add", inner, term)
 
 
-def _has_dot(expr: Expr) -> bool:
+def has_dot(expr: Expr) -> bool:
     return any(isinstance(n, Dot) for n in walk(expr))
 
 
@@ -201,14 +203,29 @@ def in_heads_layout(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Rows r0..r1 and the keys lo..hi that they may see; `masked` if the structural mask still cuts inside."""
+class Span:
+    """A block: rows r0..r1 of the batch items b0..b1, the keys lo..hi that they may see.
+
+    `masked` says that the structural mask still cuts inside.
+    """
 
     r0: int
     r1: int
     lo: int
     hi: int
+    b0: int
+    b1: int
     masked: bool
+
+    @property
+    def rows(self) -> tuple[slice, slice, slice]:
+        """Where a [B, heads, T, ...] tensor holds them."""
+        return slice(self.b0, self.b1), slice(None), slice(self.r0, self.r1)
+
+    @property
+    def keys(self) -> tuple[slice, slice, slice]:
+        """Where a [B, heads, S, ...] tensor holds them."""
+        return slice(self.b0, self.b1), slice(None), slice(self.lo, self.hi)
 
 
 class Frame:
@@ -257,16 +274,16 @@ class Frame:
     def length(self, name: str) -> int:
         return self.sizes[{"b": "B", "h": "H", "q": "T", "k": "S"}[name]]
 
-    def view(self, piece: Slice, tensor: Tensor, block: Block) -> Tensor:
+    def view(self, piece: Slice, tensor: Tensor, span: Span) -> Tensor:
         """The part of a tensor that a block reads, as [b, h, q, k] with 1 where the read does not vary."""
-        spans = {"q": (block.r0, block.r1), "k": (block.lo, block.hi)}
+        ends = {"b": (span.b0, span.b1), "q": (span.r0, span.r1), "k": (span.lo, span.hi)}
         axis = 0
         for name, shift in piece.dims:
             start = self.number(shift)
             if name is None:
                 tensor = tensor.select(axis, start)
                 continue
-            first, last = spans.get(name, (0, self.length(name)))
+            first, last = ends.get(name, (0, self.length(name)))
             tensor = tensor.narrow(axis, first + start, last - first)
             axis += 1
         tensor = tensor.permute(piece.order)
@@ -276,36 +293,36 @@ class Frame:
                 tensor = tensor.unsqueeze(position)
         return tensor
 
-    def tensors(self, block: Block) -> list[Tensor]:
+    def tensors(self, span: Span) -> list[Tensor]:
         """The tensor of every slot of the local expressions."""
-        views = [self.view(s, self.reads[s.slot], block) for s in self.plan.slices]
+        views = [self.view(s, self.reads[s.slot], span) for s in self.plan.slices]
         return self.reads[: self.plan.base] + views
 
-    def env(self, block: Block) -> dict[str, Tensor | int]:
+    def env(self, span: Span) -> dict[str, Tensor | int]:
         def arange(first: int, last: int) -> Tensor:
             return torch.arange(first, last, device=self.device)
 
         return {
             **self.sizes,
-            "b": arange(0, self.sizes["B"]).view(-1, 1, 1, 1),
+            "b": arange(span.b0, span.b1).view(-1, 1, 1, 1),
             "h": arange(0, self.sizes["H"]).view(-1, 1, 1),
-            "q": arange(block.r0, block.r1).view(-1, 1),
-            "k": arange(block.lo, block.hi),
+            "q": arange(span.r0, span.r1).view(-1, 1),
+            "k": arange(span.lo, span.hi),
         }
 
     def value(
-        self, expr: Expr, block: Block, tensors: Sequence[Tensor] | None = None, dot: Tensor | None = None
+        self, expr: Expr, span: Span, tensors: Sequence[Tensor] | None = None, dot: Tensor | None = None
     ) -> Tensor:
         """An expression over one block as a 4-D tensor that broadcasts to [B, H, rows, keys]."""
-        found = self.tensors(block) if tensors is None else tensors
-        result = evaluate(expr, self.env(block), found, self.ints, dot, self.dtype)
+        found = self.tensors(span) if tensors is None else tensors
+        result = evaluate(expr, self.env(span), found, self.ints, dot, self.dtype)
         return result.to(self.device)[(None,) * (4 - result.dim())]
 
-    def mask(self, block: Block, tensors: Sequence[Tensor] | None = None) -> Tensor | None:
+    def mask(self, span: Span, tensors: Sequence[Tensor] | None = None) -> Tensor | None:
         """Which keys of the block are allowed, None for all."""
-        structural = self.plan.structural.expr if block.masked else TRUE
+        structural = self.plan.structural.expr if span.masked else TRUE
         expr = _both(structural, self.plan.local_loose)
-        return None if expr == TRUE else self.value(expr, block, tensors).bool()
+        return None if expr == TRUE else self.value(expr, span, tensors).bool()
 
     # ------------------------------------------------------------ blocks
 
@@ -316,31 +333,38 @@ class Frame:
             return False
         return self.number(structural.terms[0].offset) == 0
 
-    def whole(self, masked: bool = True) -> Block:
-        return Block(0, self.sizes["T"], 0, self.sizes["S"], masked)
+    def whole(self, masked: bool = True) -> Span:
+        return Span(0, self.sizes["T"], 0, self.sizes["S"], 0, self.sizes["B"], masked)
 
     def free(self) -> bool:
         """Does the structural mask allow everything here?"""
         structural, rows, cols = self.plan.structural, (0, self.sizes["T"]), (0, self.sizes["S"])
         return structural.expr == TRUE or structural.tile(rows, cols, self.sizes, self.ints) is Tile.FULL
 
-    def blocks(self, per_element: int, budget: int, most: int) -> Iterator[Block]:
-        """Blocks of rows, as tall as `budget` elements allow when a row and a key cost `per_element` of them."""
-        structural, sizes = self.plan.structural, self.sizes
-        free = self.free()
+    def spans(self, pairs: int, budget: int, most: int, batch: tuple[int, int] | None = None) -> Iterator[Span]:
+        """Blocks of rows, as tall as the budget allows, each with the keys that the structural mask leaves.
+
+        Args:
+            pairs: elements that one row and one key cost.
+            budget: elements of a block.
+            most: rows of a block.
+            batch: first and last + 1 batch item, all by default.
+        """
+        structural, sizes, free = self.plan.structural, self.sizes, self.free()
+        items = batch or (0, sizes["B"])
+
+        def keys(first: int, last: int) -> tuple[int, int]:
+            lo, hi = (0, sizes["S"]) if free else structural.key_range((first, last), sizes, self.ints)
+            return lo, max(lo, hi)
+
         r0 = 0
         while r0 < sizes["T"]:
-            r1 = min(r0 + 16, sizes["T"])
-            lo, hi = (0, sizes["S"]) if free else structural.key_range((r0, r1), sizes, self.ints)
-            step = budget // max(1, per_element * (hi - lo))
-            r1 = min(r0 + max(16, min(step, most)), sizes["T"])
-            if free:
-                yield Block(r0, r1, 0, sizes["S"], False)
-            else:
-                lo, hi = structural.key_range((r0, r1), sizes, self.ints)
-                hi = max(lo, hi)
-                full = hi > lo and structural.tile((r0, r1), (lo, hi), sizes, self.ints) is Tile.FULL
-                yield Block(r0, r1, lo, hi, not full)
+            lo, hi = keys(r0, min(r0 + LEAST_ROWS, sizes["T"]))
+            step = min(budget // max(1, pairs * (hi - lo)), most)
+            r1 = min(r0 + max(LEAST_ROWS, step), sizes["T"])
+            lo, hi = keys(r0, r1)
+            full = free or lo < hi and structural.tile((r0, r1), (lo, hi), sizes, self.ints) is Tile.FULL
+            yield Span(r0, r1, lo, hi, *items, not full)
             r0 = r1
 
     def spread(self, *exprs: Expr) -> int:

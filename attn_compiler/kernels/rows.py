@@ -10,78 +10,62 @@ B batch, H query heads, G kv heads, T query rows, S key rows, R = H / G heads th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attn_compiler.ir.expr import DOT, Expr, Read, walk
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import Block, Frame, empty_heads
+from attn_compiler.kernels.layout import Frame, Span, empty_heads, has_dot
 from attn_compiler.kernels.slope import slope
 
 INF = float("inf")
-# elements of one block of scores: a few of them stay in the caches of a CPU, and fill a GPU
-_BUDGET = {"cpu": 2**20}
-_BUDGET_ELSEWHERE = 2**26
+# elements of one block of scores: per thread of a CPU, whose cache holds a few of them, and of another device
+_CPU_BUDGET = 2**18
+_BUDGET = 2**26
+_GOOD_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The probabilities of a block, of its sink, the logarithm of their sum and the rows without any key."""
+class Block:
+    """One block of rows up to its exponentials:  p = e / total,  [B, H, rows, keys] each.
 
-    p: Tensor
+    Attributes:
+        span: the rows and keys.
+        tensors: of the slots of the local expressions.
+        dot: the scaled products, or what became of them where the score does not need them.
+        e: exp(s - m).
+        total: the sum of `e` and of the sink.
+        sink: exp(sink - m).
+        lse: natural logarithm of the sum of exp(s) and exp(sink).
+        empty: rows whose every score is -inf.
+    """
+
+    span: Span
+    tensors: list[Tensor]
+    dot: Tensor
+    e: Tensor
+    total: Tensor
     sink: Tensor | None
     lse: Tensor
     empty: Tensor
-
-
-def weights(s: Tensor, sink: Tensor | None, empty_rows: str, keys: int) -> Weights:
-    """Softmax over the last axis.
-
-    Args:
-        s: scores, -inf where masked.
-        sink: logit of the extra column, broadcastable to [B, H, rows, 1].
-        empty_rows: the program's policy for rows whose scores are all -inf.
-        keys: how many keys "uniform" spreads over.
-    """
-    top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -INF)
-    if sink is not None:
-        top = torch.maximum(top, sink)
-    dead = top == -INF
-    top = top.masked_fill(dead, 0.0)
-    p = torch.exp(s - top)
-    extra = None if sink is None else torch.exp(sink - top)
-    total = p.sum(-1, keepdim=True) if extra is None else p.sum(-1, keepdim=True) + extra
-    lse = (top + torch.log(total)).squeeze(-1)
-    p = p / (total if empty_rows == "nan" else total.masked_fill(dead, 1.0))
-    if empty_rows == "uniform":
-        p = torch.where(dead, 1.0 / max(keys, 1), p)
-    return Weights(p, None if extra is None else extra / total, lse, dead)
-
-
-def grouped(x: Tensor, groups: int) -> Tensor:
-    """[B, H, rows, n] -> [B, G, R * rows, n]: query heads of one kv head below each other, so that no key is copied."""
-    batch, heads, rows, width = x.shape
-    return x.reshape(batch, groups, heads // groups * rows, width)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float, drop: Drop, out: Tensor, lse: Tensor
 ) -> None:
     """Fill `out` and `lse`."""
-    groups = k.shape[1]
     key, value = (x.to(frame.dtype).contiguous() for x in (k, v))
-    for block in _blocks(frame):
-        rows = slice(block.r0, block.r1)
-        work = _Work.at(frame, block, grouped(q[:, :, rows].to(frame.dtype), groups), key, scale)
-        p = work.found.p
-        factor = _factor(frame, work.block, drop)
-        if factor is not None:
-            p = p * factor
-        part = grouped(p, groups) @ value[:, :, work.block.lo : work.block.hi]
-        out[:, :, rows] = part.view(*p.shape[:3], -1)
-        lse[:, :, rows] = work.found.lse
+    for start in _spans(frame):
+        block = _block(frame, start, _query(q, k, start, frame.dtype, scale), key)
+        span, e = block.span, block.e
+        dropped = _dropped(frame, span, drop)
+        if dropped is not None:
+            e = e.masked_fill_(dropped, 0.0)
+        part = grouped(e, k.shape[1]) @ value[span.keys]
+        out[span.rows] = part.view(*e.shape[:3], -1).mul_(drop.gain / block.total)
+        lse[span.rows] = block.lse
 
 
 def backward(
@@ -92,98 +76,118 @@ def backward(
     frame: Frame,
     scale: float,
     drop: Drop,
+    out: Tensor,
     into: Mapping[int, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of the reads are added to `into`, by slot."""
-    groups, plan = k.shape[1], frame.plan
+    plan = frame.plan
     key, value = (x.to(frame.dtype).contiguous() for x in (k, v))
     dq, dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in (q, k, v))
-    for start in _blocks(frame):
-        rows = slice(start.r0, start.r1)
-        query, g = (grouped(x[:, :, rows].to(frame.dtype), groups) for x in (q, grad))
-        work = _Work.at(frame, start, query, key, scale)
-        cols, found = slice(work.block.lo, work.block.hi), work.found
-        dp = (g @ value[:, :, cols].transpose(-1, -2)).view_as(found.p)
-        factor = _factor(frame, work.block, drop)
-        p = found.p if factor is None else found.p * factor
-        dv[:, :, cols] += grouped(p, groups).transpose(-1, -2) @ g
-        if factor is not None:
-            dp = dp.mul_(factor)
-        delta = (found.p * dp).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(found.p)
+    for start in _spans(frame):
+        query, g = (_query(x, k, start, frame.dtype, by) for x, by in ((q, scale), (grad, drop.gain)))
+        block = _block(frame, start, query, key)
+        span, p = block.span, block.e.div_(block.total)
+        dp = (g @ value[span.keys].transpose(-1, -2)).view_as(p)
+        dropped, kept = _dropped(frame, span, drop), p
+        if dropped is not None:
+            dp, kept = dp.masked_fill_(dropped, 0.0), p.masked_fill(dropped, 0.0)
+        dv[span.keys] += grouped(kept, k.shape[1]).transpose(-1, -2) @ g
+        delta = (grad[span.rows].to(frame.dtype) * out[span.rows].to(frame.dtype)).sum(-1, keepdim=True)
+        ds = dp.sub_(delta).mul_(p)
         if plan.program.empty == "uniform":
-            ds = ds.masked_fill(found.empty, 0.0)
-        if plan.sink is not None and found.sink is not None:
-            pull_back(frame, work.block, plan.sink, work.tensors, into, -found.sink * delta)
-        pull_back(frame, work.block, plan.score, work.tensors, into, ds, work.dot)
+            ds = ds.masked_fill_(block.empty, 0.0)
+        if plan.sink is not None and block.sink is not None:
+            pull_back(frame, span, plan.sink, block.tensors, into, -(block.sink / block.total) * delta)
+        pull_back(frame, span, plan.score, block.tensors, into, ds, block.dot)
         if plan.score != DOT:
-            ds = ds * frame.value(slope(plan.score, DOT), work.block, work.tensors, work.dot)
-        ddot = grouped(ds, groups).mul(scale)
-        dq[:, :, rows] = (ddot @ key[:, :, cols]).view(*found.p.shape[:3], -1)
-        dk[:, :, cols] += ddot.transpose(-1, -2) @ query
+            ds = ds.mul_(frame.value(slope(plan.score, DOT), span, block.tensors, block.dot))
+        ddot = grouped(ds, k.shape[1])
+        dq[span.rows] = (ddot @ key[span.keys]).view(*p.shape[:3], -1).mul_(scale)
+        dk[span.keys] += ddot.transpose(-1, -2) @ query
     return dq, dk, dv
 
 
-def _factor(frame: Frame, block: Block, drop: Drop) -> Tensor | None:
-    shape = (frame.sizes["B"], frame.sizes["H"], frame.sizes["T"])
-    return drop.factor(shape, (block.r0, block.r1), (block.lo, block.hi), frame.dtype)
+def grouped(x: Tensor, groups: int) -> Tensor:
+    """[B, H, rows, n] -> [B, G, R * rows, n]: query heads of one kv head below each other, so that no key is copied."""
+    batch, heads, rows, width = x.shape
+    return x.reshape(batch, groups, heads // groups * rows, width)
 
 
-def _blocks(frame: Frame) -> Iterator[Block]:
-    budget = _BUDGET.get(frame.device.type, _BUDGET_ELSEWHERE)
-    return frame.blocks(frame.sizes["B"] * frame.sizes["H"], budget, 512)
+def _query(x: Tensor, k: Tensor, span: Span, dtype: torch.dtype, scale: float) -> Tensor:
+    """The rows of a span, scaled, grouped by kv head."""
+    rows = x[span.rows].to(dtype)
+    return grouped(rows if scale == 1 else rows * scale, k.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """One block, computed up to its probabilities."""
+def _dropped(frame: Frame, span: Span, drop: Drop) -> Tensor | None:
+    shape = (frame.sizes["H"], frame.sizes["T"])
+    return drop.dropped(shape, (span.b0, span.b1), (span.r0, span.r1), (span.lo, span.hi))
 
-    block: Block
-    tensors: list[Tensor]
-    dot: Tensor
-    found: Weights
 
-    @staticmethod
-    def at(frame: Frame, block: Block, query: Tensor, key: Tensor, scale: float) -> _Work:
-        """`query` [B, G, R * rows, d] of the block's rows, `key` [B, G, S, d]."""
-        plan, sizes = frame.plan, frame.sizes
-        shape = (sizes["B"], sizes["H"], block.r1 - block.r0, block.hi - block.lo)
-        dot = (query @ key[:, :, block.lo : block.hi].transpose(-1, -2)).mul_(scale).view(shape)
-        tensors = frame.tensors(block)
-        s = frame.value(plan.score, block, tensors, dot).to(frame.dtype).expand(shape)
-        mask = frame.mask(block, tensors)
-        if mask is not None:
-            s = s.masked_fill(~mask, -INF)
-        sink = None if plan.sink is None else frame.value(plan.sink, block, tensors).to(frame.dtype)
-        found = weights(s, sink, plan.program.empty, sizes["S"])
-        if plan.program.empty == "uniform" and shape[3] < sizes["S"] and bool(found.empty.any()):
-            # such a row spreads over all keys, not over those that the block kept
-            return _Work.at(frame, Block(block.r0, block.r1, 0, sizes["S"], True), query, key, scale)
-        return _Work(block, tensors, dot, found)
+def _spans(frame: Frame) -> Iterator[Span]:
+    """Blocks of few batch items rather than of few rows, and enough of them to keep every thread busy."""
+    batch, heads, keys = frame.sizes["B"], frame.sizes["H"], frame.sizes["S"]
+    budget = _CPU_BUDGET * torch.get_num_threads() if frame.device.type == "cpu" else _BUDGET
+    items = min(batch, max(1, budget // (heads * keys * _GOOD_ROWS)))
+    for first in range(0, batch, items):
+        last = min(first + items, batch)
+        yield from frame.spans((last - first) * heads, budget, 512, (first, last))
+
+
+def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
+    """`query` [B, G, R * rows, d] of the span's rows, times the scale; `key` [B, G, S, d]."""
+    plan, sizes = frame.plan, frame.sizes
+    shape = (span.b1 - span.b0, sizes["H"], span.r1 - span.r0, span.hi - span.lo)
+    dot = (query @ key[span.keys].transpose(-1, -2)).view(shape)
+    tensors = frame.tensors(span)
+    s = dot if plan.score == DOT else frame.value(plan.score, span, tensors, dot).to(frame.dtype).expand(shape)
+    if not has_dot(plan.score):
+        s = s.clone(memory_format=torch.contiguous_format)
+    mask = frame.mask(span, tensors)
+    if mask is not None:
+        s.masked_fill_(~mask, -INF)
+    sink = None if plan.sink is None else frame.value(plan.sink, span, tensors).to(frame.dtype)
+    top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*shape[:3], 1), -INF)
+    top = top if sink is None else torch.maximum(top, sink)
+    dead = top == -INF
+    top = top.masked_fill(dead, 0.0)
+    policy = plan.program.empty
+    if policy in ("uniform", "nan") and shape[3] < sizes["S"] and bool(dead.any()):
+        # such a row reaches all keys, not only those that the span kept
+        return _block(frame, replace(span, lo=0, hi=sizes["S"], masked=True), query, key)
+    e = s.sub_(top).exp_()
+    extra = None if sink is None else torch.exp(sink - top)
+    total = e.sum(-1, keepdim=True) if extra is None else e.sum(-1, keepdim=True) + extra
+    lse = (top + torch.log(total)).squeeze(-1)
+    if policy == "uniform":
+        e.masked_fill_(dead, 1 / sizes["S"])
+    # an empty row stays 0 / 0 where the program says so
+    total = total if policy == "nan" else total.masked_fill(dead, 1.0)
+    return Block(span, tensors, dot, e, total, extra, lse, dead)
 
 
 def pull_back(
     frame: Frame,
-    block: Block,
+    span: Span,
     expr: Expr,
     tensors: Sequence[Tensor],
     into: Mapping[int, Tensor],
     grad: Tensor,
     dot: Tensor | None = None,
 ) -> None:
-    """Add to `into` the gradients of the reads of a score or a sink whose own gradient over the block is `grad`."""
+    """Add to `into` the gradients of the reads of a score or a sink whose own gradient over the span is `grad`."""
     plan = frame.plan
     for read in dict.fromkeys(n for n in walk(expr) if isinstance(n, Read)):
         piece = plan.slices[read.slot - plan.base] if read.slot >= plan.base else None
         slot = read.slot if piece is None else piece.slot
         if slot not in into:
             continue
-        part = grad * frame.value(slope(expr, read), block, tensors, dot)
+        part = grad * frame.value(slope(expr, read), span, tensors, dot)
         if piece is not None:
-            target = frame.view(piece, into[slot], block)
+            target = frame.view(piece, into[slot], span)
             target.add_(part.sum_to_size(target.shape))
         elif not read.index:
             into[slot].add_(part.sum())
         else:
-            index = torch.broadcast_tensors(*(frame.value(i, block, tensors) for i in read.index))
+            index = torch.broadcast_tensors(*(frame.value(i, span, tensors) for i in read.index))
             into[slot].index_put_(index, part.sum_to_size(index[0].shape), accumulate=True)

@@ -35,20 +35,24 @@ class Expansion:
     def rewritten(self) -> bool:
         """Was an attention inside replaced by the operator?"""
         target = torch.ops.attn_compiler.attention.default
-        start, stop = self.inserted[0], self.inserted[-1]
-        node: Any = start
-        while node is not stop:
-            if node.target is target:
-                return True
-            node = node.next
-        return False
+        before = [argument for node in self.inserted if not node._erased for argument in node.all_input_nodes]
+        return any(_made_by(argument, target) for argument in before)
 
     def undo(self) -> None:
         for piece, replacement in self.users:
             replacement.replace_all_uses_with(piece)
-        for node in reversed(self.inserted):
-            if not node._erased and not node.users:
-                node.graph.erase_node(node)
+        _erase_unused(self.inserted)
+
+    def replaced(self) -> set[fx.Node]:
+        """The user's nodes that nothing reads any more."""
+        return {self.original, *(user for user, _ in self.users)}
+
+
+def _made_by(node: fx.Node, target: Any) -> bool:
+    """Is this a view of a result of `target`?"""
+    while node.target is not target and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.target is target
 
 
 def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:
@@ -67,6 +71,8 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
     inputs = tuple(dict.fromkeys(node.all_input_nodes))
     region = Region(end=node, nodes=(node,), inputs=inputs, mutated=frozenset())
     module = trace_region(region, [node], state)
+    if any(n.op == "get_attr" for n in module.graph.nodes):
+        raise RegionError("region.constant", "a constant stands inside a fused attention")
     graph = node.graph
     env: dict[fx.Node, fx.Node] = dict(zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True))
     key = "example_value" if "example_value" in node.meta else "val"
@@ -74,8 +80,6 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
     with graph.inserting_before(node):
         for inner in module.graph.nodes:
             if inner.op != "call_function":
-                if inner.op == "get_attr":
-                    raise RegionError("region.constant", "a constant stands inside a fused attention")
                 continue
             copy = graph.node_copy(inner, env.__getitem__)
             copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -83,16 +87,30 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
             env[inner] = copy
             inserted.append(copy)
     outputs = pytree.tree_leaves(module.graph.output_node().args[0])
-    return _connect(node, [env.get(out) if isinstance(out, fx.Node) else None for out in outputs], inserted)
+    try:
+        return _connect(node, [env.get(out) if isinstance(out, fx.Node) else None for out in outputs], inserted)
+    except RegionError:
+        _erase_unused(inserted)
+        raise
 
 
 def _connect(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Node]) -> Expansion:
-    pairs: list[tuple[fx.Node, fx.Node]] = []
-    for user in list(node.users):
-        position = user.args[1] if ops.name(user) == "getitem" else None
-        replacement = outputs[position] if isinstance(position, int) else None
-        if replacement is None:
-            raise RegionError("region.composite_user", "a fused attention is read in an unusual way")
+    pairs = [(user, _piece(user, outputs)) for user in node.users]
+    for user, replacement in pairs:
         user.replace_all_uses_with(replacement)
-        pairs.append((user, replacement))
-    return Expansion(node, pairs, inserted)
+    _erase_unused(inserted)
+    return Expansion(node, pairs, [n for n in inserted if not n._erased])
+
+
+def _piece(user: fx.Node, outputs: list[fx.Node | None]) -> fx.Node:
+    position = user.args[1] if ops.name(user) == "getitem" else None
+    replacement = outputs[position] if isinstance(position, int) else None
+    if replacement is None:
+        raise RegionError("region.composite_user", "a fused attention is read in an unusual way")
+    return replacement
+
+
+def _erase_unused(inserted: list[fx.Node]) -> None:
+    for node in reversed(inserted):
+        if not node._erased and not node.users:
+            node.graph.erase_node(node)

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
+from attn_compiler.ir.axes import hint
 from attn_compiler.ir.provenance import location
 from attn_compiler.ir.region import FunctionalRegion, Region
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.passes.emit import Emitter
 
 aten = torch.ops.aten
-# users that give the same result for any strides of what they read
-_LAYOUT_FREE = frozenset({"transpose", "permute", "swapaxes", "movedim", "contiguous", "reshape", "flatten", "linear"})
+# users that give the same result for any strides of what they read, and those that hand the strides on
+_LAYOUT_FREE = frozenset({"contiguous", "reshape", "flatten", "linear", "matmul", "clone"})
+_LAYOUT_KEPT = frozenset({"transpose", "permute", "swapaxes", "movedim"})
 
 
 def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> None:
@@ -102,14 +105,14 @@ def _read(emitter: Emitter, node: fx.Node, like: fx.Node) -> fx.Node:
 def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
     """Give the result the strides the original had, unless no reader can tell."""
     end = emitter.region.end
-    if all(ops.name(user) in _LAYOUT_FREE for user in end.users):
+    if _layout_free(end):
         return node
     wanted, given = ops.value(end), ops.value(node)
-    if wanted.stride() == given.stride():
+    if _strides(wanted) == _strides(given):
         return node
-    if wanted.is_contiguous():
+    if _dense(wanted):
         return emitter.call(aten.contiguous.default, node)
-    order = sorted(range(wanted.dim()), key=lambda d: (-_static(wanted.stride()[d]), d))
+    order = sorted(range(wanted.dim()), key=lambda d: (-hint(wanted.stride(d)), d))
     if order == list(range(len(order))):
         return emitter.call(aten.contiguous.default, node)
     inverse = [order.index(d) for d in range(len(order))]
@@ -117,8 +120,25 @@ def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
     return emitter.call(aten.permute.default, dense, inverse)
 
 
-def _static(stride: Any) -> int:
-    return stride if isinstance(stride, int) else int(stride.node.hint or 0)
+def _layout_free(node: fx.Node) -> bool:
+    """Can no reader tell the strides? ATen copies are traced away where the strides made them needless."""
+    return not isinstance(node.target, torch._ops.OpOverload) and all(
+        (called := ops.name(user)) in _LAYOUT_FREE or (called in _LAYOUT_KEPT and _layout_free(user)) for user in node.users
+    )
+
+
+def _dense(value: torch.Tensor) -> bool:
+    """Is it contiguous, asked without a guard on its sizes?"""
+    expected: ax.Size = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if not ax.equal(ax.size_of(stride), expected) and ax.size_of(size) != 1:
+            return False
+        expected = ax.simple(expected * ax.size_of(size))
+    return True
+
+
+def _strides(value: torch.Tensor) -> list[Any]:
+    return [ax.size_of(stride) for stride in value.stride()]
 
 
 # ---------------------------------------------------------------- what is still needed

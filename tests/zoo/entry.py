@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 B, T, S, H, G, D = 2, 11, 7, 4, 2, 8
 WIDTH = H * D
-FULL = ""
+FULL = "none"
 Attend = Callable[..., Any]
 
 

@@ -50,9 +50,9 @@ def test_one_word_changed(choices: Choices) -> None:
 @pytest.mark.parametrize("mask", spellings.MASKS)
 def test_canonical_facts(mask: str) -> None:
     facts = Facts(mask=mask, groups=2)
-    text, _, heads, groups, head_dim, accepted = _wanted(facts)
-    assert (heads, groups, head_dim, accepted) == (6, 2, 8, True)
-    assert text.startswith(mask) if mask else text in ("", "full")
+    text, _, scale, *rest = _wanted(facts)
+    assert (scale, *rest) == (round(facts.scale, 6), 6, 2, 8, True)
+    assert text.startswith(mask)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=QUIET)

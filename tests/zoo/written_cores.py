@@ -318,7 +318,7 @@ _BHTD = (
     result_transposed, values_first, over_time_major, scale_on_q, scale_on_k, scale_split, scale_in_a_tensor,
     scale_absent, scale_in_the_einsum, scale_negative_and_twice, stable_by_hand, detached_maximum, naive_by_hand,
     by_logsumexp, by_log_softmax, divided_at_the_end, powers_of_two, softmin, over_a_positive_axis, in_float32,
-    cast_before, everything_in_float32, dropout_of_nothing, ScaleAttribute, SoftmaxModule, Temperature,
+    cast_before, everything_in_float32, dropout_of_nothing, ScaleAttribute, Temperature,
 )  # fmt: skip
 _GROUPED = (interleaved, expanded, stacked, indexed, grouped, grouped_einsum)
 
@@ -326,6 +326,7 @@ ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f) for f in _BHTD),
     *(site(f.__name__, f, layout="bthd") for f in (time_first, flax_like)),
     *(site(f.__name__, f, kv=G) for f in _GROUPED),
+    site("softmax_module", SoftmaxModule, training=False),
     site("tiled", tiled, kv=G, found=None),
     Entry("grouped_rows", lambda: Site(grouped_rows, kv_heads=G), hidden(), mask=None, heads=None, kv_heads=G),
     site("multi_query", multi_query, kv=1),

