@@ -52,13 +52,17 @@ def attn_compiler(
     return _inductor(gm, example_inputs, config)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CompileConfig) -> Callable[..., Any]:
+def _inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: CompileConfig
+) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
     # AOTAutograd's cache does not see the autograd formula of an operator: a tag makes it see our sources
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}{source_hash()}"):
+    with torch.compiler.config.patch(
+        cache_key_tag=f"{torch.compiler.config.cache_key_tag}{source_hash()}"
+    ):
         return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
 
 

@@ -52,7 +52,9 @@ def make_config(options: Mapping[str, Any] | None = None) -> CompileConfig:
         if key not in _OPTIONS:
             near = difflib.get_close_matches(str(key), _OPTIONS, 1)
             hint = f'did you mean "{near[0]}"? ' if near else ""
-            raise BadOption(f'unknown option "{key}"', do=f"{hint}known options: {', '.join(_OPTIONS)}")
+            raise BadOption(
+                f'unknown option "{key}"', do=f"{hint}known options: {', '.join(_OPTIONS)}"
+            )
     _refuse_unbuilt(options)
     inductor = options.get("inductor") or {}
     if not isinstance(inductor, Mapping):
@@ -71,16 +73,24 @@ def _refuse_unbuilt(options: Mapping[str, Any]) -> None:
     if hardware is not None and hardware != "cpu":
         raise BadOption(
             f"option hardware is {hardware!r}",
-            why=["there is no cost model in this version: the device is that of the model's tensors"],
+            why=[
+                "there is no cost model in this version: the device is that of the model's tensors"
+            ],
             do='leave it out, or give "cpu"',
         )
     if options.get("measure_top") is not None:
-        raise BadOption("option measure_top is set", why=["nothing is measured in this version"], do="leave it out")
+        raise BadOption(
+            "option measure_top is set",
+            why=["nothing is measured in this version"],
+            do="leave it out",
+        )
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:
     if value not in allowed:
-        raise BadOption(f"option {name} is {value!r}", do=f"give one of {', '.join(map(repr, allowed))}")
+        raise BadOption(
+            f"option {name} is {value!r}", do=f"give one of {', '.join(map(repr, allowed))}"
+        )
     return value
 
 
@@ -89,10 +99,14 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
     found: list[tuple[str, Target]] = []
     for glob, target in pairs:
         if not isinstance(glob, str):
-            raise BadOption(f"a key of option to is {glob!r}", do="use globs over module paths as keys")
+            raise BadOption(
+                f"a key of option to is {glob!r}", do="use globs over module paths as keys"
+            )
         if target != "fastest" and not isinstance(target, VariantSpec):
             names = ", ".join(v.spec.__name__ for v in VARIANTS)
-            raise BadOption(f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them')
+            raise BadOption(
+                f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
+            )
         found.append((glob, target))
     return tuple(found)
 

@@ -15,7 +15,9 @@ class AttnCompilerError(Exception):
         do: what the reader can do about it.
     """
 
-    def __init__(self, what: str, *, where: str = "", why: Iterable[str] = (), do: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: str = "", why: Iterable[str] = (), do: str = ""
+    ) -> None:
         self.what = what
         self.where = where
         self.why = tuple(why)

@@ -1,7 +1,7 @@
 """The order of things: find, cut, functionalise, raise, select, rewrite, clean up; for every graph of a module.
 
-    host graph --find_candidates--> candidates --cut, functionalise--> regions --recognise--> cores
-      --describe--> sites --select--> decisions --rewrite_site--> host graph with one operator per accepted site
+host graph --find_candidates--> candidates --cut, functionalise--> regions --recognise--> cores
+  --describe--> sites --select--> decisions --rewrite_site--> host graph with one operator per accepted site
 """
 
 from __future__ import annotations
@@ -18,8 +18,17 @@ from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core, recognise
+from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.provenance import location, module
-from attn_compiler.ir.region import FunctionalRegion, Region, RegionError, ambient, cut, functionalise, order
+from attn_compiler.ir.region import (
+    FunctionalRegion,
+    Region,
+    RegionError,
+    ambient,
+    cut,
+    functionalise,
+    order,
+)
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.passes.describe import describe
@@ -106,7 +115,11 @@ def _run(work: _Work) -> None:
     writers = [n for n in work.graph.nodes if ops.written(n)]
     for node in work.graph.nodes:
         if ops.name(node) in ops.NATIVE:
-            _miss(work, node, Reason("region.native", "this is fused already, in one native call of PyTorch"))
+            _miss(
+                work,
+                node,
+                Reason("region.native", "this is fused already, in one native call of PyTorch"),
+            )
     for candidate in list(find_candidates(work.graph)):
         _visit(work, candidate, position, writers)
         position = order(work.graph)
@@ -124,22 +137,33 @@ def _settle(work: _Work, expansions: list[Expansion]) -> None:
         work.touched -= {n for n in work.touched if n.graph is not work.graph or n._erased}
 
 
-def _visit(work: _Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]) -> None:
+def _visit(
+    work: _Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]
+) -> None:
     """Try the nodes that may end this candidate, the first that works is taken."""
     refusals: list[tuple[fx.Node, Reason]] = []
     if not candidate.ends:
-        reason = Reason("not_attention.no_value_product", "the softmax never meets a product with values")
+        reason = Reason(
+            "not_attention.no_value_product", "the softmax never meets a product with values"
+        )
         refusals.append((candidate.anchor, reason))
     for end in candidate.ends:
         try:
-            region = cut(end, position, writers)
-            functional = functionalise(region, work.state)
-            core = recognise(functional)
-            _decide(work, region, functional, core)
+            _decide(work, *_raise(work, end, position, writers))
             return
         except (NotAttention, RegionError) as refusal:
             refusals.append((end, Reason(refusal.code, refusal.text, location(candidate.anchor))))
     _miss(work, candidate.anchor, refusals[0][1])
+
+
+def _raise(
+    work: _Work, end: fx.Node, position: dict[fx.Node, int], writers: list[fx.Node]
+) -> tuple[Region, FunctionalRegion, Core]:
+    if ops.name(end) in ops.FLEX:
+        return recognise_flex(end)
+    region = cut(end, position, writers)
+    functional = functionalise(region, work.state)
+    return region, functional, recognise(functional)
 
 
 def _miss(work: _Work, node: fx.Node, reason: Reason) -> None:
@@ -152,12 +176,19 @@ def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Cor
     site = describe(region, functional, core)
     target = work.config.wanted(site.path)
     if target is None:
-        decision = Decision(False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),))
+        decision = Decision(
+            False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),)
+        )
     else:
         variant = variant_of(target)
         spec = variant.spec() if target == "fastest" else target
         reasons = tuple(variant.legality(site, spec))
-        decision = Decision(not reasons, variant.name if not reasons else "", reasons, fidelity=variant.fidelity.value)
+        decision = Decision(
+            not reasons,
+            variant.name if not reasons else "",
+            reasons,
+            fidelity=variant.fidelity.value,
+        )
     if decision.accepted and work.change:
         try:
             rewrite_site(region, functional, core)
@@ -170,7 +201,9 @@ def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Cor
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:
-    rejected = [s for s in report.sites if not s.decision.accepted and config.wanted(s.path) is not None]
+    rejected = [
+        s for s in report.sites if not s.decision.accepted and config.wanted(s.path) is not None
+    ]
     if config.on_reject == "raise" and rejected:
         site = rejected[0]
         raise NoLegalVariant(
@@ -179,4 +212,3 @@ def _raise_rejected(report: Report, config: CompileConfig) -> None:
             why=[str(reason) for reason in site.decision.reasons],
             do='on_reject="keep" leaves the site as it is',
         )
-

@@ -80,12 +80,16 @@ class Index:
         merged: dict[Axis, Size] = {}
         for axis, coefficient in (*self.resolved().terms, *other.resolved().terms):
             merged[axis] = simple(merged.get(axis, 0) + coefficient)
-        return Index(tuple((a, c) for a, c in merged.items() if c != 0), simple(self.const + other.const))
+        return Index(
+            tuple((a, c) for a, c in merged.items() if c != 0), simple(self.const + other.const)
+        )
 
     def times(self, factor: Size) -> Index:
         if factor == 0:
             return ZERO
-        return Index(tuple((a, simple(c * factor)) for a, c in self.terms), simple(self.const * factor))
+        return Index(
+            tuple((a, simple(c * factor)) for a, c in self.terms), simple(self.const * factor)
+        )
 
     def single(self) -> Axis | None:
         """The axis, if the index is exactly one axis."""
@@ -115,7 +119,9 @@ def _split_terms(axis: Axis, coefficient: Size) -> list[tuple[Axis, Size]]:
     if axis.parts is None:
         return [(axis, coefficient)]
     high, low = axis.parts
-    return _split_terms(high, simple(coefficient * low_extent(axis))) + _split_terms(low, coefficient)
+    return _split_terms(high, simple(coefficient * low_extent(axis))) + _split_terms(
+        low, coefficient
+    )
 
 
 def low_extent(axis: Axis) -> Size:
@@ -201,7 +207,11 @@ def divide(index: Index, divisor: Size) -> tuple[Index, Index]:
 
 
 def _split_for(
-    axis: Axis, coefficient: Size, divisor: Size, high: list[tuple[Axis, Size]], low: list[tuple[Axis, Size]]
+    axis: Axis,
+    coefficient: Size,
+    divisor: Size,
+    high: list[tuple[Axis, Size]],
+    low: list[tuple[Axis, Size]],
 ) -> None:
     inner = quotient(divisor, coefficient)
     outer = None if inner is None else quotient(axis.extent, inner)
@@ -250,7 +260,12 @@ def reshape(index: Sequence[Index], new: Sequence[Size], old: Sequence[Size]) ->
 
 
 def _aligned(
-    new: Sequence[Size], old: Sequence[Size], i: int, j: int, group_new: list[int], group_old: list[int]
+    new: Sequence[Size],
+    old: Sequence[Size],
+    i: int,
+    j: int,
+    group_new: list[int],
+    group_old: list[int],
 ) -> tuple[int, int]:
     """Take the shortest runs of both shapes that hold equally many elements."""
     if i < len(new) and new[i] == 1:

@@ -1,6 +1,6 @@
 """One attention found in a functional region, before it knows its module: operands, axes and program.
 
-    end = sum_k softmax_k(program(scale * q.k)) v
+end = sum_k softmax_k(program(scale * q.k)) v
 """
 
 from __future__ import annotations
@@ -15,10 +15,34 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index, along
-from attn_compiler.ir.expr import DOT, FALSE, TRUE, Call, Const, Expr, Read, Var, call, substitute, walk
+from attn_compiler.ir.expr import (
+    DOT,
+    FALSE,
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Read,
+    Var,
+    call,
+    substitute,
+    walk,
+)
 from attn_compiler.ir.filling import never_empty, split
 from attn_compiler.ir.mask import normalise
-from attn_compiler.ir.pull import VALUES, Coordinates, Leaf, Product, Puller, arguments, op, shape, to_expr, val
+from attn_compiler.ir.pull import (
+    VALUES,
+    Coordinates,
+    Leaf,
+    Product,
+    Puller,
+    arguments,
+    broadcast,
+    op,
+    shape,
+    to_expr,
+    val,
+)
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import Naming, Roles
 from attn_compiler.ir.score import Program
@@ -85,7 +109,9 @@ def recognise(region: FunctionalRegion) -> Core:
     rule = VALUES.get(op(node))
     found = rule(puller, node, arguments(node), at) if rule is not None else None
     if not isinstance(found, Product):
-        raise NotAttention("not_attention.no_value_product", "the weights are not summed over with values", node)
+        raise NotAttention(
+            "not_attention.no_value_product", "the weights are not summed over with values", node
+        )
     return _from_product(puller, end, where, found)
 
 
@@ -132,6 +158,8 @@ def _from_softmax(
     extra = None if sink is None else naming(sink)
     program, dropout = _program(naming, score, extra, soft, val(soft.logits).dtype)
     inner = _between(product.node, end)
+    if any(node in inner for node in (*(leaf.node for leaf in naming.reads), *(n for _, n in scaling.factors))):
+        raise NotAttention("attention.scores_reduced", "a reduction over the scores enters the scores", product.node)
     dtype = _dtype(product.node, q, k, v)
     return _core(end, where, q, k, v, roles, program, scaling, naming, dropout, inner, dtype)
 
@@ -140,16 +168,25 @@ def _key_index(soft: Softmax, found: Product) -> tuple[Index, ax.Size]:
     """The index the values are summed over, and where the keys begin among the normalised columns."""
     index = soft.where[soft.dim]
     if not isinstance(index, Index) or not index.resolved().terms:
-        raise NotAttention("not_attention.softmax_axis", "the softmax runs over another axis than the sum with the values")
+        raise NotAttention(
+            "not_attention.softmax_axis",
+            "the softmax runs over another axis than the sum with the values",
+        )
     index = index.resolved()
     reduced = {leaf for axis in found.reduced for leaf in axis.leaves()}
     terms = [axis for axis, _ in index.terms]
     if set(terms) != reduced:
-        raise NotAttention("not_attention.softmax_axis", "the softmax runs over another axis than the sum with the values")
+        raise NotAttention(
+            "not_attention.softmax_axis",
+            "the softmax runs over another axis than the sum with the values",
+        )
     stride: ax.Size = 1
     for axis, coefficient in reversed(index.terms):
         if not ax.equal(coefficient, stride):
-            raise NotAttention("attention.key_order", "the keys are taken in another order than they are normalised in")
+            raise NotAttention(
+                "attention.key_order",
+                "the keys are taken in another order than they are normalised in",
+            )
         stride = ax.simple(stride * axis.extent)
     return Index(index.terms), index.const
 
@@ -159,7 +196,10 @@ def _sink(puller: Puller, soft: Softmax, key: Index, offset: ax.Size) -> Expr | 
     if ax.equal(columns, keys):
         return soft.sink
     if soft.sink is not None or not ax.equal(columns, ax.simple(keys + 1)) or offset not in (0, 1):
-        raise NotAttention("attention.columns_dropped", "columns that the softmax normalises over never meet a value")
+        raise NotAttention(
+            "attention.columns_dropped",
+            "columns that the softmax normalises over never meet a value",
+        )
     column = Index((), keys if offset == 0 else 0)
     where = (*soft.where[: soft.dim], column, *soft.where[soft.dim + 1 :])
     return puller.expr(soft.logits, where)
@@ -184,9 +224,13 @@ def _same_shift(operation: str, left: Expr, right: Expr, sink: Expr) -> Expr:
     if isinstance(sink, Call) and sink.op == operation and sink.args[1] == right:
         return sink.args[0]
     inverse = Call("neg", (right,)) if operation == "sub" else right
-    if sink == inverse or (isinstance(sink, Call) and sink.op == "log" and sink.args[0] == call("exp", inverse)):
+    if sink == inverse or (
+        isinstance(sink, Call) and sink.op == "log" and sink.args[0] == call("exp", inverse)
+    ):
         return Const(0.0)
-    raise NotAttention("attention.sink_shift", "the extra column is shifted differently from the others")
+    raise NotAttention(
+        "attention.sink_shift", "the extra column is shifted differently from the others"
+    )
 
 
 def _varies(expression: Expr, names: set[str]) -> bool:
@@ -222,8 +266,14 @@ def _scores(logits: Expr, key: Index) -> Product:
         if _runs_along(product.left, key) != _runs_along(product.right, key):
             return product
     if products:
-        raise NotAttention("not_attention.scores", "no product in the scores runs from queries to keys", products[0].node)
-    raise NotAttention("not_attention.no_scores", "the softmax is not taken over products of queries and keys")
+        raise NotAttention(
+            "not_attention.scores",
+            "no product in the scores runs from queries to keys",
+            products[0].node,
+        )
+    raise NotAttention(
+        "not_attention.no_scores", "the softmax is not taken over products of queries and keys"
+    )
 
 
 def _with_dot(logits: Expr, product: Product) -> Expr:
@@ -232,7 +282,11 @@ def _with_dot(logits: Expr, product: Product) -> Expr:
     for node in walk(logits):
         if isinstance(node, Product) and node is not product:
             if node.node is product.node:
-                raise NotAttention("attention.scores_twice", "the scores enter the softmax in two places", node.node)
+                raise NotAttention(
+                    "attention.scores_twice",
+                    "the scores enter the softmax in two places",
+                    node.node,
+                )
             table[node] = Leaf(node.node, tuple(to_expr(w) for w in node.where), node.where)
     return substitute(logits, table)
 
@@ -240,42 +294,76 @@ def _with_dot(logits: Expr, product: Product) -> Expr:
 # ---------------------------------------------------------------- fused attention
 
 
-def _from_sdpa(puller: Puller, end: fx.Node, where: Coordinates, node: fx.Node, at: Coordinates) -> Core:
+def _from_sdpa(
+    puller: Puller, end: fx.Node, where: Coordinates, node: fx.Node, at: Coordinates
+) -> Core:
     args = arguments(node)
     query, key_, value = args["query"], args["key"], args["value"]
-    batch, row, column = at[:-2], at[-2], at[-1]
-    reduced, keys = puller.new_axis(shape(query)[-1]), puller.new_axis(shape(key_)[-2])
-    kv_batch = _grouped(batch, shape(query), shape(key_)) if args["enable_gqa"] else batch
-    aligned = lambda b, n: tuple(ax.ZERO if s == 1 else w for w, s in zip(b[len(b) - len(n) :], n, strict=True))  # noqa: E731
-    scaling = _Scaling()
-    scale = args["scale"]
-    if isinstance(scale, fx.Node):
-        scaling.factors.append(("mul", scale))
-    else:
-        scaling.scale = float(scale) if scale is not None else 1 / math.sqrt(int(shape(query)[-1]))
-    q = _operand(puller, query, (*aligned(batch, shape(query)[:-2]), row, along(reduced)), scaling)
-    k = _operand(puller, key_, (*aligned(kv_batch, shape(key_)[:-2]), along(keys), along(reduced)), scaling)
-    v = _operand(puller, value, (*aligned(kv_batch, shape(value)[:-2]), along(keys), column), None)
-    weights: Coordinates = (*batch, row)
-    roles = role.assign(where, weights, along(keys), (reduced,), q.where, k.where, v.where)
-    naming = Naming(puller, roles)
+    masked: Expr = TRUE
     logits: Expr = DOT
-    mask: Expr = call("le", to_expr(along(keys)), to_expr(row)) if args["is_causal"] else TRUE
+    batch, row = at[:-2], at[-2]
+    keys = puller.new_axis(shape(key_)[-2])
+    if args["is_causal"]:
+        masked = call("le", to_expr(along(keys)), to_expr(row))
     if args["attn_mask"] is not None:
         given = args["attn_mask"]
         element = puller.operand(given, node, (*batch, row, along(keys)))
         if val(given).dtype is torch.bool:
-            mask = element
+            masked = element
         else:
             logits = call("add", DOT, element)
-    soft = Softmax(query, (), 0, dropout=float(args["dropout_p"]), safe=True)
-    allowed = normalise(naming(mask))
-    program, dropout = _program(naming, naming(scaling.fold(logits)), None, soft, val(query).dtype, allowed)
-    dtype = _dtype(node, q, k, v)
-    return _core(end, where, q, k, v, roles, program, scaling, naming, dropout, frozenset(), dtype)
+    scale = args["scale"] if args["scale"] is not None else 1 / math.sqrt(int(shape(query)[-1]))
+    operands = (query, key_, value)
+    fused = Fused(
+        operands, keys, bool(args["enable_gqa"]), scale, logits, masked, float(args["dropout_p"])
+    )
+    return from_fused(puller, Operand(end, where), at, fused)
 
 
-def _grouped(batch: Coordinates, query: tuple[ax.Size, ...], keys: tuple[ax.Size, ...]) -> Coordinates:
+@dataclass(frozen=True)
+class Fused:
+    """An attention that is one call already: operands [..., rows, features], score over `dot`, and mask."""
+
+    operands: tuple[fx.Node, fx.Node, fx.Node]
+    keys: ax.Axis
+    grouped: bool
+    scale: Any
+    logits: Expr
+    mask: Expr
+    dropout: float = 0.0
+
+
+def from_fused(puller: Puller, end: Operand, at: Coordinates, fused: Fused) -> Core:
+    """The core of a fused call whose result is read at `at`."""
+    query, key_, value = fused.operands
+    batch, row, column = at[:-2], at[-2], at[-1]
+    reduced = puller.new_axis(shape(query)[-1])
+    kv_batch = _grouped(batch, shape(query), shape(key_)) if fused.grouped else batch
+    scaling = _Scaling()
+    if not scaling.take("mul", fused.scale):
+        raise NotAttention(
+            "attention.scale", "the scale is neither a number nor known when the model runs"
+        )
+    features, keys = along(reduced), along(fused.keys)
+    q = _operand(puller, query, (*broadcast(batch, shape(query)[:-2]), row, features), scaling)
+    k = _operand(puller, key_, (*broadcast(kv_batch, shape(key_)[:-2]), keys, features), scaling)
+    v = _operand(puller, value, (*broadcast(kv_batch, shape(value)[:-2]), keys, column), None)
+    roles = role.assign(end.where, (*batch, row), keys, (reduced,), q.where, k.where, v.where)
+    naming = Naming(puller, roles)
+    soft = Softmax(query, (), 0, dropout=fused.dropout, safe=True)
+    score = naming(scaling.fold(fused.logits))
+    program, dropout = _program(
+        naming, score, None, soft, val(query).dtype, normalise(naming(fused.mask))
+    )
+    dtype = _dtype(query, q, k, v)
+    return _core(
+        end.node, end.where, q, k, v, roles, program, scaling, naming, dropout, frozenset(), dtype
+    )
+
+
+def _grouped(
+    batch: Coordinates, query: tuple[ax.Size, ...], keys: tuple[ax.Size, ...]
+) -> Coordinates:
     repeat = ax.quotient(query[-3], keys[-3])
     head = batch[-1]
     assert isinstance(head, Index) and repeat is not None
@@ -301,7 +389,9 @@ class _Scaling:
                 return False
             self.scale = self.scale * factor if operation == "mul" else self.scale / factor
             return True
-        if isinstance(factor, fx.Node) and (not isinstance(val(factor), torch.Tensor) or val(factor).dim() == 0):
+        if isinstance(factor, fx.Node) and (
+            not isinstance(val(factor), torch.Tensor) or val(factor).dim() == 0
+        ):
             self.factors.append((operation, factor))
             return True
         return False
@@ -326,14 +416,20 @@ class _Scaling:
         return (outer.op, other.node) if isinstance(other, Leaf) and not other.where else None
 
 
-def _operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: _Scaling | None) -> Operand:
+def _operand(
+    puller: Puller, node: fx.Node, where: Coordinates, scaling: _Scaling | None
+) -> Operand:
     """Peel views, widening casts and (for q and k) multiplications by one number."""
     chain: list[tuple[fx.Node, Coordinates]] = [(node, where)]
     while True:
         further = puller.step(node, where)
         if further is None and is_float_cast(node) and _widens(node):
             further = (arguments(node)["self"], where)
-        if further is None and scaling is not None and op(node) in ("mul", "div", "true_divide", "multiply"):
+        if (
+            further is None
+            and scaling is not None
+            and op(node) in ("mul", "div", "true_divide", "multiply")
+        ):
             further = _unscaled(node, where, scaling)
             if further is not None:
                 chain.clear()
@@ -342,7 +438,11 @@ def _operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: _Scalin
         node, where = further
         chain.append(further)
     if not all(isinstance(w, Index) for w in where):
-        raise NotAttention("attention.gathered_operand", "queries, keys or values are picked by a tensor of indices", node)
+        raise NotAttention(
+            "attention.gathered_operand",
+            "queries, keys or values are picked by a tensor of indices",
+            node,
+        )
     final = tuple(w.resolved() for w in where if isinstance(w, Index))
     return Operand(node, final, tuple(reversed(chain)))
 
@@ -352,22 +452,35 @@ def _widens(node: fx.Node) -> bool:
     return bool(before.itemsize <= after.itemsize)
 
 
-def _unscaled(node: fx.Node, where: Coordinates, scaling: _Scaling) -> tuple[fx.Node, Coordinates] | None:
+def _unscaled(
+    node: fx.Node, where: Coordinates, scaling: _Scaling
+) -> tuple[fx.Node, Coordinates] | None:
     args = arguments(node)
     if args.get("rounding_mode") is not None:
         return None
     operation = "mul" if op(node) in ("mul", "multiply") else "div"
-    pairs = [(args["self"], args["other"])] + ([(args["other"], args["self"])] if operation == "mul" else [])
+    pairs = [(args["self"], args["other"])] + (
+        [(args["other"], args["self"])] if operation == "mul" else []
+    )
     for inner, factor in pairs:
         if not isinstance(inner, fx.Node) or not isinstance(val(inner), torch.Tensor):
             continue
-        if shape(inner) == shape(node) and val(inner).dtype == val(node).dtype and scaling.take(operation, factor):
+        if (
+            shape(inner) == shape(node)
+            and val(inner).dtype == val(node).dtype
+            and scaling.take(operation, factor)
+        ):
             return inner, where
     return None
 
 
 def _program(
-    naming: Naming, score: Expr, sink: Expr | None, soft: Softmax, dtype: torch.dtype, mask: Expr = TRUE
+    naming: Naming,
+    score: Expr,
+    sink: Expr | None,
+    soft: Softmax,
+    dtype: torch.dtype,
+    mask: Expr = TRUE,
 ) -> tuple[Program, float]:
     def is_bool(leaf: Expr) -> bool:
         return isinstance(leaf, Read) and _dtype_of(naming.reads[leaf.slot].node) is torch.bool
@@ -395,8 +508,13 @@ def _unzeroed(naming: Naming, soft: Softmax, allowed: Expr) -> float:
     """The dropout, once it is sure that only weights are set to zero that the mask has made zero already."""
     for condition in soft.zeroed:
         dropped = naming(condition)
-        if normalise(call("and", dropped, allowed)) != FALSE and normalise(call("not", dropped)) != allowed:
-            raise NotAttention("attention.weights_changed", "weights are set to zero where the mask allows the key")
+        if (
+            normalise(call("and", dropped, allowed)) != FALSE
+            and normalise(call("not", dropped)) != allowed
+        ):
+            raise NotAttention(
+                "attention.weights_changed", "weights are set to zero where the mask allows the key"
+            )
     return soft.dropout
 
 

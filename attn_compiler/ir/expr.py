@@ -93,7 +93,21 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "pow": torch.pow,
 }
 _REAL = frozenset(
-    ("div", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh", "sigmoid", "erf")
+    (
+        "div",
+        "exp",
+        "exp2",
+        "log",
+        "log2",
+        "sqrt",
+        "rsqrt",
+        "reciprocal",
+        "sin",
+        "cos",
+        "tanh",
+        "sigmoid",
+        "erf",
+    )
 )
 # int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are not written down
 _KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
@@ -194,10 +208,16 @@ _COMMUTATIVE = frozenset({"add", "mul", "and", "or"})
 
 def _fold(op: str, values: Sequence[bool | int | float]) -> Const | None:
     if op in _KINDS:
-        return Const({"int": int, "float": float, "bool": bool}[op](values[0])) if _finite(values[0]) else None
+        return (
+            Const({"int": int, "float": float, "bool": bool}[op](values[0]))
+            if _finite(values[0])
+            else None
+        )
     if op == "where":
         return Const(values[1] if values[0] else values[2])
-    tensors = [torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for v in values]
+    tensors = [
+        torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for v in values
+    ]
     try:
         result = _apply(op, tensors, torch.float64)
     except RuntimeError:

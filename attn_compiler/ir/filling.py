@@ -40,7 +40,12 @@ class _Found:
     added: int = 0  # how many finite fills are added rather than set
 
 
-def split(logits: Expr, dtype: torch.dtype, bounded: Callable[[Expr], bool], is_bool: Callable[[Expr], bool]) -> Split:
+def split(
+    logits: Expr,
+    dtype: torch.dtype,
+    bounded: Callable[[Expr], bool],
+    is_bool: Callable[[Expr], bool],
+) -> Split:
     """Split `logits`, an expression over `dot`, into score and mask.
 
     Args:
@@ -67,7 +72,9 @@ def _fills_forbid(found: _Found, score: Expr, bounded: Callable[[Expr], bool]) -
     return all(math.isinf(f) for f in found.fills) or all_bounded(score, bounded)
 
 
-def _uniform(found: _Found, score: Expr, dtype: torch.dtype, bounded: Callable[[Expr], bool]) -> bool:
+def _uniform(
+    found: _Found, score: Expr, dtype: torch.dtype, bounded: Callable[[Expr], bool]
+) -> bool:
     """Does a row without keys hold one and the same number everywhere?"""
     (fill,) = found.fills
     absorbing = fill <= _ABSORBING or fill == torch.finfo(dtype).min
@@ -77,7 +84,11 @@ def _uniform(found: _Found, score: Expr, dtype: torch.dtype, bounded: Callable[[
 
 def all_bounded(score: Expr, bounded: Callable[[Expr], bool]) -> bool:
     for node in walk(score):
-        if isinstance(node, Const) and not isinstance(node.value, bool) and node.value <= _FORBIDDING:
+        if (
+            isinstance(node, Const)
+            and not isinstance(node.value, bool)
+            and node.value <= _FORBIDDING
+        ):
             return False
         if not isinstance(node, Call | Const | Var) and node != DOT and not bounded(node):
             return False
@@ -101,7 +112,9 @@ def _all(parts: list[Expr]) -> Expr:
 # ---------------------------------------------------------------- stripping
 
 
-def _strip(logits: Expr, found: _Found, dtype: torch.dtype, is_bool: Callable[[Expr], bool]) -> Expr:
+def _strip(
+    logits: Expr, found: _Found, dtype: torch.dtype, is_bool: Callable[[Expr], bool]
+) -> Expr:
     """Take fills off the outside of `logits`, as long as that goes."""
     while isinstance(logits, Call):
         inner = _strip_where(logits, found, dtype) if logits.op == "where" else None
@@ -109,7 +122,9 @@ def _strip(logits: Expr, found: _Found, dtype: torch.dtype, is_bool: Callable[[E
             inner = _strip_sum(logits, found, dtype, is_bool)
         if inner is None and logits.op == "max":
             # torch.max(scores, finfo.min): only -inf could be below
-            inner = next((b for a, b in (logits.args, logits.args[::-1]) if _is_floor(a, dtype)), None)
+            inner = next(
+                (b for a, b in (logits.args, logits.args[::-1]) if _is_floor(a, dtype)), None
+            )
         if inner is None:
             break
         logits = inner
@@ -133,13 +148,19 @@ def _strip_where(logits: Call, found: _Found, dtype: torch.dtype) -> Expr | None
     return None
 
 
-def _strip_sum(logits: Call, found: _Found, dtype: torch.dtype, is_bool: Callable[[Expr], bool]) -> Expr | None:
+def _strip_sum(
+    logits: Call, found: _Found, dtype: torch.dtype, is_bool: Callable[[Expr], bool]
+) -> Expr | None:
     terms = _terms(logits, 1)
     kept: list[tuple[int, Expr]] = []
     taken = False
     for sign, term in terms:
         fills: set[float] = set()
-        keep = None if _holds_dot(term) else _as_mask(term if sign > 0 else call("neg", term), fills, dtype, is_bool)
+        keep = (
+            None
+            if _holds_dot(term)
+            else _as_mask(term if sign > 0 else call("neg", term), fills, dtype, is_bool)
+        )
         # a term of -inf and finite fills at once would leave rows that are neither uniform nor NaN
         if keep is None or len(fills) != 1:
             kept.append((sign, term))
@@ -165,7 +186,9 @@ def _terms(expression: Expr, sign: int) -> list[tuple[int, Expr]]:
     return [(sign, expression)]
 
 
-def _as_mask(term: Expr, fills: set[float], dtype: torch.dtype, is_bool: Callable[[Expr], bool]) -> Expr | None:
+def _as_mask(
+    term: Expr, fills: set[float], dtype: torch.dtype, is_bool: Callable[[Expr], bool]
+) -> Expr | None:
     """The predicate under which an added term is zero, if it is a fill everywhere else."""
     if isinstance(term, Const):
         if term.value == 0:
@@ -185,10 +208,16 @@ def _as_mask(term: Expr, fills: set[float], dtype: torch.dtype, is_bool: Callabl
     return _product_mask(term, fills, dtype, is_bool)
 
 
-def _product_mask(term: Call, fills: set[float], dtype: torch.dtype, is_bool: Callable[[Expr], bool]) -> Expr | None:
+def _product_mask(
+    term: Call, fills: set[float], dtype: torch.dtype, is_bool: Callable[[Expr], bool]
+) -> Expr | None:
     """(1 - float(P)) * fill, float(~P) * fill and their negations."""
     if term.op == "neg":
-        return _product_mask(_negated(term.args[0]), fills, dtype, is_bool) if isinstance(term.args[0], Call) else None
+        return (
+            _product_mask(_negated(term.args[0]), fills, dtype, is_bool)
+            if isinstance(term.args[0], Call)
+            else None
+        )
     if term.op != "mul":
         return None
     for factor, fill in (term.args, term.args[::-1]):
@@ -214,7 +243,11 @@ def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
             return expression
         if expression.op in ("float", "int"):
             return _truth(expression.args[0], is_bool)
-        if expression.op == "sub" and isinstance(expression.args[0], Const) and expression.args[0].value == 1:
+        if (
+            expression.op == "sub"
+            and isinstance(expression.args[0], Const)
+            and expression.args[0].value == 1
+        ):
             inner = _truth(expression.args[1], is_bool)
             return None if inner is None else call("not", inner)
         return None

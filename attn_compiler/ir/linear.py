@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from attn_compiler.ir.expr import Call, Const, Expr, Int, Read, Var, children, depends
 
@@ -57,6 +58,7 @@ class Linear:
         return total(self.part(), self.const)
 
 
+@lru_cache(maxsize=8192)
 def rank(expr: Expr) -> tuple[int, str]:
     """The order of terms and of the sides of a comparison: first what moves with the key column."""
     for place, name in enumerate("kqhb"):

@@ -65,7 +65,7 @@ __all__ = [
 
 def normalise(expr: Expr, kinds: Sequence[str] = ()) -> Expr:
     """The same truth in one form (see truth.py); `kinds` as for `classify`."""
-    return to_expr(truth(expr, kinds))
+    return to_expr(_known(expr, tuple(kinds), ())[0])
 
 
 def classify(expr: Expr, names: Sequence[str] = (), kinds: Sequence[str] = ()) -> Mask:
@@ -77,7 +77,7 @@ def classify(expr: Expr, names: Sequence[str] = (), kinds: Sequence[str] = ()) -
         kinds: "bool", "int", "float" or "" (not known) for the tensor of each slot. With kinds more
             spellings meet: of a tensor that may hold NaN, `~(k > t[q])` is not `k <= t[q]`.
     """
-    found = truth(expr, kinds)
+    found = _known(expr, tuple(kinds), ())[0]
     return Mask(to_expr(found), tuple(names), name_terms(conjuncts(found)), tuple(kinds))
 
 

@@ -20,7 +20,9 @@ MHA = frozenset({"multi_head_attention_forward"})
 # fused further than this package looks: an encoder layer or attention with its projections in one native call
 NATIVE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 FLEX = frozenset({"flex_attention"})
-CONTRACTION = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner"})
+CONTRACTION = frozenset(
+    {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner"}
+)
 # a region never reaches behind these: they make the activations and parameters it starts from
 BOUNDARY = frozenset(
     {
@@ -54,7 +56,15 @@ def name(node: fx.Node) -> str:
 
 
 # where F.name takes its `inplace` flag
-_INPLACE_POSITION = {"dropout": 3, "relu": 1, "silu": 1, "hardswish": 1, "leaky_relu": 2, "elu": 2, "threshold": 3}
+_INPLACE_POSITION = {
+    "dropout": 3,
+    "relu": 1,
+    "silu": 1,
+    "hardswish": 1,
+    "leaky_relu": 2,
+    "elu": 2,
+    "threshold": 3,
+}
 _MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "softmax",
     nn.Linear: "linear",
@@ -87,7 +97,9 @@ def storages(node: fx.Node) -> frozenset[int]:
             for leaf in leaves
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
         )
-    except NotImplementedError:  # a tensor inside vmap has no storage of its own, and cannot be written in place here
+    except (
+        NotImplementedError
+    ):  # a tensor inside vmap has no storage of its own, and cannot be written in place here
         return frozenset()
 
 
@@ -124,5 +136,9 @@ def _written_by_schema(node: fx.Node, target: torch._ops.OpOverload) -> tuple[fx
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        found += [n for n in (given if isinstance(given, tuple | list) else (given,)) if isinstance(n, fx.Node)]
+        found += [
+            n
+            for n in (given if isinstance(given, tuple | list) else (given,))
+            if isinstance(n, fx.Node)
+        ]
     return tuple(found)

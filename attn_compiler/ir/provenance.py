@@ -48,7 +48,11 @@ def clean(path: str) -> str:
 def display_name(node: fx.Node) -> str:
     """A short name for a tensor: the last name of an input's source, else the node's own."""
     source = node.meta.get("grapharg")
-    name = source.source.name if source is not None and getattr(source, "source", None) is not None else ""
+    name = (
+        source.source.name
+        if source is not None and getattr(source, "source", None) is not None
+        else ""
+    )
     name = name() if callable(name) else name
     words = re.findall(r"[A-Za-z_][A-Za-z0-9_]*", name)
     if words:
@@ -69,8 +73,14 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
             return given, Projection(f"{node.target}.weight", f"{node.target}.bias", given.name)
         if called == "addmm":
             bias, given, weight = node.args[:3]
-            assert isinstance(given, fx.Node) and isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
-            return _unviewed(given), Projection(display_path(weight), display_path(bias), given.name)
+            assert (
+                isinstance(given, fx.Node)
+                and isinstance(weight, fx.Node)
+                and isinstance(bias, fx.Node)
+            )
+            return _unviewed(given), Projection(
+                display_path(weight), display_path(bias), given.name
+            )
         if node.op in ("placeholder", "get_attr") or node in seen or called in ops.BOUNDARY:
             break
         seen.add(node)
@@ -100,14 +110,25 @@ def _linear(node: fx.Node) -> tuple[fx.Node, Projection | None]:
 def display_path(node: fx.Node) -> str:
     """Qualified parameter name of a graph input."""
     source = node.meta.get("grapharg")
-    name = source.source.name if source is not None and getattr(source, "source", None) is not None else ""
+    name = (
+        source.source.name
+        if source is not None and getattr(source, "source", None) is not None
+        else ""
+    )
     name = name() if callable(name) else name
     if name:
-        return re.sub(r"\._(parameters|buffers)\.", ".", clean(re.sub(r"_(parameters|buffers)\['([^']+)'\]", r"\2", name)))
+        return re.sub(
+            r"\._(parameters|buffers)\.",
+            ".",
+            clean(re.sub(r"_(parameters|buffers)\['([^']+)'\]", r"\2", name)),
+        )
     return str(node.target)
 
 
 def _unviewed(node: fx.Node) -> fx.Node:
-    while ops.name(node) in ("view", "reshape", "transpose", "contiguous", "to", "flatten") and node.all_input_nodes:
+    while (
+        ops.name(node) in ("view", "reshape", "transpose", "contiguous", "to", "flatten")
+        and node.all_input_nodes
+    ):
         node = node.all_input_nodes[0]
     return node

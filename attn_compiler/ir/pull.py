@@ -116,10 +116,16 @@ def shifted(coordinate: Coordinate, offset: ax.Size) -> Coordinate:
 
 
 class Puller:
-    """Pulls elements of one functional graph; keeps what it has already expanded."""
+    """Pulls elements of one functional graph; keeps what it has already expanded.
+
+    Attributes:
+        module: owner of the graph's constants.
+        bound: inputs whose value is known as an expression, or which stand for a node of another graph.
+    """
 
     def __init__(self, module: fx.GraphModule | None = None) -> None:
         self.module = module
+        self.bound: dict[fx.Node, Expr | fx.Node] = {}
         self._axes: list[ax.Axis] = []
         self._done: dict[tuple[fx.Node, Coordinates], Expr] = {}
 
@@ -157,6 +163,11 @@ class Puller:
         return self._done[key]
 
     def _expand(self, node: fx.Node, where: Coordinates) -> Expr:
+        known = self.bound.get(node)
+        if isinstance(known, Expr):
+            return known
+        if known is not None:
+            return self.expr(known, where)
         found = val(node)
         if not isinstance(found, torch.Tensor):
             return self._scalar(node, found)
@@ -192,7 +203,11 @@ class Puller:
         if node.op != "get_attr" or self.module is None:
             return None
         tensor = getattr(self.module, str(node.target), None)
-        if not isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or type(tensor) is not torch.Tensor:
+        if (
+            not isinstance(tensor, torch.Tensor)
+            or tensor.numel() != 1
+            or type(tensor) is not torch.Tensor
+        ):
             return None
         return tensor.item()
 

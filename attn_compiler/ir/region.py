@@ -104,7 +104,10 @@ def cut(end: fx.Node, position: Mapping[fx.Node, int], writers: Iterable[fx.Node
             touched = _storages(inside | inputs)
             pending = True
     if len(inside) > LARGEST:
-        raise RegionError("region.too_large", f"{len(inside)} operations lead to this attention, more than {LARGEST}")
+        raise RegionError(
+            "region.too_large",
+            f"{len(inside)} operations lead to this attention, more than {LARGEST}",
+        )
     nodes = tuple(sorted(inside, key=position.__getitem__))
     return Region(
         end=end,
@@ -124,7 +127,11 @@ def _reach(end: fx.Node, depth: int, inside: set[fx.Node], inputs: set[fx.Node])
             continue
         best[node] = depth
         contraction = ops.name(node) in ops.CONTRACTION
-        if node is not end and node not in inside and (is_boundary(node) or (contraction and depth >= 2)):
+        if (
+            node is not end
+            and node not in inside
+            and (is_boundary(node) or (contraction and depth >= 2))
+        ):
             inputs.add(node)
             continue
         inputs.discard(node)
@@ -138,7 +145,10 @@ def is_boundary(node: fx.Node) -> bool:
         return True
     if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims"):
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
+        "aten",
+        "prims",
+    ):
         return True
     return ops.name(node) in ops.BOUNDARY or not _has_tensor(ops.value(node))
 
@@ -154,7 +164,12 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
 
 
 def _mutated(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> Iterable[fx.Node]:
-    hit = {identity for node in nodes for target in ops.written(node) for identity in ops.storages(target)}
+    hit = {
+        identity
+        for node in nodes
+        for target in ops.written(node)
+        for identity in ops.storages(target)
+    }
     return (node for node in inputs if ops.storages(node) & hit)
 
 
@@ -179,7 +194,9 @@ def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
 def _autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
     stack = ExitStack()
     for device, dtype, enabled, cache in arguments:
-        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        stack.enter_context(
+            torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
+        )
     return stack
 
 
@@ -196,12 +213,16 @@ def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> F
     module = trace_region(region, keep, state)
     graph = module.graph
     leaves = iter(n for n in graph.nodes if n.op == "placeholder")
-    spread = {host: [next(leaves) for _ in pytree.tree_leaves(ops.value(host))] for host in region.inputs}
+    spread = {
+        host: [next(leaves) for _ in pytree.tree_leaves(ops.value(host))] for host in region.inputs
+    }
     read = {nodes[0]: host for host, nodes in spread.items() if len(nodes) == 1}
     results = graph.output_node().args[0]
     assert isinstance(results, tuple | list)
     _mark_bounded(graph, read)
-    of_host = {host: node for host, node in zip(keep, results, strict=True) if isinstance(node, fx.Node)}
+    of_host = {
+        host: node for host, node in zip(keep, results, strict=True) if isinstance(node, fx.Node)
+    }
     for placeholder, host in read.items():
         if host not in region.mutated:
             of_host.setdefault(host, placeholder)
@@ -215,12 +236,22 @@ def _mark_bounded(graph: fx.Graph, read: Mapping[fx.Node, fx.Node]) -> None:
             host = read.get(node)
             if host is None:
                 continue
-            given = isinstance(ops.value(host), torch.nn.Parameter) or host.op not in ("placeholder", "get_attr")
+            given = isinstance(ops.value(host), torch.nn.Parameter) or host.op not in (
+                "placeholder",
+                "get_attr",
+            )
             found = ops.value(host)
-            node.meta["bounded"] = given or not isinstance(found, torch.Tensor) or not found.dtype.is_floating_point
+            node.meta["bounded"] = (
+                given or not isinstance(found, torch.Tensor) or not found.dtype.is_floating_point
+            )
         elif node.op == "call_function":
-            huge = any(isinstance(a, int | float) and a <= -1e8 for a in (*node.args, *node.kwargs.values()))
-            node.meta["bounded"] = not huge and all(n.meta.get("bounded", False) for n in node.all_input_nodes)
+            huge = any(
+                isinstance(a, int | float) and a <= -1e8
+                for a in (*node.args, *node.kwargs.values())
+            )
+            node.meta["bounded"] = not huge and all(
+                n.meta.get("bounded", False) for n in node.all_input_nodes
+            )
 
 
 def trace_region(
@@ -231,6 +262,11 @@ def trace_region(
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace.
     """
+    if any(_wrapped(ops.value(n)) for n in region.inputs):
+        raise RegionError(
+            "region.vmap",
+            "it runs inside a torch.func transform, where tensors have hidden dimensions",
+        )
     try:
         flat, spec = pytree.tree_flatten([ops.value(n) for n in region.inputs])
         return _trace(_executor(region, keep, state, spec), flat)
@@ -239,11 +275,24 @@ def trace_region(
         raise RegionError("region.untraceable", f"{type(error).__name__}: {first[:160]}") from error
 
 
+def _wrapped(value: Any) -> bool:
+    leaves = value if isinstance(value, tuple | list) else (value,)
+    return any(
+        isinstance(v, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
+        for v in leaves
+    )
+
+
 def _executor(
-    region: Region, keep: list[fx.Node], state: Mapping[fx.Node, tuple[Any, ...]], spec: pytree.TreeSpec
+    region: Region,
+    keep: list[fx.Node],
+    state: Mapping[fx.Node, tuple[Any, ...]],
+    spec: pytree.TreeSpec,
 ) -> Callable[..., list[Any]]:
     def run(*flat: Any) -> list[Any]:
-        env: dict[fx.Node, Any] = dict(zip(region.inputs, pytree.tree_unflatten(flat, spec), strict=True))
+        env: dict[fx.Node, Any] = dict(
+            zip(region.inputs, pytree.tree_unflatten(flat, spec), strict=True)
+        )
         for node in region.nodes:
             with _autocast(state[node]) if node in state else nullcontext():
                 env[node] = execute(node, env)

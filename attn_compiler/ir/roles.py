@@ -1,8 +1,8 @@
 """What each axis is for: batch, head, query, key or feature, decided by which operands it runs through.
 
-    in k and v, not summed over    batch or head           in q alone      query rows, or the heads that share k and v
-    summed over with v             key                     in v alone      value features
-    summed over with q             features
+in k and v, not summed over    batch or head           in q alone      query rows, or the heads that share k and v
+summed over with v             key                     in v alone      value features
+summed over with q             features
 """
 
 from __future__ import annotations
@@ -77,11 +77,15 @@ def assign(
     features = tuple(leaf for axis in feature for leaf in axis.leaves())
     _check_operands(in_q, in_k, in_v, keys, features)
     rest = [axis for axis in leaves(end) if axis not in keys]
-    value = tuple(a for a in rest if a in in_v and a not in in_q and a not in in_k and a not in in_w)
+    value = tuple(
+        a for a in rest if a in in_v and a not in in_q and a not in in_k and a not in in_w
+    )
     free = [a for a in (*in_w, *(r for r in rest if r not in in_w)) if a in rest and a not in value]
     rows = [a for a in free if a in in_q and a not in in_k and a not in in_v]
     query = _query(weights, rows)
     outer = [a for a in free if a not in rows]
+    if any(a.extent != 1 and (a in in_k) != (a in in_v) for a in outer):
+        raise NotAttention("not_attention.kv_axes", "keys and values do not run along the same batches and heads")
     heads = _heads(outer, q, k, v, features)
     return Roles(
         batch=tuple(a for a in outer if a not in heads),
@@ -95,14 +99,26 @@ def assign(
 
 
 def _check_operands(
-    q: Mapping[Axis, None], k: Mapping[Axis, None], v: Mapping[Axis, None], keys: Leaves, features: Leaves
+    q: Mapping[Axis, None],
+    k: Mapping[Axis, None],
+    v: Mapping[Axis, None],
+    keys: Leaves,
+    features: Leaves,
 ) -> None:
     if not keys or any(a not in k or a not in v for a in keys):
-        raise NotAttention("not_attention.no_key_axis", "the axis summed over does not run through both keys and values")
+        raise NotAttention(
+            "not_attention.no_key_axis",
+            "the axis summed over does not run through both keys and values",
+        )
     if any(a in q for a in keys):
-        raise NotAttention("not_attention.key_in_query", "the query depends on the key axis as well")
+        raise NotAttention(
+            "not_attention.key_in_query", "the query depends on the key axis as well"
+        )
     if any(a in v for a in features):
-        raise NotAttention("not_attention.feature_in_value", "the values depend on the axis of the query-key product")
+        raise NotAttention(
+            "not_attention.feature_in_value",
+            "the values depend on the axis of the query-key product",
+        )
 
 
 def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
@@ -114,7 +130,9 @@ def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
     return ()
 
 
-def _heads(outer: Sequence[Axis], q: Coordinates, k: Coordinates, v: Coordinates, features: Leaves) -> Leaves:
+def _heads(
+    outer: Sequence[Axis], q: Coordinates, k: Coordinates, v: Coordinates, features: Leaves
+) -> Leaves:
     """The heads: what is cut out of the same dimension as the features, else the last of several outer axes."""
     beside: dict[Axis, None] = {}
     for where in (q, k):
@@ -142,7 +160,12 @@ class Naming:
 
     def __init__(self, puller: Puller, roles: Roles) -> None:
         self.puller = puller
-        self.groups = (("b", roles.batch), ("h", roles.query_heads), ("q", roles.query), ("k", roles.key))
+        self.groups = (
+            ("b", roles.batch),
+            ("h", roles.query_heads),
+            ("q", roles.query),
+            ("k", roles.key),
+        )
         self.sizes = {n: extent(g) for n, (_, g) in zip("BHTS", self.groups, strict=True)}
         self.reads: list[Leaf] = []
         self.ints: list[sympy.Expr] = []
@@ -165,16 +188,21 @@ class Naming:
         if isinstance(expression, Leaf):
             return self._read(expression)
         if isinstance(expression, Product):
-            raise NotAttention("attention.two_products", "a second product stands in the scores", expression.node)
+            raise NotAttention(
+                "attention.two_products", "a second product stands in the scores", expression.node
+            )
         return expression
 
     def _read(self, leaf: Leaf) -> Expr:
         from attn_compiler.ir.expr import Read
 
         index = tuple(
-            self.index(w) if isinstance(w, Index) else self(e) for w, e in zip(leaf.where, leaf.index, strict=True)
+            self.index(w) if isinstance(w, Index) else self(e)
+            for w, e in zip(leaf.where, leaf.index, strict=True)
         )
-        slot = next((s for s, known in enumerate(self.reads) if known.node is leaf.node), len(self.reads))
+        slot = next(
+            (s for s, known in enumerate(self.reads) if known.node is leaf.node), len(self.reads)
+        )
         if slot == len(self.reads):
             self.reads.append(leaf)
         return Read(slot, index)
@@ -187,7 +215,10 @@ class Naming:
             for part in self._group(name, [a for a in group if a.extent != 1], terms):
                 total = part if total is None else call("add", total, part)
         if terms:
-            raise NotAttention("attention.mask_axis", "a mask or bias depends on an axis that is not of the attention")
+            raise NotAttention(
+                "attention.mask_axis",
+                "a mask or bias depends on an axis that is not of the attention",
+            )
         const = self.size(index.const)
         if total is None:
             return const
@@ -212,7 +243,9 @@ class Naming:
         inner: ax.Size = 1
         for axis in reversed(group):
             if axis in terms:
-                digit: Expr = Var(name) if inner == 1 else call("floordiv", Var(name), self.size(inner))
+                digit: Expr = (
+                    Var(name) if inner == 1 else call("floordiv", Var(name), self.size(inner))
+                )
                 if axis is not group[0]:
                     digit = call("mod", digit, self.size(axis.extent))
                 yield self._times(digit, terms.pop(axis))

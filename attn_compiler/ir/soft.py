@@ -85,10 +85,15 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
         if name == "dropout" or name == "native_dropout":
             if args["train"] is not False and args["p"] != 0:
                 if dropout:
-                    raise NotAttention("attention.two_dropouts", "the weights are dropped out twice", node)
+                    raise NotAttention(
+                        "attention.two_dropouts", "the weights are dropped out twice", node
+                    )
                 dropout = float(args["p"])
             node = args["input"]
-        elif name in ("where", "masked_fill") and (kept := _zeroing(puller, node, args, where)) is not None:
+        elif (
+            name in ("where", "masked_fill")
+            and (kept := _zeroing(puller, node, args, where)) is not None
+        ):
             condition, node = kept
             where = broadcast(where, shape(node))
             zeroed.append(condition)
@@ -98,10 +103,16 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
             return found
 
 
-def _zeroing(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates) -> tuple[Expr, fx.Node] | None:
+def _zeroing(
+    puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates
+) -> tuple[Expr, fx.Node] | None:
     """where(keep, p, 0) or p.masked_fill(drop, 0): the condition of being set to zero, and p."""
     if op(node) == "masked_fill":
-        return (puller.operand(args["mask"], node, where), args["self"]) if _is_zero(puller, args["value"]) else None
+        return (
+            (puller.operand(args["mask"], node, where), args["self"])
+            if _is_zero(puller, args["value"])
+            else None
+        )
     condition = puller.operand(args["condition"], node, where)
     if _is_zero(puller, args["other"]):
         return call("not", condition), args["self"]
@@ -131,15 +142,25 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
         if found is not None:
             return found
     if name == "log_softmax":
-        raise NotAttention("not_attention.log_softmax", "logarithms of probabilities are multiplied", node)
+        raise NotAttention(
+            "not_attention.log_softmax", "logarithms of probabilities are multiplied", node
+        )
     if name in ("mul", "add", "sub", "where", "masked_fill", "pow", "clamp", "sigmoid", "relu"):
         raise NotAttention(
-            "attention.weights_changed", f"`{name}` stands between the softmax and the product with the values", node
+            "attention.weights_changed",
+            f"`{name}` stands between the softmax and the product with the values",
+            node,
         )
-    raise NotAttention("not_attention.no_softmax", f"the weights come from `{name or node.op}`, not from a softmax", node)
+    raise NotAttention(
+        "not_attention.no_softmax",
+        f"the weights come from `{name or node.op}`, not from a softmax",
+        node,
+    )
 
 
-def _by_hand(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates) -> Softmax | None:
+def _by_hand(
+    puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates
+) -> Softmax | None:
     """exp(x) / (sum(exp(x)) + extra)."""
     top, bottom = args["self"], args["other"]
     if not isinstance(bottom, fx.Node) or not isinstance(top, fx.Node):
@@ -162,7 +183,9 @@ def _by_hand(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordin
     summed, _ = through_casts(puller, arguments(total)["self"], (ax.ZERO,) * len(at))
     if dim is None or summed is not exponential:
         return None
-    return Softmax(arguments(exponential)["self"], at, dim, sink=None if extra is None else call("log", extra))
+    return Softmax(
+        arguments(exponential)["self"], at, dim, sink=None if extra is None else call("log", extra)
+    )
 
 
 def _with_extra(
@@ -176,7 +199,11 @@ def _with_extra(
         total, at = through_casts(puller, one, broadcast(where, shape(one)))
         if op(total) == "sum":
             extra = puller.operand(other, node, where)
-            return total, at, None if isinstance(extra, Const) and 0 <= extra.value < 1e-6 else extra
+            return (
+                total,
+                at,
+                None if isinstance(extra, Const) and 0 <= extra.value < 1e-6 else extra,
+            )
     return node, where, None
 
 

@@ -1,9 +1,9 @@
 """The conjuncts of a mask by name.
 
-    k <= q + S - T         ->  Causal(S - T)   "causal(S - T)"
-    k >= q - 127           ->  Window(128)     "window(128)"             (beside a Causal)
-    t0[b, k] != 0          ->  Padding(0)      "padding(attention_mask)"
-    t1[b, k] == t1[b, q]   ->  Documents(1)    "documents(ids)"
+k <= q + S - T         ->  Causal(S - T)   "causal(S - T)"
+k >= q - 127           ->  Window(128)     "window(128)"             (beside a Causal)
+t0[b, k] != 0          ->  Padding(0)      "padding(attention_mask)"
+t1[b, k] == t1[b, q]   ->  Documents(1)    "documents(ids)"
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ class _Reader:
             gap = a.plus(b, -1)
             if op in ("gt", "ge"):
                 op, gap = _SWAPPED[op], gap.times(-1)
-            return self._bound("le", gap.plus(Linear({}, 1))) if op == "lt" else self._bound(op, gap)
+            return (
+                self._bound("le", gap.plus(Linear({}, 1))) if op == "lt" else self._bound(op, gap)
+            )
         left, right = (s if x is None else x.expr() for s, x in ((left, a), (right, b)))
         if isinstance(left, Call) and left.op == "where" and self._may_split():
             return self._choice(left.args[0], *(self._compare(op, v, right) for v in left.args[1:]))

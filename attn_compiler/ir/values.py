@@ -83,7 +83,9 @@ def promoted(puller: Puller, node: fx.Node, given: list[Any], where: Coordinates
     ]  # fmt: skip
 
 
-@rule(VALUES, *_SAME_NAME, "negative", "absolute", "rsub", "add", "sub", "subtract", "div", *_BINARY)
+@rule(
+    VALUES, *_SAME_NAME, "negative", "absolute", "rsub", "add", "sub", "subtract", "div", *_BINARY
+)
 def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
     unary = {"negative": "neg", "absolute": "abs"}.get(name, name)
@@ -93,11 +95,23 @@ def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -
     if name in ("add", "sub", "subtract", "rsub"):
         if args.get("alpha", 1) != 1:
             scaled = puller.expr(args["alpha"], ())
-            left, right = (call("mul", left, scaled), right) if name == "rsub" else (left, call("mul", right, scaled))
-        return call("sub", right, left) if name == "rsub" else call("add" if name == "add" else "sub", left, right)
+            left, right = (
+                (call("mul", left, scaled), right)
+                if name == "rsub"
+                else (left, call("mul", right, scaled))
+            )
+        return (
+            call("sub", right, left)
+            if name == "rsub"
+            else call("add" if name == "add" else "sub", left, right)
+        )
     rounding = args.get("rounding_mode")
     if name in ("div", "divide") and rounding is not None:
-        return call("floordiv", left, right) if rounding == "floor" else call("trunc", call("div", left, right))
+        return (
+            call("floordiv", left, right)
+            if rounding == "floor"
+            else call("trunc", call("div", left, right))
+        )
     if name == "floor_divide" or name == "remainder":
         return call(_BINARY[name], left, right)
     return call(_BINARY.get(name, "div"), left, right)
@@ -117,7 +131,10 @@ def _logic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Exp
     if not name.startswith("logical") and any(d is not torch.bool for d in kinds):
         return None
     found = operands(puller, node, given, where)
-    truths = [e if dtype_of(a) in (torch.bool, None) else call("bool", e) for a, e in zip(given, found, strict=True)]
+    truths = [
+        e if dtype_of(a) in (torch.bool, None) else call("bool", e)
+        for a, e in zip(given, found, strict=True)
+    ]
     return call(_LOGIC[name], *truths)
 
 
@@ -157,7 +174,9 @@ def _where(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Exp
 @rule(VALUES, "masked_fill")
 def _masked_fill(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
     mask, value, old = operands(puller, node, [args["mask"], args["value"], args["self"]], where)
-    return call("where", mask if dtype_of(args["mask"]) is torch.bool else call("bool", mask), value, old)
+    return call(
+        "where", mask if dtype_of(args["mask"]) is torch.bool else call("bool", mask), value, old
+    )
 
 
 @rule(VALUES, "to", "_to_copy", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "_autocast_to_full_precision", "_autocast_to_reduced_precision")  # fmt: skip  # noqa: E501
@@ -221,7 +240,11 @@ def _triangle(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> 
     keep = call("le" if lower else "ge", column, call("add", row, diagonal))
     inner = puller.expr(args["self"], where)
     zero: bool | int | float = {"bool": False, "int": 0, "float": 0.0}[kind(val(node).dtype)]
-    return call("and", keep, inner) if val(node).dtype is torch.bool else call("where", keep, inner, zero)
+    return (
+        call("and", keep, inner)
+        if val(node).dtype is torch.bool
+        else call("where", keep, inner, zero)
+    )
 
 
 # ---------------------------------------------------------------- joins
@@ -246,7 +269,9 @@ def _too_wide(node: fx.Node) -> bool:
     return val(node).dtype.is_floating_point
 
 
-def _joined(puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where: Coordinates, at: int) -> Expr:
+def _joined(
+    puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where: Coordinates, at: int
+) -> Expr:
     """Element of the pieces put one after the other."""
     chosen = piece(where[at], sizes)
     if chosen is not None:
@@ -258,8 +283,14 @@ def _joined(puller: Puller, tensors: list[fx.Node], sizes: list[ax.Size], where:
     result: Expr | None = None
     for tensor, size in zip(reversed(tensors), reversed(sizes), strict=True):
         total = ax.simple(total - size)
-        inner = puller.expr(tensor, (*where[:at], shifted(where[at], ax.simple(-total)), *where[at + 1 :]))
-        result = inner if result is None else call("where", call("lt", position, number(ax.simple(total + size))), inner, result)
+        inner = puller.expr(
+            tensor, (*where[:at], shifted(where[at], ax.simple(-total)), *where[at + 1 :])
+        )
+        result = (
+            inner
+            if result is None
+            else call("where", call("lt", position, number(ax.simple(total + size))), inner, result)
+        )
     assert result is not None
     return result
 
@@ -284,7 +315,11 @@ def piece(coordinate: Coordinate, sizes: list[ax.Size]) -> tuple[int, ax.Size] |
 def _stack(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     at = args["dim"] % len(where)
     chosen = where[at]
-    if not isinstance(chosen, Index) or chosen.resolved().terms or not isinstance(chosen.const, int):
+    if (
+        not isinstance(chosen, Index)
+        or chosen.resolved().terms
+        or not isinstance(chosen.const, int)
+    ):
         return None
     return puller.expr(args["tensors"][chosen.const], (*where[:at], *where[at + 1 :]))
 
@@ -311,7 +346,9 @@ def _pad(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
     inner = puller.expr(source, tuple(moved))
     outside = args.get("value")
     for condition in inside:
-        inner = call("where", condition, inner, puller.expr(0.0 if outside is None else outside, ()))
+        inner = call(
+            "where", condition, inner, puller.expr(0.0 if outside is None else outside, ())
+        )
     return inner
 
 
@@ -337,7 +374,8 @@ def _cumsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
     if len(fresh) > 4:
         return None
     table: dict[Expr, Expr] = {
-        Var(axis.name): Var("k" if position == at else next(names)) for position, axis in enumerate(fresh)
+        Var(axis.name): Var("k" if position == at else next(names))
+        for position, axis in enumerate(fresh)
     }
     element = substitute(element, table)
     if any(not isinstance(n, Call | Const | Var) for n in walk(element)):
@@ -395,7 +433,9 @@ def _matmul(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
     return product(puller, node, left, right, where)
 
 
-def product(puller: Puller, node: fx.Node, left: fx.Node, right: fx.Node, where: Coordinates) -> Expr | None:
+def product(
+    puller: Puller, node: fx.Node, left: fx.Node, right: fx.Node, where: Coordinates
+) -> Expr | None:
     size_l, size_r = shape(left), shape(right)
     if len(size_l) < 2 or len(size_r) < 2:
         return None
@@ -459,11 +499,19 @@ def einsum_labels(equation: str, ranks: list[int]) -> tuple[list[list[Any]], lis
         return None
     inputs = [_spelled(term, rank) for term, rank in zip(terms, ranks, strict=True)]
     if arrow:
-        wide = max(rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True))
-        return inputs, _spelled(right, len(right.replace("...", "")) + (wide if "..." in right else 0))
+        wide = max(
+            rank - len(term.replace("...", "")) if "..." in term else 0
+            for term, rank in zip(terms, ranks, strict=True)
+        )
+        return inputs, _spelled(
+            right, len(right.replace("...", "")) + (wide if "..." in right else 0)
+        )
     counts = [label for labels in inputs for label in labels]
     wide_labels = sorted({x for x in counts if isinstance(x, int)}, reverse=True)
-    return inputs, [*wide_labels, *sorted(x for x in set(counts) if isinstance(x, str) and counts.count(x) == 1)]
+    return inputs, [
+        *wide_labels,
+        *sorted(x for x in set(counts) if isinstance(x, str) and counts.count(x) == 1),
+    ]
 
 
 def _spelled(term: str, rank: int) -> list[Any]:

@@ -9,7 +9,18 @@ from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import CannotSplit, Index
-from attn_compiler.ir.pull import VIEWS, Coordinate, Coordinates, Puller, arguments, op, rule, shape, shifted, val
+from attn_compiler.ir.pull import (
+    VIEWS,
+    Coordinate,
+    Coordinates,
+    Puller,
+    arguments,
+    op,
+    rule,
+    shape,
+    shifted,
+    val,
+)
 
 Args = dict[str, Any]
 Step = tuple[fx.Node, Coordinates] | None
@@ -96,7 +107,8 @@ def _expand(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> St
     tail = where[len(where) - len(old) :] if old else ()
     sizes = new[len(new) - len(old) :]
     return source(args), tuple(
-        ax.ZERO if o == 1 and not ax.equal(o, n) else w for w, o, n in zip(tail, old, sizes, strict=True)
+        ax.ZERO if o == 1 and not ax.equal(o, n) else w
+        for w, o, n in zip(tail, old, sizes, strict=True)
     )
 
 
@@ -177,7 +189,9 @@ def _repeat(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> St
 @rule(VIEWS, "repeat_interleave")
 def _repeat_interleave(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Step:
     repeats = args["repeats"]
-    if args.get("dim") is None or (isinstance(repeats, fx.Node) and isinstance(val(repeats), torch.Tensor)):
+    if args.get("dim") is None or (
+        isinstance(repeats, fx.Node) and isinstance(val(repeats), torch.Tensor)
+    ):
         return None
     at = args["dim"] % len(where)
     return source(args), placed(where, at, ax.divide(indices(where)[at], _value(repeats))[0])
@@ -191,7 +205,16 @@ def _same(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Step
     return source(args), where
 
 
-_SPLITS = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_chunk", "unsafe_split", "hsplit")
+_SPLITS = (
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "tensor_split",
+    "unsafe_chunk",
+    "unsafe_split",
+    "hsplit",
+)
 
 
 @rule(VIEWS, "getitem")

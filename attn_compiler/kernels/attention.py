@@ -1,13 +1,14 @@
 """attn_compiler::attention on any device, and what it means.
 
-    out = dropout(softmax_k(where(mask, score(scale * q k^T), -inf))) v;   lse = log sum_k exp(score), with the sink
+    s = score(scale * q k^T),  -inf where masked
+    out = dropout(softmax_k(s)) v;     lse = log sum_k exp(s)
 
-`reference` is the specification: a few differentiable lines that build the T x S matrix. `forward` and `backward` never
-do. Where the score is a sum  dot + bias  (a mask is a bias, a sink is a factor afterwards) a CPU runs its flash kernel,
-in one call or one per block of rows; everything else is `rows`.
+`reference` is the specification: a few differentiable lines that build the T x S matrix. `forward`
+and `backward` never do. Where the score is a sum  dot + bias  (a mask is a bias, a sink a factor
+afterwards) a CPU runs its flash kernel; everything else is `rows`.
 
-Rows whose scores are all -inf and that have no sink follow `Program.empty`; "any" gives 0. B batch, H query heads,
-G kv heads, T query rows, S key rows, d head dim of q and k, dv of v.
+Rows whose scores are all -inf and that have no sink follow `Program.empty`; "any" gives 0.
+B batch, H query heads, G kv heads, T query rows, S key rows, d head dim of q and k, dv of v.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from attn_compiler.ir.expr import TRUE, evaluate
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels import rows
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import Frame, accumulator, empty_heads, in_heads_layout, sizes_of
+from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads, in_heads_layout
 
 INF = float("inf")
 
@@ -43,7 +43,7 @@ def reference(
     """The operator in plain PyTorch, differentiable to any order.
 
     Args:
-        dropout_mask: what the probabilities are multiplied with, [B, H, T, S]: 0 or 1 / (1 - dropout).
+        dropout_mask: factors of the probabilities, [B, H, T, S], 0 or 1 / (1 - dropout).
 
     Returns:
         out [B, H, T, dv] and lse [B, H, T].
@@ -59,7 +59,11 @@ def reference(
     if program.mask != TRUE:
         allowed = evaluate(program.mask, env, reads, ints).to(q.device).bool()
         # "nan" stands for adding -inf, whose derivative is NaN in such a row too
-        s = s + torch.zeros_like(s).masked_fill(~allowed, -INF) if program.empty == "nan" else torch.where(allowed, s, -INF)
+        s = (
+            s + torch.zeros_like(s).masked_fill(~allowed, -INF)
+            if program.empty == "nan"
+            else torch.where(allowed, s, -INF)
+        )
     if program.sink is not None:
         sink = evaluate(program.sink, env, reads, ints, None, dtype).to(q.device, dtype)
         s = torch.cat([s, sink.expand(*shape[:3], 1)], -1)
@@ -78,57 +82,43 @@ def reference(
 # ---------------------------------------------------------------- the implementation
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int],
-    drop: Drop,
-    program: str,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     """out and lse, both in the layout of `empty_heads`."""
-    dtype = accumulator(q, k, v)
-    out = (*q.shape[:3], v.shape[-1])
-    if _no_elements(q, k, v):
-        return empty_heads(v, out).zero_(), empty_heads(q, q.shape[:3], dtype).fill_(-INF)
-    frame = Frame(program, sizes_of(q, k), reads, ints, dtype, q.device)
-    if flash.fits(q, k, v, frame, drop):
-        return flash.forward(q, k, v, frame, scale)
-    result = empty_heads(v, out), empty_heads(q, q.shape[:3], dtype)
-    rows.forward(q, k, v, frame, scale, drop, *result)
-    return result
+    shape = (*given.q.shape[:3], given.v.shape[-1])
+    if _no_elements(given):
+        out, lse = empty_heads(given.v, shape), empty_heads(given.q, shape[:3], given.dtype)
+        return out.zero_(), lse.fill_(-INF)
+    frame = Frame(given)
+    if flash.fits(frame):
+        return flash.forward(frame)
+    out, lse = empty_heads(given.v, shape), empty_heads(given.q, shape[:3], given.dtype)
+    rows.forward(frame, out, lse)
+    return out, lse
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int],
-    drop: Drop,
-    saved: tuple[Tensor, Tensor],
-    needs: Sequence[bool],
-    program: str,
-    scale: float,
+    given: Inputs, grad: Tensor, saved: tuple[Tensor, Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of q, k, v and of the reads that `needs` marks, recomputing what the forward did not keep."""
-    dtype = accumulator(q, k, v)
-    wanted = [i for i, need in enumerate(needs) if need]
-    into = {i: torch.zeros(reads[i].shape, dtype=dtype, device=reads[i].device) for i in wanted}
-    if _no_elements(q, k, v):
-        found = tuple(torch.zeros_like(x) for x in (q, k, v))
+    """Gradients of q, k, v and of the reads that `needs` marks.
+
+    What the forward did not keep is computed again; `saved` is its out and lse.
+    """
+    into = {
+        i: torch.zeros(read.shape, dtype=given.dtype, device=read.device)
+        for i, (read, need) in enumerate(zip(given.reads, needs, strict=True))
+        if need
+    }
+    if _no_elements(given):
+        dq, dk, dv = (torch.zeros_like(x) for x in given.qkv)
     else:
-        frame = Frame(program, sizes_of(q, k), reads, ints, dtype, q.device)
-        if flash.fits_backward(q, k, v, frame, drop, saved[1], into):
-            found = flash.backward(grad, q, k, v, frame, scale, saved, into)
+        frame = Frame(given)
+        if flash.fits_backward(frame, saved[1], into):
+            dq, dk, dv = flash.backward(frame, grad, saved, into)
         else:
-            found = rows.backward(grad, q, k, v, frame, scale, drop, saved[0], into)
-    dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, (q, k, v), strict=True))
-    return dq, dk, dv, [into[i].to(reads[i].dtype) for i in wanted]
+            dq, dk, dv = rows.backward(frame, grad, saved[0], into)
+    dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip((dq, dk, dv), given.qkv, strict=True))
+    return dq, dk, dv, [grad.to(given.reads[i].dtype) for i, grad in into.items()]
 
 
-def _no_elements(*tensors: Tensor) -> bool:
-    return any(x.numel() == 0 for x in tensors)
+def _no_elements(given: Inputs) -> bool:
+    return any(x.numel() == 0 for x in given.qkv)

@@ -1,12 +1,12 @@
-"""Derivatives of the operators: reverse mode by the backward operator, everything else by the reference.
+"""Derivatives of the operators: reverse mode by the backward operator, all others by the reference.
 
-    ordinary backward               attention_backward, which has no derivative of its own: a second order raises
-    torch.func (grad, jvp, ...)     `reference` at that level, which has all of them
-    forward-mode AD                 `reference`
-    vmap                            one call per element
+    ordinary backward             attention_backward; it has no derivative, a second order raises
+    torch.func (grad, jvp, ...)   `reference` at that level, which has all of them
+    forward-mode AD               `reference`
+    vmap                          one call per element
 
-The operators have kernels of their own for the Autograd key, not `torch.library.register_autograd`, because only there
-can a call be told to take the reference instead.
+The operators have kernels of their own for the Autograd key, instead of
+`torch.library.register_autograd`, because only there can a call be sent to the reference.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch.autograd import forward_ad
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.attention import reference
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import accumulator
+from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
 
@@ -34,7 +33,7 @@ def full_precision(device: str) -> AbstractContextManager[object]:
 
 
 def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the kernel of the device; its results are fresh tensors, not views that nobody may write to."""
+    """Call the kernel of the device; its results are no views: anybody may write to them."""
     views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
@@ -42,7 +41,9 @@ def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, keyset: Any, kwargs: dict[str, Any], ints: Any, seed: Any, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, keyset: Any, kwargs: dict[str, Any], ints: Any, seed: Any, *tensors: Tensor
+    ) -> Any:
         q, k, v, *reads = tensors
         out, lse = _below(attention, keyset, q, k, v, reads, ints, seed, **kwargs)
         ctx.save_for_backward(out, lse, seed, *tensors)
@@ -65,48 +66,39 @@ class _Attention(torch.autograd.Function):
         return (None,) * 4 + (dq, dk, dv, *(next(rest) if need else None for need in needs))
 
 
-def _autograd(
-    keyset: Any, q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], ints: Any, seed: Tensor | None, **kwargs: Any
-) -> Any:
-    tensors = (q, k, v, *reads)
+def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    *qkv, reads, ints, seed = args
+    tensors = (*qkv, *reads)
     if any(_transformed(t) for t in tensors):
-        return _by_reference(q, k, v, reads, ints, seed, **kwargs)
+        return _by_reference(*args, **kwargs)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Attention.apply(keyset, kwargs, ints, seed, *tensors)  # type: ignore[no-untyped-call]
-    return _below(attention, keyset, q, k, v, reads, ints, seed, **kwargs)
+        return _Attention.apply(keyset, kwargs, ints, seed, *tensors)
+    return _below(attention, keyset, *args, **kwargs)
 
 
 def _transformed(tensor: Tensor) -> bool:
-    """Does a derivative that the backward operator lacks pass through here: torch.func, or forward mode?"""
+    """Does torch.func or forward mode look at this tensor? The backward operator lacks both."""
     if torch._C._functorch.is_gradtrackingtensor(tensor):
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _by_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int],
-    seed: Tensor | None,
-    *,
-    program: str,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    check(q, k, v, seed, dropout)
-    batch, heads, length = q.shape[:3]
-    with full_precision(q.device.type):
-        drop = Drop(seed, dropout)
-        dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, k.shape[2]))
-        factor = None if dropped is None else (~dropped).to(accumulator(q, k, v)) * drop.gain
-        out, lse = reference(q, k, v, reads, ints, program, scale, factor)
+def _by_reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    given = Inputs.of(*args, **kwargs)
+    drop, sizes = given.drop, given.sizes
+    check(given.q, given.k, given.v, drop)
+    with full_precision(given.q.device.type):
+        ends = ((0, sizes[n]) for n in "BTS")
+        dropped = drop.dropped((sizes["H"], sizes["T"]), *ends)
+        factor = None if dropped is None else (~dropped).to(given.dtype) * drop.gain
+        out, lse = reference(
+            *given.qkv, given.reads, given.ints, given.program, given.scale, factor
+        )
     return out, lse.detach()
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """The backward operator in a graph of its own: to be differentiated is refused when it happens."""
+    """The backward operator where somebody may differentiate it: refused when it happens."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, call: Callable[[], Any], *tensors: Tensor) -> Any:
@@ -118,13 +110,12 @@ class _OnlyOnce(torch.autograd.Function):
         raise UnsupportedCall(
             "the gradient of attention_backward was asked for",
             why=("fused attention has first derivatives only",),
-            do="use torch.func transforms or forward-mode AD, which run the plain reference, or keep the original module",
+            do="use torch.func or forward-mode AD, which run the plain reference",
         )
 
 
-def _autograd_backward(keyset: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **kwargs: Any) -> Any:
-    reads = rest[0]
-    tensors = (grad_out, q, k, v, *reads)
+def _autograd_backward(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    tensors = (*args[:4], *args[4])
     if any(_transformed(t) for t in tensors):
         raise UnsupportedCall(
             "a backward of attention was recorded outside of the transform that differentiates it",
@@ -133,11 +124,11 @@ def _autograd_backward(keyset: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: T
         )
 
     def call() -> Any:
-        return _below(attention_backward, keyset, grad_out, q, k, v, *rest, **kwargs)
+        return _below(attention_backward, keyset, *args, **kwargs)
 
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return call()
-    dq, dk, dv, *dreads = _OnlyOnce.apply(keyset, call, *tensors)  # type: ignore[no-untyped-call]
+    dq, dk, dv, *dreads = _OnlyOnce.apply(keyset, call, *tensors)
     return dq, dk, dv, dreads
 
 
@@ -149,7 +140,7 @@ LIBRARY.impl("attention_backward", _autograd_backward, "Autograd", with_keyset=T
 
 
 def _looped(operator: Any) -> Callable[..., Any]:
-    """A batching rule: one call per element. The operator is large enough, and its memory stays linear."""
+    """A batching rule: one call per element, each large enough and linear in memory."""
 
     def pick(value: Any, dim: Any, index: int) -> Any:
         if isinstance(value, list | tuple):
@@ -174,4 +165,6 @@ def _looped(operator: Any) -> Callable[..., Any]:
 
 
 torch.library.register_vmap("attn_compiler::attention", _looped(attention), lib=LIBRARY)
-torch.library.register_vmap("attn_compiler::attention_backward", _looped(attention_backward), lib=LIBRARY)
+torch.library.register_vmap(
+    "attn_compiler::attention_backward", _looped(attention_backward), lib=LIBRARY
+)

@@ -1,10 +1,10 @@
-"""Attention dropout that is a function of the seed and the place, so that every block of every pass draws the same.
+"""Attention dropout that is a function of the seed and the place.
 
     dropped[b, h, q, k] = mix(row(seed, b, h, q) ^ column(seed, k)) < rate * 2^32
 
-Rows and columns are hashed with 64-bit arithmetic (splitmix64, Steele, Lea and Flood 2014); one element costs two
-32-bit multiplications (the finaliser of murmur3 with the constants of Wellons' search, 2018). No generator: the
-forward and the backward may cut the matrix into different blocks, and any device gives the same mask.
+So every block of every pass draws the same, however the matrix is cut, on any device. Rows and
+columns are hashed in 64 bits (splitmix64; Steele, Lea and Flood 2014), one element costs two 32-bit
+multiplications (murmur3's finaliser with the constants that Wellons found in 2018).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The dropout of one call: int64 seed of one element, probability to drop. Rate 0 draws nothing."""
+    """The dropout of one call: int64 seed of one element, probability to drop (0 draws nothing)."""
 
     seed: Tensor | None
     rate: float
@@ -28,7 +28,11 @@ class Drop:
         return 1 / (1 - self.rate) if self.rate < 1 else 0.0
 
     def dropped(
-        self, shape: tuple[int, int], items: tuple[int, int], rows: tuple[int, int], cols: tuple[int, int]
+        self,
+        shape: tuple[int, int],
+        items: tuple[int, int],
+        rows: tuple[int, int],
+        cols: tuple[int, int],
     ) -> Tensor | None:
         """Which probabilities are set to zero, None for none.
 
@@ -45,7 +49,9 @@ class Drop:
         device = self.seed.device
         start = _splitmix(self.seed.reshape(()).to(torch.int64))
         pairs = torch.arange(items[0] * heads, items[1] * heads, device=device).view(-1, heads, 1)
-        row = _splitmix(start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device)))
+        row = _splitmix(
+            start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device))
+        )
         column = _splitmix(start + 2 * torch.arange(cols[0], cols[1], device=device) + 1)
         x = row.to(torch.int32).unsqueeze(-1) ^ column.to(torch.int32)
         x = x * 0x7FEB352D

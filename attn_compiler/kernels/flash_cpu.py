@@ -1,10 +1,13 @@
-"""Attention whose score is a sum  dot + bias,  by PyTorch's flash kernel for CPUs: in one call, or one per block of rows.
+"""Attention whose score is a sum  dot + bias,  by PyTorch's flash kernel for CPUs.
 
-    mask  ->  bias of 0 and -inf;   k <= q  ->  is_causal;   sink  ->  out * exp(lse - lse'),  lse' = log(e^lse + e^sink)
+    mask    ->   a bias of 0 and -inf          k <= q   ->   is_causal
+    sink    ->   out * exp(lse - lse'),  lse' = log(exp(lse) + exp(sink))
 
-The kernel, as tried on torch 2.13: fewer kv heads than query heads need no copies; a bias of [B, 1, 1, S] or any stride
-is read in place, also beside is_causal, which aligns top-left; a row without keys gives out 0 and lse 0; with -inf taken
-for that lse the backward would be NaN; one head dim for q, k and v; the feature axis must be dense; no axis may be empty.
+In one call, or in one call per block of rows where a mask lets keys be skipped or a bias would be
+large. The kernel, as tried on torch 2.13: fewer kv heads than query heads need no copies; a bias of
+[B, 1, 1, S] or of any stride is read in place, also beside is_causal, which aligns top-left; a row
+without keys gives out 0 and lse 0, and the backward would be NaN if -inf stood there; it wants one
+head dim for q, k and v and a dense feature axis, and dies of an empty axis.
 
 B batch, H query heads, G kv heads, T query rows, S key rows.
 """
@@ -12,105 +15,113 @@ B batch, H query heads, G kv heads, T query rows, S key rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attn_compiler.ir.expr import TRUE, Call, Read, depends
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import NO_BIAS, Span, Frame, empty_heads, in_heads_layout
+from attn_compiler.ir.expr import TRUE, Call, Expr, Read, depends
+from attn_compiler.kernels.frame import Frame, Inputs, Span, empty_heads, in_heads_layout
+from attn_compiler.kernels.plan import NO_BIAS
 from attn_compiler.kernels.rows import pull_back
 
 INF = float("inf")
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# elements of a bias that is built for one call, and rows of a block where the mask lets keys be skipped
+# elements of a bias that is built for one call
 _BIAS_BUDGET = 2**20
+# rows of a block where the mask lets keys be skipped, and elsewhere
 _SKIP_ROWS = 128
 _ROWS = 1024
 
 
-def fits(q: Tensor, k: Tensor, v: Tensor, frame: Frame, drop: Drop) -> bool:
-    same = q.device.type == k.device.type == v.device.type == "cpu"
-    return same and _common(q, k, v) in _DTYPES and frame.plan.bias is not None and drop.rate == 0
+def fits(frame: Frame) -> bool:
+    given, plan = frame.given, frame.plan
+    same = given.q.device.type == given.k.device.type == given.v.device.type == "cpu"
+    return same and _common(given) in _DTYPES and plan.bias is not None and given.drop.rate == 0
 
 
-def fits_backward(
-    q: Tensor, k: Tensor, v: Tensor, frame: Frame, drop: Drop, lse: Tensor, wanted: Mapping[int, Tensor]
-) -> bool:
+def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bool:
     """The kernel gives no gradient of its bias, and none that is NaN."""
-    if not fits(q, k, v, frame, drop) or frame.plan.score_slots & wanted.keys():
+    if not fits(frame) or frame.plan.score_slots & wanted.keys():
         return False
     return frame.plan.program.empty != "nan" or not bool((lse == -INF).any())
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float) -> tuple[Tensor, Tensor]:
-    query, key, value = _prepared(q, k, v)
-    shape = (*q.shape[:3], v.shape[-1])
+def forward(frame: Frame) -> tuple[Tensor, Tensor]:
+    """out and lse in the layout of `empty_heads`."""
+    call = _call(frame)
     results = (
-        (span, *_piece(query, key, value, frame, span, causal, scale)) for span, causal in _pieces(frame, query.dtype)
+        (span, *_piece(frame, call, span, causal)) for span, causal in _pieces(frame, call.q.dtype)
     )
     span, out, lse = next(results)
-    if span.r1 < shape[2]:
-        first, out, lse = (span, out, lse), empty_heads(query, query.shape), empty_heads(lse, shape[:3])
+    if span.r1 < frame.sizes["T"]:
+        first = (span, out, lse)
+        out, lse = empty_heads(call.q, call.q.shape), empty_heads(lse, call.q.shape[:3])
         for span, part, part_lse in chain([first], results):
             out[span.rows], lse[span.rows] = part, part_lse
     if frame.plan.sink is not None:
-        out, lse = _with_sink(out, lse, frame)
-    return in_heads_layout(out[..., : shape[3]], v.dtype), in_heads_layout(lse, frame.dtype)
+        total = torch.logaddexp(lse, _sink(frame, frame.plan.sink).squeeze(-1))
+        out, lse = out.mul_(torch.exp(lse - total).unsqueeze(-1)), total
+    v = frame.given.v
+    return in_heads_layout(out[..., : v.shape[-1]], v.dtype), in_heads_layout(lse, frame.dtype)
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frame: Frame,
-    scale: float,
-    saved: tuple[Tensor, Tensor],
-    into: Mapping[int, Tensor],
+    frame: Frame, grad: Tensor, saved: tuple[Tensor, Tensor], into: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; that of the sink is added to `into`, by slot."""
-    query, key, value = _prepared(q, k, v)
-    lse = saved[1]
-    g, out = (_dense(pad(x.to(query.dtype), (0, query.shape[-1] - x.shape[-1]))) for x in (grad, saved[0]))
+    given, call, (out, lse) = frame.given, _call(frame), saved
     dead = lse == -INF
-    finite = lse.masked_fill(dead, 0.0)
-    dq, dk, dv = _sum_pieces(g, query, key, value, frame, scale, out, finite)
-    dq, dk, dv = dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
+    found = _sum_pieces(frame, call, (call.fit(grad), call.fit(out), lse.masked_fill(dead, 0.0)))
+    dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, given.qkv, strict=True))
     if frame.plan.sink is not None:
-        _sink_gradient(grad, saved, frame, into)
+        # d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)
+        span = frame.whole()
+        delta = (grad.to(frame.dtype) * out.to(frame.dtype)).sum(-1, keepdim=True)
+        ds = -torch.exp(_sink(frame, frame.plan.sink) - lse.unsqueeze(-1)) * delta
+        pull_back(frame, span, frame.plan.sink, ds, into, frame.tensors(span))
     elif frame.plan.program.empty == "uniform" and bool(dead.any()):
         spread = torch.where(dead.unsqueeze(-1), grad.to(frame.dtype), 0.0).sum(2)
-        groups = spread.view(spread.shape[0], k.shape[1], -1, spread.shape[-1]).sum(2)
-        dv = dv + groups.unsqueeze(2) / k.shape[2]
+        groups = spread.view(spread.shape[0], given.k.shape[1], -1, spread.shape[-1]).sum(2)
+        dv = dv + groups.unsqueeze(2) / frame.sizes["S"]
     return dq, dk, dv
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def _common(*tensors: Tensor) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+def _common(given: Inputs) -> torch.dtype:
+    return reduce(torch.promote_types, (x.dtype for x in given.qkv))
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """q, k and v as the kernel reads them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    def fit(self, x: Tensor) -> Tensor:
+        return _fit(x, self.q.dtype, self.q.shape[-1])
 
 
-def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _call(frame: Frame) -> _Call:
+    given = frame.given
+    dtype, width = _common(given), max(given.q.shape[-1], given.v.shape[-1])
+    return _Call(*(_fit(x, dtype, width) for x in given.qkv))
+
+
+def _fit(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """One dtype, one head dim (a feature of zeros changes no product), a dense feature axis."""
-    dtype, width = _common(q, k, v), max(q.shape[-1], v.shape[-1])
-    query, key, value = (
-        _dense(x.to(dtype) if x.shape[-1] == width else pad(x.to(dtype), (0, width - x.shape[-1]))) for x in (q, k, v)
-    )
-    return query, key, value
+    x = x.to(dtype)
+    x = x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Span, bool]]:
@@ -136,11 +147,12 @@ def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
         bias = bias.args[0]
     if frame.plan.loose != TRUE or not isinstance(bias, Read) or bias.slot < frame.plan.base:
         return False
-    return frame.reads[frame.plan.slices[bias.slot - frame.plan.base].slot].dtype in (dtype, frame.dtype)
+    piece = frame.plan.slices[bias.slot - frame.plan.base]
+    return frame.reads[piece.slot].dtype in (dtype, frame.dtype)
 
 
 def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the dot products of a span, -inf where the mask forbids a key; None for nothing."""
+    """What is added to the dot products, -inf where the mask forbids a key; None for nothing."""
     tensors = frame.tensors(span)
     mask = frame.mask(span, tensors)
     bias = None
@@ -158,16 +170,15 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
 # ---------------------------------------------------------------- forward
 
 
-def _piece(
-    q: Tensor, k: Tensor, v: Tensor, frame: Frame, span: Span, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    query = q[span.rows]
+def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor, Tensor]:
+    """out and lse of one block of rows."""
+    query, key, value = call.q[span.rows], call.k[span.keys], call.v[span.keys]
     if span.lo == span.hi:
         out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=frame.dtype)
         empty = torch.ones_like(lse, dtype=torch.bool)
     else:
-        bias = _bias(frame, span, q.dtype)
-        out, lse = _FORWARD(query, k[span.keys], v[span.keys], 0.0, causal, attn_mask=bias, scale=scale)
+        bias, scale = _bias(frame, span, query.dtype), frame.given.scale
+        out, lse = _FORWARD(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         # a sum of exponentials is one by accident or because there is none
         if bias is None or not bool((lse == 0).any()):
             return out, lse
@@ -177,7 +188,8 @@ def _piece(
     if policy == "nan":
         out.masked_fill_(empty.unsqueeze(-1), float("nan"))
     elif policy == "uniform":
-        mean = v.mean(2, keepdim=True, dtype=frame.dtype).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        mean = call.v.mean(2, keepdim=True, dtype=frame.dtype)
+        mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], 1)
         out.copy_(torch.where(empty.unsqueeze(-1), mean.to(out.dtype), out))
     return out, lse
 
@@ -196,28 +208,25 @@ def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
     return run[..., torch.arange(rows).clamp_(max=keys - 1)].bool()
 
 
-def _sink(frame: Frame) -> tuple[Tensor, Span, list[Tensor]]:
-    span = frame.whole()
-    tensors = frame.tensors(span)
-    assert frame.plan.sink is not None
-    return frame.value(frame.plan.sink, span, tensors).to(frame.dtype).squeeze(-1), span, tensors
-
-
-def _with_sink(out: Tensor, lse: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
-    total = torch.logaddexp(lse, _sink(frame)[0])
-    return out.mul_(torch.exp(lse - total).unsqueeze(-1)), total
+def _sink(frame: Frame, sink: Expr) -> Tensor:
+    """The logit of the extra column as [b, h, rows, 1]."""
+    return frame.value(sink, frame.whole()).to(frame.dtype)
 
 
 # ---------------------------------------------------------------- backward
 
 
 def _sum_pieces(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float, out: Tensor, lse: Tensor
+    frame: Frame, call: _Call, results: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the kernel's q, k, v, given the gradient of out, out, and a finite lse."""
+    q, k, v, scale = call.q, call.k, call.v, frame.given.scale
+
     def piece(span: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        args = (g[span.rows], q[span.rows], k[span.keys], v[span.keys], out[span.rows], lse[span.rows])
+        grad, out, lse = (x[span.rows] for x in results)
         bias = _bias(frame, span, q.dtype)
-        found: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*args, 0.0, causal, attn_mask=bias, scale=scale)
+        args = (grad, q[span.rows], k[span.keys], v[span.keys], out, lse, 0.0, causal)
+        found: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*args, attn_mask=bias, scale=scale)
         return found
 
     pieces = _pieces(frame, q.dtype)
@@ -226,19 +235,10 @@ def _sum_pieces(
         return piece(first, causal)
     dq = empty_heads(q, q.shape).zero_()
     dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in (k, v))
-    for span, causal in chain([(first, causal)], pieces):
+    for span in chain([first], (span for span, _ in pieces)):
         if span.lo == span.hi:
             continue
-        dq[span.rows], dk_part, dv_part = piece(span, causal)
+        dq[span.rows], dk_part, dv_part = piece(span, False)
         dk[span.keys] += dk_part
         dv[span.keys] += dv_part
     return dq, dk, dv
-
-
-def _sink_gradient(grad: Tensor, saved: tuple[Tensor, Tensor], frame: Frame, into: Mapping[int, Tensor]) -> None:
-    """d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)."""
-    out, lse = saved
-    sink, span, tensors = _sink(frame)
-    assert frame.plan.sink is not None
-    delta = (grad.to(frame.dtype) * out.to(frame.dtype)).sum(-1)
-    pull_back(frame, span, frame.plan.sink, tensors, into, -(torch.exp(sink - lse) * delta).unsqueeze(-1))

@@ -2,7 +2,8 @@
 
     attn_compiler::attention(q, k, v, reads, ints, seed, *, program, scale, dropout) -> (out, lse)
 
-Schema and meaning of the arguments: `schema`; kernel per device: `IMPLEMENTATIONS`; derivatives: `derivatives`.
+Schema and meaning of the arguments: `schema`. Kernel per device: `IMPLEMENTATIONS`. Derivatives:
+`derivatives`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 
+from attn_compiler.ir.expr import parse
+from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels.derivatives import full_precision
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import accumulator, empty_heads
+from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
-__all__ = ["COMPOSITE", "IMPLEMENTATIONS", "Implementation", "attention", "attention_backward", "op_samples"]
+__all__ = [
+    "COMPOSITE",
+    "IMPLEMENTATIONS",
+    "Implementation",
+    "attention",
+    "attention_backward",
+    "op_samples",
+    "register_flops",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,88 +47,41 @@ COMPOSITE = Implementation(composite.forward, composite.backward)
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
-def _kernels(tensor: Tensor) -> Implementation:
-    return IMPLEMENTATIONS.get(tensor.device.type, COMPOSITE)
+def _kernels(given: Inputs) -> Implementation:
+    return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int],
-    seed: Tensor | None,
-    *,
-    program: str,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    check(q, k, v, seed, dropout)
-    with full_precision(q.device.type):
-        return _kernels(q).forward(q, k, v, reads, ints, Drop(seed, dropout), program, scale)
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    given = Inputs.of(*args, **kwargs)
+    check(given.q, given.k, given.v, given.drop)
+    with full_precision(given.q.device.type):
+        return _kernels(given).forward(given)
 
 
 def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int],
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
-    *,
-    program: str,
-    scale: float,
-    dropout: float,
+    grad_out: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    drop = Drop(seed, dropout)
-    with full_precision(q.device.type):
-        return _kernels(q).backward(grad_out, q, k, v, reads, ints, drop, (out, lse), needs, program, scale)
+    *forward_args, out, lse, needs = args
+    given = Inputs.of(*forward_args, **kwargs)
+    with full_precision(given.q.device.type):
+        return _kernels(given).backward(given, grad_out, (out, lse), needs)
 
 
 LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
-# ---------------------------------------------------------------- fake
-
-
 @torch.library.register_fake("attn_compiler::attention", lib=LIBRARY)
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int | SymInt],
-    seed: Tensor | None,
-    *,
-    program: str,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
-    return empty_heads(v, (*q.shape[:3], v.shape[-1])), empty_heads(q, q.shape[:3], accumulator(q, k, v))
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    lse = empty_heads(q, q.shape[:3], accumulator(q, k, v))
+    return empty_heads(v, (*q.shape[:3], v.shape[-1])), lse
 
 
 @torch.library.register_fake("attn_compiler::attention_backward", lib=LIBRARY)
 def _fake_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    reads: Sequence[Tensor],
-    ints: Sequence[int | SymInt],
-    seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needs: Sequence[bool],
-    *,
-    program: str,
-    scale: float,
-    dropout: float,
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], *rest: Any, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    needs = rest[-1]
     dreads = [r.new_empty(r.shape) for r, need in zip(reads, needs, strict=True) if need]
     dq, dk, dv = (empty_heads(x, x.shape) for x in (q, k, v))
     return dq, dk, dv, dreads
@@ -132,13 +95,19 @@ def _flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **k
     return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
 
 
-def _flops_backward(grad: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _flops_backward(
+    grad: Any, q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
     """Scores once more, then dv and dp, dq and dk."""
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
 def register_flops() -> None:
-    """Make `FlopCounterMode` count the operators. Its module imports triton, so it is not imported for this alone."""
+    """Make `FlopCounterMode` count the operators.
+
+    Its module imports triton, so it is not imported for this alone: runs when it is there already,
+    and may be called again.
+    """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or attention.overloadpacket in counter.flop_registry:
         return
@@ -152,51 +121,62 @@ register_flops()
 # ---------------------------------------------------------------- samples
 
 
-def _sample(
-    score: str = "dot",
-    mask: str = "True",
-    empty: str = "any",
-    sink: str = "",
-    reads: Sequence[Tensor] = (),
-    ints: Sequence[int] = (),
-    shape: tuple[int, ...] = (2, 4, 2, 5, 7, 8, 8),
-    dtype: torch.dtype = torch.float32,
-    dropout: float = 0.0,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    batch, heads, groups, rows, keys, width, value_width = shape
-    draw = torch.Generator().manual_seed(0)
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """One call, B H G T S d dv in `shape`."""
 
-    def tensor(length: int, number: int, features: int) -> Tensor:
-        x = torch.randn(batch, length, number, features, generator=draw).to(dtype)
-        return x.transpose(1, 2).detach().requires_grad_()
+    program: Program
+    reads: Sequence[Tensor] = ()
+    ints: Sequence[int] = ()
+    shape: tuple[int, int, int, int, int, int, int] = (2, 4, 2, 5, 7, 8, 8)
+    dtype: torch.dtype = torch.float32
+    dropout: float = 0.0
 
-    q, k, v = tensor(rows, heads, width), tensor(keys, groups, width), tensor(keys, groups, value_width)
-    seed = torch.tensor([17]) if dropout else None
-    program = f"score: {score}; mask: {mask}{f'; sink: {sink}' if sink else ''}; empty: {empty}"
-    return (q, k, v, list(reads), list(ints), seed), {"program": program, "scale": 0.35, "dropout": dropout}
+    def args(self) -> tuple[Any, ...]:
+        batch, heads, groups, rows, keys, width, value_width = self.shape
+        draw = torch.Generator().manual_seed(0)
+        q, k, v = (
+            torch.randn(batch, length, number, features, generator=draw)
+            .to(self.dtype)
+            .transpose(1, 2)
+            .requires_grad_()
+            for length, number, features in (
+                (rows, heads, width),
+                (keys, groups, width),
+                (keys, groups, value_width),
+            )
+        )
+        seed = torch.tensor([17]) if self.dropout else None
+        return q, k, v, list(self.reads), list(self.ints), seed
+
+    def kwargs(self) -> dict[str, Any]:
+        return {"program": str(self.program), "scale": 0.35, "dropout": self.dropout}
 
 
 def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """(operator, args, kwargs) for every public operator and every kind of program, small and on the CPU."""
+    """(operator, args, kwargs) for every operator and every kind of program, small, on the CPU."""
     draw = torch.Generator().manual_seed(1)
     padding = torch.arange(7) >= torch.tensor([[2], [0]])
     bias = torch.randn(1, 4, 5, 7, generator=draw, requires_grad=True)
     sinks = torch.randn(4, generator=draw, requires_grad=True)
-    calls = [
-        _sample(),
-        _sample(mask="k <= q"),
-        _sample(mask="(k <= q) & t0[b, k]", empty="uniform", reads=[padding]),
-        _sample(mask="k <= q + (S - T)"),
-        _sample(mask="(k <= q) & (k > q - n0)", ints=[3]),
-        _sample(score="dot + t0[0, h, q, k]", reads=[bias]),
-        _sample(score="5.0 * tanh(dot / 5.0)", mask="k <= q"),
-        _sample(sink="t0[h]", mask="k <= q", reads=[sinks]),
-        _sample(mask="k <= q", dropout=0.25),
-        _sample(shape=(2, 4, 4, 5, 7, 8, 8)),
-        _sample(shape=(2, 4, 1, 5, 7, 8, 6), mask="k <= q"),
-        _sample(dtype=torch.bfloat16, mask="k <= q"),
+    causal = Program(mask=parse("k <= q"))
+    padded = Program(mask=parse("(k <= q) & t0[b, k]"), empty="uniform")
+    samples = [
+        _Sample(Program()),
+        _Sample(causal),
+        _Sample(padded, [padding]),
+        _Sample(Program(mask=parse("k <= q + (S - T)"))),
+        _Sample(Program(mask=parse("(k <= q) & (k > q - n0)")), ints=[3]),
+        _Sample(Program(parse("dot + t0[0, h, q, k]")), [bias]),
+        _Sample(Program(parse("5.0 * tanh(dot / 5.0)"), causal.mask)),
+        _Sample(Program(mask=causal.mask, sink=parse("t0[h]")), [sinks]),
+        _Sample(causal, dropout=0.25),
+        _Sample(Program(), shape=(2, 4, 4, 5, 7, 8, 8)),
+        _Sample(causal, shape=(2, 4, 1, 5, 7, 8, 6)),
+        _Sample(causal, dtype=torch.bfloat16),
     ]
-    for args, kwargs in calls:
+    for sample in samples:
+        args, kwargs = sample.args(), sample.kwargs()
         yield attention, args, kwargs
         q, k, v, reads, ints, seed = args
         with torch.no_grad():

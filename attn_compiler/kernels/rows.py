@@ -1,8 +1,12 @@
-"""Attention by blocks of rows in plain matrix products: any program, any device, memory linear in the rows.
+"""Attention by blocks of rows in plain products: any program, any device, memory linear in T.
 
-    s = score(scale * q k^T),  -inf where masked;   p = exp(s - m) / (sum exp(s - m) + exp(sink - m)),  m = max(s, sink)
-    out = drop(p) v;   dv = drop(p)^T g;   ds = p * (dp - sum(p * dp)),  dp = drop(g v^T)
-    d dot = ds * score'(dot), likewise the reads;   dq = scale * (d dot) k;   dk = scale * (d dot)^T q
+    s = score(scale * q k^T),  -inf where masked;     m = max(s, sink)
+    p = exp(s - m) / (sum exp(s - m) + exp(sink - m));     out = drop(p) v
+
+    dv = drop(p)^T g;     dp = drop(g v^T);
+    ds = p * (dp - sum(g * out));     dsink = -p_sink * sum(g * out)
+    d dot = ds * score'(dot), likewise the reads;
+    dq = scale * (d dot) k;     dk = scale * (d dot)^T q
 
 B batch, H query heads, G kv heads, T query rows, S key rows, R = H / G heads that share a kv head.
 """
@@ -16,12 +20,13 @@ import torch
 from torch import Tensor
 
 from attn_compiler.ir.expr import DOT, Expr, Read, walk
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.layout import Frame, Span, empty_heads, has_dot
+from attn_compiler.kernels.frame import Frame, Span, empty_heads
+from attn_compiler.kernels.plan import has_dot
 from attn_compiler.kernels.slope import slope
 
 INF = float("inf")
-# elements of one block of scores: per thread of a CPU, whose cache holds a few of them, and of another device
+# elements of one block of scores: per thread of a CPU, whose cache holds a few such blocks, and
+# on another device
 _CPU_BUDGET = 2**18
 _BUDGET = 2**26
 _GOOD_ROWS = 64
@@ -52,80 +57,84 @@ class Block:
     empty: Tensor
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, frame: Frame, scale: float, drop: Drop, out: Tensor, lse: Tensor
-) -> None:
+def forward(frame: Frame, out: Tensor, lse: Tensor) -> None:
     """Fill `out` and `lse`."""
-    key, value = (x.to(frame.dtype).contiguous() for x in (k, v))
+    given, drop = frame.given, frame.given.drop
+    key, value = (x.to(frame.dtype).contiguous() for x in (given.k, given.v))
     for start in _spans(frame):
-        block = _block(frame, start, _query(q, k, start, frame.dtype, scale), key)
+        block = _block(frame, start, _query(frame, given.q, start, given.scale), key)
         span, e = block.span, block.e
-        dropped = _dropped(frame, span, drop)
+        dropped = _dropped(frame, span)
         if dropped is not None:
             e = e.masked_fill_(dropped, 0.0)
-        part = grouped(e, k.shape[1]) @ value[span.keys]
+        part = grouped(e, key.shape[1]) @ value[span.keys]
         out[span.rows] = part.view(*e.shape[:3], -1).mul_(drop.gain / block.total)
         lse[span.rows] = block.lse
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    frame: Frame,
-    scale: float,
-    drop: Drop,
-    out: Tensor,
-    into: Mapping[int, Tensor],
+    frame: Frame, grad: Tensor, out: Tensor, into: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of the reads are added to `into`, by slot."""
-    plan = frame.plan
-    key, value = (x.to(frame.dtype).contiguous() for x in (k, v))
-    dq, dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in (q, k, v))
+    given, groups = frame.given, frame.given.k.shape[1]
+    scale, gain = given.scale, given.drop.gain
+    key, value = (x.to(frame.dtype).contiguous() for x in (given.k, given.v))
+    dq, dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in given.qkv)
     for start in _spans(frame):
-        query, g = (_query(x, k, start, frame.dtype, by) for x, by in ((q, scale), (grad, drop.gain)))
+        query, g = _query(frame, given.q, start, scale), _query(frame, grad, start, gain)
         block = _block(frame, start, query, key)
         span, p = block.span, block.e.div_(block.total)
         dp = (g @ value[span.keys].transpose(-1, -2)).view_as(p)
-        dropped, kept = _dropped(frame, span, drop), p
+        dropped, kept = _dropped(frame, span), p
         if dropped is not None:
             dp, kept = dp.masked_fill_(dropped, 0.0), p.masked_fill(dropped, 0.0)
-        dv[span.keys] += grouped(kept, k.shape[1]).transpose(-1, -2) @ g
-        delta = (grad[span.rows].to(frame.dtype) * out[span.rows].to(frame.dtype)).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(p)
-        if plan.program.empty == "uniform":
-            ds = ds.masked_fill_(block.empty, 0.0)
-        if plan.sink is not None and block.sink is not None:
-            pull_back(frame, span, plan.sink, block.tensors, into, -(block.sink / block.total) * delta)
-        pull_back(frame, span, plan.score, block.tensors, into, ds, block.dot)
-        if plan.score != DOT:
-            ds = ds.mul_(frame.value(slope(plan.score, DOT), span, block.tensors, block.dot))
-        ddot = grouped(ds, k.shape[1])
+        dv[span.keys] += grouped(kept, groups).transpose(-1, -2) @ g
+        delta = grad[span.rows].to(frame.dtype) * out[span.rows].to(frame.dtype)
+        ds = _score_gradient(frame, block, p, dp, delta.sum(-1, keepdim=True), into)
+        ddot = grouped(ds, groups)
         dq[span.rows] = (ddot @ key[span.keys]).view(*p.shape[:3], -1).mul_(scale)
         dk[span.keys] += ddot.transpose(-1, -2) @ query
     return dq, dk, dv
 
 
+def _score_gradient(
+    frame: Frame, block: Block, p: Tensor, dp: Tensor, delta: Tensor, into: Mapping[int, Tensor]
+) -> Tensor:
+    """The gradient of the scaled products, written over `dp`; those of the reads go to `into`."""
+    plan, span, tensors = frame.plan, block.span, block.tensors
+    ds = dp.sub_(delta).mul_(p)
+    if plan.program.empty == "uniform":
+        ds = ds.masked_fill_(block.empty, 0.0)
+    if plan.sink is not None and block.sink is not None:
+        dsink = -(block.sink / block.total) * delta
+        pull_back(frame, span, plan.sink, dsink, into, tensors)
+    pull_back(frame, span, plan.score, ds, into, tensors, block.dot)
+    if plan.score == DOT:
+        return ds
+    return ds.mul_(frame.value(slope(plan.score, DOT), span, tensors, block.dot))
+
+
 def grouped(x: Tensor, groups: int) -> Tensor:
-    """[B, H, rows, n] -> [B, G, R * rows, n]: query heads of one kv head below each other, so that no key is copied."""
+    """[B, H, rows, n] -> [B, G, R * rows, n]: heads that share a key stand below each other."""
     batch, heads, rows, width = x.shape
     return x.reshape(batch, groups, heads // groups * rows, width)
 
 
-def _query(x: Tensor, k: Tensor, span: Span, dtype: torch.dtype, scale: float) -> Tensor:
+def _query(frame: Frame, x: Tensor, span: Span, scale: float) -> Tensor:
     """The rows of a span, scaled, grouped by kv head."""
-    rows = x[span.rows].to(dtype)
-    return grouped(rows if scale == 1 else rows * scale, k.shape[1])
+    rows = x[span.rows].to(frame.dtype)
+    return grouped(rows if scale == 1 else rows * scale, frame.given.k.shape[1])
 
 
-def _dropped(frame: Frame, span: Span, drop: Drop) -> Tensor | None:
+def _dropped(frame: Frame, span: Span) -> Tensor | None:
     shape = (frame.sizes["H"], frame.sizes["T"])
-    return drop.dropped(shape, (span.b0, span.b1), (span.r0, span.r1), (span.lo, span.hi))
+    return frame.given.drop.dropped(
+        shape, (span.b0, span.b1), (span.r0, span.r1), (span.lo, span.hi)
+    )
 
 
 def _spans(frame: Frame) -> Iterator[Span]:
-    """Blocks of few batch items rather than of few rows, and enough of them to keep every thread busy."""
+    """Blocks of few batch items rather than of few rows, large enough for every thread."""
     batch, heads, keys = frame.sizes["B"], frame.sizes["H"], frame.sizes["S"]
     budget = _CPU_BUDGET * torch.get_num_threads() if frame.device.type == "cpu" else _BUDGET
     items = min(batch, max(1, budget // (heads * keys * _GOOD_ROWS)))
@@ -140,14 +149,9 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     shape = (span.b1 - span.b0, sizes["H"], span.r1 - span.r0, span.hi - span.lo)
     dot = (query @ key[span.keys].transpose(-1, -2)).view(shape)
     tensors = frame.tensors(span)
-    s = dot if plan.score == DOT else frame.value(plan.score, span, tensors, dot).to(frame.dtype).expand(shape)
-    if not has_dot(plan.score):
-        s = s.clone(memory_format=torch.contiguous_format)
-    mask = frame.mask(span, tensors)
-    if mask is not None:
-        s.masked_fill_(~mask, -INF)
+    s = _masked_scores(frame, span, tensors, dot)
     sink = None if plan.sink is None else frame.value(plan.sink, span, tensors).to(frame.dtype)
-    top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*shape[:3], 1), -INF)
+    top = s.amax(-1, keepdim=True) if shape[3] else s.new_full((*shape[:3], 1), -INF)
     top = top if sink is None else torch.maximum(top, sink)
     dead = top == -INF
     top = top.masked_fill(dead, 0.0)
@@ -166,16 +170,28 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     return Block(span, tensors, dot, e, total, extra, lse, dead)
 
 
+def _masked_scores(frame: Frame, span: Span, tensors: list[Tensor], dot: Tensor) -> Tensor:
+    """A tensor of its own, or `dot` itself where nothing else needs it."""
+    score = frame.plan.score
+    s = dot
+    if score != DOT:
+        s = frame.value(score, span, tensors, dot).to(frame.dtype).expand(dot.shape)
+    if not has_dot(score):
+        s = s.clone(memory_format=torch.contiguous_format)
+    mask = frame.mask(span, tensors)
+    return s if mask is None else s.masked_fill_(~mask, -INF)
+
+
 def pull_back(
     frame: Frame,
     span: Span,
     expr: Expr,
-    tensors: Sequence[Tensor],
-    into: Mapping[int, Tensor],
     grad: Tensor,
+    into: Mapping[int, Tensor],
+    tensors: Sequence[Tensor],
     dot: Tensor | None = None,
 ) -> None:
-    """Add to `into` the gradients of the reads of a score or a sink whose own gradient over the span is `grad`."""
+    """Add to `into` the gradients of the reads of a score or a sink, given its own."""
     plan = frame.plan
     for read in dict.fromkeys(n for n in walk(expr) if isinstance(n, Read)):
         piece = plan.slices[read.slot - plan.base] if read.slot >= plan.base else None

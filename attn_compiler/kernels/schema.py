@@ -2,10 +2,11 @@
 
     attn_compiler::attention(q, k, v, reads, ints, seed, *, program, scale, dropout) -> (out, lse)
 
-q [B, H, T, d], k [B, G, S, d], v [B, G, S, dv] with any strides, G divides H; `program` is the text of an `ir.score`
-program over the tensors `reads` and the integers `ints`; `seed` (int64, one element) iff dropout > 0. `out` [B, H, T, dv]
-lies in memory as [B, T, H, dv], so that the transpose and reshape which follow it in a model are free; `lse` [B, H, T]
-is the natural logarithm of the softmax's denominator, without a gradient.
+q [B, H, T, d], k [B, G, S, d], v [B, G, S, dv] with any strides, G divides H; query head h uses kv
+head h // (H // G). `program` is the text of an `ir.score` program over the tensors `reads` and the
+integers `ints`; `seed` (int64, one element) iff dropout > 0. `out` [B, H, T, dv] lies in memory as
+[B, T, H, dv], so that the transpose and reshape which follow it in a model are free; `lse`
+[B, H, T] is the natural logarithm of the softmax's denominator, sink included, without a gradient.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
+from attn_compiler.kernels.dropout import Drop
 
 LIBRARY = torch.library.Library("attn_compiler", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] reads, SymInt[] ints, Tensor? seed, *, "
-    "str program, float scale, float dropout) -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] reads, SymInt[] ints, Tensor? seed, "
+    "*, str program, float scale, float dropout) -> (Tensor out, Tensor lse)",
     tags=_TAGS,
 )
 LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[] reads, SymInt[] ints, Tensor? seed, "
-    "Tensor out, Tensor lse, bool[] needs, *, str program, float scale, float dropout) "
+    "attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor[] reads, "
+    "SymInt[] ints, Tensor? seed, Tensor out, Tensor lse, bool[] needs, "
+    "*, str program, float scale, float dropout) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor[] dreads)",
     tags=_TAGS,
 )
@@ -32,17 +35,18 @@ attention = torch.ops.attn_compiler.attention.default
 attention_backward = torch.ops.attn_compiler.attention_backward.default
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, dropout: float) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, drop: Drop) -> None:
     """Refuse arguments that no kernel can read.
 
     Raises:
-        UnsupportedCall: shapes that do not belong together, or a seed without dropout or the other way round.
+        UnsupportedCall: shapes that do not belong together, or a seed without dropout, or dropout
+            without a seed.
     """
     reason = _shape_problem(q, k, v)
-    if not reason and (not 0 <= dropout <= 1 or (seed is None) != (dropout == 0)):
+    if not reason and (not 0 <= drop.rate <= 1 or (drop.seed is None) != (drop.rate == 0)):
         reason = "dropout lies between 0 and 1, and a seed is given exactly when it is above 0"
     if reason:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, dropout {dropout}"
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, dropout {drop.rate}"
         raise UnsupportedCall(
             "attention cannot read its arguments",
             why=(reason, f"given: {shapes}"),

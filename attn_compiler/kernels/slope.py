@@ -1,8 +1,10 @@
-"""The derivative of a score expression, as an expression:  d tanh(dot / 30) * 30 / d dot  ->  1 - square(tanh(dot / 30)).
+"""The derivative of a score expression, as an expression.
 
-Kernels differentiate a score on paper, not by autograd: autograd is switched off where they run (inside a compiled
-graph, below a dispatch mode), and a generated kernel needs the text anyway. At kinks the choice is PyTorch's: 0 for abs
-and relu at 0, one half to each side where max or min meet.
+    30.0 * tanh(dot / 30.0)   ->   (1.0 - square(tanh(dot / 30.0)))     with respect to dot
+
+Kernels differentiate a score on paper, not by autograd: autograd is switched off where they run
+(inside a compiled graph, below a dispatch mode), and a generated kernel needs the text anyway. At
+kinks the choice is PyTorch's: 0 for abs and relu at 0, one half to each side where max or min meet.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _UNARY: dict[str, Callable[[Expr], Expr]] = {
     "tanh": lambda x: call("sub", 1.0, call("square", call("tanh", x))),
     "sigmoid": lambda x: call("mul", call("sigmoid", x), call("sub", 1.0, call("sigmoid", x))),
     "relu": lambda x: call("where", call("gt", x, 0.0), 1.0, 0.0),
-    "erf": lambda x: call("mul", call("exp", call("neg", call("square", x))), 2 / math.sqrt(math.pi)),
+    "erf": lambda x: call(
+        "mul", call("exp", call("neg", call("square", x))), 2 / math.sqrt(math.pi)
+    ),
     "square": lambda x: call("mul", x, 2.0),
     "float": lambda x: ONE,
 }
@@ -59,7 +63,10 @@ _BINARY: dict[str, tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr], Ex
     "add": (lambda x, y: ONE, lambda x, y: ONE),
     "sub": (lambda x, y: ONE, lambda x, y: Const(-1.0)),
     "mul": (lambda x, y: y, lambda x, y: x),
-    "div": (lambda x, y: call("div", 1.0, y), lambda x, y: call("neg", call("div", call("div", x, y), y))),
+    "div": (
+        lambda x, y: call("div", 1.0, y),
+        lambda x, y: call("neg", call("div", call("div", x, y), y)),
+    ),
     "mod": (lambda x, y: ONE, lambda x, y: call("neg", call("floor", call("div", x, y)))),
     "min": (lambda x, y: _half_where_equal("lt", x, y), lambda x, y: _half_where_equal("lt", y, x)),
     "max": (lambda x, y: _half_where_equal("gt", x, y), lambda x, y: _half_where_equal("gt", y, x)),
@@ -69,7 +76,7 @@ _BINARY: dict[str, tuple[Callable[[Expr, Expr], Expr], Callable[[Expr, Expr], Ex
 
 @lru_cache(maxsize=1024)
 def slope(expr: Expr, of: Expr) -> Expr:
-    """d expr / d of, where `of` is `dot` or one read; every other read counts as another variable."""
+    """d expr / d of, where `of` is `dot` or one read; any other read is another variable."""
     if expr == of:
         return ONE
     if not isinstance(expr, Call):
@@ -84,7 +91,9 @@ def slope(expr: Expr, of: Expr) -> Expr:
         return _product(_UNARY[expr.op], children(expr), inner[0])
     if expr.op not in _BINARY:
         return ZERO
-    left, right = (_product(d, children(expr), i) for d, i in zip(_BINARY[expr.op], inner, strict=True))
+    left, right = (
+        _product(d, children(expr), i) for d, i in zip(_BINARY[expr.op], inner, strict=True)
+    )
     return right if left == ZERO else left if right == ZERO else call("add", left, right)
 
 

@@ -74,7 +74,9 @@ def _named(text: str, names: list[str], used: list[int]) -> str:
     return text
 
 
-def _projections(core: Core, host: dict[fx.Node, fx.Node]) -> tuple[dict[str, Projection], dict[str, fx.Node]]:
+def _projections(
+    core: Core, host: dict[fx.Node, fx.Node]
+) -> tuple[dict[str, Projection], dict[str, fx.Node]]:
     found: dict[str, Projection] = {}
     ends: dict[str, fx.Node] = {}
     for name, operand in (("q", core.q), ("k", core.k), ("v", core.v)):

@@ -61,7 +61,9 @@ class Emitter:
             return node
         if node not in self._host:
             if node.op == "placeholder":
-                raise RegionError("region.overwritten", "an input of the attention is overwritten before its end")
+                raise RegionError(
+                    "region.overwritten", "an input of the attention is overwritten before its end"
+                )
             if node.op != "call_function":
                 self._host[node] = self._constant(node)
             else:
@@ -141,13 +143,19 @@ class Emitter:
             indices = tuple(w.resolved() for w in where if isinstance(w, Index))
             if _real(indices) == wanted and _covers(indices, node):
                 return node, indices
-        raise RegionError("region.layout", "no view of an operand holds exactly what the attention reads of it")
+        raise RegionError(
+            "region.layout", "no view of an operand holds exactly what the attention reads of it"
+        )
 
-    def _unflatten(self, x: fx.Node, dims: Sequence[list[tuple[Axis, ...]]]) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
+    def _unflatten(
+        self, x: fx.Node, dims: Sequence[list[tuple[Axis, ...]]]
+    ) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
         atoms: list[tuple[Axis, ...]] = []
         for runs in dims:
             if len(runs) > 1:
-                x = self.call(aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs]))
+                x = self.call(
+                    aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs])
+                )
             atoms += runs if runs else [()]
         return x, atoms
 
@@ -158,7 +166,9 @@ class Emitter:
             return [-1 if position == symbolic[0] else size for position, size in enumerate(sizes)]
         return [self.size(size) for size in sizes]
 
-    def _drop_units(self, x: fx.Node, atoms: list[tuple[Axis, ...]]) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
+    def _drop_units(
+        self, x: fx.Node, atoms: list[tuple[Axis, ...]]
+    ) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
         for position in reversed(range(len(atoms))):
             if not atoms[position]:
                 x = self.call(aten.select.int, x, position, 0)
@@ -183,7 +193,12 @@ class Emitter:
         return x
 
     def _united(
-        self, x: fx.Node, position: int, group: tuple[Axis, ...], atoms: list[tuple[Axis, ...]], held: set[Axis]
+        self,
+        x: fx.Node,
+        position: int,
+        group: tuple[Axis, ...],
+        atoms: list[tuple[Axis, ...]],
+        held: set[Axis],
     ) -> fx.Node:
         if not group:
             return self.call(aten.unsqueeze.default, x, position)
@@ -198,7 +213,11 @@ class Emitter:
             else:
                 remaining = remaining[len(run) :]
             count += 1
-        return x if count == 1 else self.call(aten.flatten.using_ints, x, position, position + count - 1)
+        return (
+            x
+            if count == 1
+            else self.call(aten.flatten.using_ints, x, position, position + count - 1)
+        )
 
     def _expand(self, x: fx.Node, position: int, size: ax.Size) -> fx.Node:
         if size == 1:
@@ -215,7 +234,9 @@ class Emitter:
         for group in groups:
             runs = _atoms_of(group, wanted)
             if len(runs) > 1:
-                x = self.call(aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs]))
+                x = self.call(
+                    aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs])
+                )
             atoms += runs if runs else [()]
         x, atoms = self._drop_units(x, atoms)
         x = self._permute(x, [atoms.index(run) for run in wanted])
@@ -253,7 +274,9 @@ def _covers(where: Sequence[Index], node: fx.Node) -> bool:
 
 def _runs(index: Index, groups: Groups) -> list[tuple[Axis, ...]]:
     """The axes of one dimension, cut where two neighbours are not neighbours in a group."""
-    following = {pair[0]: pair[1] for group in groups for pair in zip(group, group[1:], strict=False)}
+    following = {
+        pair[0]: pair[1] for group in groups for pair in zip(group, group[1:], strict=False)
+    }
     runs: list[tuple[Axis, ...]] = []
     for axis, _ in index.terms:
         if runs and following.get(runs[-1][-1]) is axis:

@@ -35,7 +35,12 @@ class Expansion:
     def rewritten(self) -> bool:
         """Was an attention inside replaced by the operator?"""
         target = torch.ops.attn_compiler.attention.default
-        before = [argument for node in self.inserted if not node._erased for argument in node.all_input_nodes]
+        before = [
+            argument
+            for node in self.inserted
+            if not node._erased
+            for argument in node.all_input_nodes
+        ]
         return any(_made_by(argument, target) for argument in before)
 
     def undo(self) -> None:
@@ -74,7 +79,9 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
     if any(n.op == "get_attr" for n in module.graph.nodes):
         raise RegionError("region.constant", "a constant stands inside a fused attention")
     graph = node.graph
-    env: dict[fx.Node, fx.Node] = dict(zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    env: dict[fx.Node, fx.Node] = dict(
+        zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True)
+    )
     key = "example_value" if "example_value" in node.meta else "val"
     inserted: list[fx.Node] = []
     with graph.inserting_before(node):
@@ -82,13 +89,17 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
             if inner.op != "call_function":
                 continue
             copy = graph.node_copy(inner, env.__getitem__)
-            copy.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+            copy.meta = {
+                k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")
+            }
             copy.meta[key] = inner.meta.get("val")
             env[inner] = copy
             inserted.append(copy)
     outputs = pytree.tree_leaves(module.graph.output_node().args[0])
     try:
-        return _connect(node, [env.get(out) if isinstance(out, fx.Node) else None for out in outputs], inserted)
+        return _connect(
+            node, [env.get(out) if isinstance(out, fx.Node) else None for out in outputs], inserted
+        )
     except RegionError:
         _erase_unused(inserted)
         raise

@@ -29,7 +29,7 @@ def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
     """Candidates in graph order; a fused attention is its own end."""
     for node in graph.nodes:
         called = ops.name(node)
-        if called in ops.SDPA:
+        if called in ops.SDPA or called in ops.FLEX:
             yield Candidate(node, (node,))
         elif called in ops.SOFTMAX or (called in ops.EXPONENTIAL and _is_normalised(node)):
             yield Candidate(node, tuple(_ends(node)))
@@ -38,7 +38,13 @@ def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
 def _is_normalised(exponential: fx.Node) -> bool:
     """exp(x) that is summed and divided, or whose argument has a logsumexp taken off."""
     following = {ops.name(user) for user in _near(exponential, 6)}
-    if following & {"sum", "__add__", "add"} and following & {"div", "truediv", "__truediv__", "reciprocal", "div_"}:
+    if following & {"sum", "__add__", "add"} and following & {
+        "div",
+        "truediv",
+        "__truediv__",
+        "reciprocal",
+        "div_",
+    }:
         return True
     return any(ops.name(n) in ("logsumexp", "log_softmax") for n in _behind(exponential, 4))
 

@@ -1,6 +1,6 @@
 """One recognised attention becomes one operator in the host graph.
 
-    softmax(q @ k.T * scale + mask) @ v   ->   attn_compiler::attention(q, k, v, reads, ints, seed, program=..., ...)
+softmax(q @ k.T * scale + mask) @ v   ->   attn_compiler::attention(q, k, v, reads, ints, seed, program=..., ...)
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> No
 
 
 def _check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
-    inner = {host for host, node in functional.of_host.items() if node in core.inner and host is not region.end}
+    inner = {
+        host
+        for host, node in functional.of_host.items()
+        if node in core.inner and host is not region.end
+    }
     read = live_nodes(region.end.graph, set(region.nodes), {region.end}) & inner
     if not read:
         return
@@ -54,7 +58,9 @@ def _check_readers(region: Region, functional: FunctionalRegion, core: Core) -> 
     what = "weights" if any(ops.name(n) in ops.SOFTMAX for n in read) else "scores"
     where = location(reader) if reader is not None else ""
     raise NotAttention(
-        "attention.second_reader", f"the {what} are also read elsewhere{f' ({where})' if where else ''}", first
+        "attention.second_reader",
+        f"the {what} are also read elsewhere{f' ({where})' if where else ''}",
+        first,
     )
 
 
@@ -99,7 +105,9 @@ def _read(emitter: Emitter, node: fx.Node, like: fx.Node) -> fx.Node:
     host = emitter.host(node)
     if isinstance(ops.value(host), torch.Tensor):
         return host  # type: ignore[no-any-return]
-    return emitter.call(aten.scalar_tensor.default, host, dtype=torch.float32, device=ops.value(like).device)
+    return emitter.call(
+        aten.scalar_tensor.default, host, dtype=torch.float32, device=ops.value(like).device
+    )
 
 
 def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
@@ -123,7 +131,9 @@ def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
 def _layout_free(node: fx.Node) -> bool:
     """Can no reader tell the strides? ATen copies are traced away where the strides made them needless."""
     return not isinstance(node.target, torch._ops.OpOverload) and all(
-        (called := ops.name(user)) in _LAYOUT_FREE or (called in _LAYOUT_KEPT and _layout_free(user)) for user in node.users
+        (called := ops.name(user)) in _LAYOUT_FREE
+        or (called in _LAYOUT_KEPT and _layout_free(user))
+        for user in node.users
     )
 
 
@@ -151,21 +161,32 @@ def live_nodes(graph: fx.Graph, candidates: set[fx.Node], removed: set[fx.Node])
     storage it writes to.
     """
     live: set[fx.Node] = set()
-    stack = [a for node in graph.nodes if node not in candidates and node not in removed for a in node.all_input_nodes]
+    stack = [
+        a
+        for node in graph.nodes
+        if node not in candidates and node not in removed
+        for a in node.all_input_nodes
+    ]
     _close(stack, candidates, removed, live)
     writers = [node for node in graph.nodes if node in candidates and ops.written(node)]
     pending = True
     while pending:
         pending = False
-        held = _storages(n for n in graph.nodes if n not in removed and (n in live or n not in candidates))
+        held = _storages(
+            n for n in graph.nodes if n not in removed and (n in live or n not in candidates)
+        )
         for writer in writers:
-            if writer not in live and any(ops.storages(target) & held for target in ops.written(writer)):
+            if writer not in live and any(
+                ops.storages(target) & held for target in ops.written(writer)
+            ):
                 _close([writer], candidates, removed, live)
                 pending = True
     return live
 
 
-def _close(stack: list[fx.Node], candidates: set[fx.Node], removed: set[fx.Node], live: set[fx.Node]) -> None:
+def _close(
+    stack: list[fx.Node], candidates: set[fx.Node], removed: set[fx.Node], live: set[fx.Node]
+) -> None:
     while stack:
         node = stack.pop()
         if node in candidates and node not in live and node not in removed:

@@ -19,4 +19,6 @@ def legality(site: AttentionSite, spec: Flash) -> Iterator[Reason]:
     return iter(())
 
 
-FLASH = Variant(name="flash", spec=Flash, scope=Scope.CORE, fidelity=Fidelity.EXACT, legality=legality)
+FLASH = Variant(
+    name="flash", spec=Flash, scope=Scope.CORE, fidelity=Fidelity.EXACT, legality=legality
+)

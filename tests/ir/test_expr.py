@@ -61,7 +61,7 @@ def _grow(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
 trees = st.recursive(leaves, _grow, max_leaves=12)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(trees)
 def test_text_is_read_back_as_the_same_tree(expr: Expr) -> None:
     assert parse(str(expr)) == expr
@@ -200,7 +200,7 @@ def _grow_integers(inner: st.SearchStrategy[Expr]) -> st.SearchStrategy[Expr]:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.recursive(_small, _grow_integers, max_leaves=8))
 def test_integers_are_python_integers(expr: Expr) -> None:
     t, s = 3, 5
@@ -212,7 +212,7 @@ def test_integers_are_python_integers(expr: Expr) -> None:
     assert found == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.recursive(_small, _grow_integers, max_leaves=8), st.integers(0, 4), st.integers(0, 4))
 def test_folding_and_substituting_keep_the_value(expr: Expr, q: int, k: int) -> None:
     known = {Var("q"): Const(q), Var("k"): Const(k), Var("T"): Const(5), Var("S"): Const(6)}

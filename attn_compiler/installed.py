@@ -1,0 +1,218 @@
+"""What stands in a model after `rewrite`: a subclass of the owner's class, and the variants of its forward.
+
+    for variant in self._attn_variants:
+        if variant.covers(self, x, mask, kwargs):        # everything the analysis assumed
+            return variant.run(self, x, mask, kwargs)    # ordinary Python on self, with the operator in it
+    return Base.forward(self, x, mask, **kwargs)
+
+Nothing here compiles or patches anything: deepcopy, pickle, hooks, state_dict, an outer torch.compile and torch.export
+see an ordinary module. A variant is a text of Python; pickling stores the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import linecache
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+from attn_compiler.errors import UnsupportedCall
+
+log = logging.getLogger("attn_compiler")
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+# ---------------------------------------------------------------- variants
+
+
+class Variant:
+    """One specialised forward.
+
+    Attributes:
+        source: text of the functions `covers`, `body` and `run`.
+        names: classes and constants that the text refers to.
+    """
+
+    def __init__(self, source: str, names: dict[str, Any]) -> None:
+        self.source = source
+        self.names = names
+        space = _execute(source, {**names, "intact": intact, "plain": plain, "require": require})
+        self.covers: Callable[..., bool] = space["covers"]
+        self.run: Callable[..., Any] = space["run"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Variant, (self.source, self.names)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
+        return self  # nothing in it ever changes
+
+
+def _execute(source: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run generated source so that tracebacks and `inspect` show it."""
+    file = f"<attn_compiler {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space = {"__name__": __name__, **names}
+    exec(compile(source, file, "exec"), space)
+    return space
+
+
+def intact(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is this still the module that was traced through, without anything attached to it?"""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def plain(value: Any, dtype: torch.dtype, device: str, dim: int) -> bool:
+    """Is this an ordinary strided tensor of this dtype, device and rank?"""
+    return (
+        isinstance(value, torch.Tensor)
+        and not value.is_nested
+        and value.layout is torch.strided
+        and value.dtype is dtype
+        and str(value.device) == device
+        and value.dim() == dim
+    )
+
+
+def require(condition: Any, text: str) -> None:
+    """Check, while a variant runs, what could not be checked before.
+
+    Raises:
+        UnsupportedCall: the assumption does not hold.
+    """
+    if not condition:
+        raise UnsupportedCall(
+            "a rewritten module was called in a way that its analysis does not cover",
+            why=[f"assumed: {text}"],
+            do="rewrite the model with arguments like these, or call the original model",
+        )
+
+
+# ---------------------------------------------------------------- the class
+
+
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Parameters of a forward without `self`."""
+    return list(inspect.signature(forward).parameters.values())[1:]
+
+
+def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Their names, in the order in which `covers` and `run` take them."""
+    return tuple(p.name for p in parameters_of(forward))
+
+
+def rewritten_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an owner's class whose forward tries the variants first; always the same one."""
+    if base not in _classes:
+        space = _execute(_forward_source(base), {"base": base, "unlike": unlike, "defaults": _defaults(base)})
+        forward = space["forward"]
+        forward.__wrapped__ = inspect.unwrap(base.forward)
+        body = {
+            "forward": forward,
+            "__reduce_ex__": _reduce,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_attn_base": base,
+        }
+        _classes[base] = type(base)(base.__name__, (base,), body)
+    return _classes[base]
+
+
+def _defaults(base: type[nn.Module]) -> dict[str, Any]:
+    found = parameters_of(base.forward)
+    return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
+
+
+def _forward_source(base: type[nn.Module]) -> str:
+    parameters = parameters_of(base.forward)
+    names = ", ".join(p.name for p in parameters)
+    return (
+        f"def forward(self{''.join(_declared(parameters))}):\n"
+        f"    for variant in self._attn_variants:\n"
+        f"        if variant.covers(self{', ' * bool(names)}{names}):\n"
+        f"            return variant.run(self{', ' * bool(names)}{names})\n"
+        f"    found = unlike(self, ({names}{',' * bool(names)}))\n"
+        f"    if found is not None:\n"
+        f"        return found.run(self{', ' * bool(names)}{names})\n"
+        f"    return base.forward(self{''.join(_passed(parameters))})\n"
+    )
+
+
+def _declared(parameters: list[inspect.Parameter]) -> Iterator[str]:
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    starred = False
+    previous: Any = None
+    for p in parameters:
+        if previous is inspect.Parameter.POSITIONAL_ONLY is not p.kind:
+            yield ", /"
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
+            yield ", *"
+        starred |= p.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
+        default = "" if p.default is inspect.Parameter.empty else f"=defaults[{p.name!r}]"
+        yield f", {stars.get(p.kind, '')}{p.name}{default}"
+        previous = p.kind
+
+
+def _passed(parameters: list[inspect.Parameter]) -> Iterator[str]:
+    for p in parameters:
+        if p.kind is inspect.Parameter.VAR_POSITIONAL:
+            yield f", *{p.name}"
+        elif p.kind is inspect.Parameter.VAR_KEYWORD:
+            yield f", **{p.name}"
+        elif p.kind is inspect.Parameter.KEYWORD_ONLY:
+            yield f", {p.name}={p.name}"
+        else:
+            yield f", {p.name}"
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    # the class is made, not imported: name the class it was made from
+    reduced = super(type(self)._attn_base, self).__reduce_ex__(protocol)
+    function, arguments, *rest = reduced
+    return _restore, (type(self)._attn_base, function, arguments[1:]), *rest
+
+
+def _restore(base: type[nn.Module], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(rewritten_class(base), *arguments)
+
+
+def install(owner: nn.Module, variants: tuple[Variant, ...]) -> None:
+    """Swap the owner's class; the owner keeps its identity, parameters, hooks and name."""
+    owner.__class__ = rewritten_class(type(owner))
+    owner.__dict__["_attn_variants"] = list(variants)
+
+
+def restore(owner: nn.Module) -> None:
+    """Give the owner its class back."""
+    del owner.__dict__["_attn_variants"]
+    owner.__class__ = base_of(owner)
+
+
+def base_of(module: nn.Module) -> type[nn.Module]:
+    """The user's class of a module, rewritten or not."""
+    return getattr(type(module), "_attn_base", type(module))
+
+
+# ---------------------------------------------------------------- calls unlike the example
+
+
+def unlike(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
+    """A variant for a call that none covers, analysed now; None: the original code runs."""
+    if torch.compiler.is_compiling():
+        return None
+    from attn_compiler.install import extend
+
+    return extend(owner, values)

@@ -1,0 +1,252 @@
+"""Objects that a traced forward is given and that are no tensors: caches, mostly.
+
+    key, value = past.update(key, value, 3)    ->   update = past.update(key, value, 3); update[0]; update[1]
+
+The trace runs on a deep copy with fake tensors. What the code reads of the object or calls on it becomes a node, in
+order; tensors that come back are read from that node. A flag that the code branches on is an assumption, checked before
+the call if it can be read then, and checked again where it was read. An integer that comes back stays symbolic.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from attn_compiler.symbols import CaptureError, Symbols
+
+_DEEPEST = 8
+CONSTANTS = (bool, type(None), str, float, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A value that the trace took a branch on.
+
+    Attributes:
+        node: computes it while the graph runs.
+        value: what it was.
+        text: the same before the call, over its arguments; "" if it cannot be read then.
+    """
+
+    node: fx.Node
+    value: Any
+    text: str
+
+
+class Recorder(Protocol):
+    """What an opaque object needs of the trace it is part of."""
+
+    graph: fx.Graph
+    symbols: Symbols
+    assumptions: list[Assumption]
+
+    def argument(self, value: Any) -> Any: ...
+
+    def learn(self, value: torch.Tensor, node: fx.Node) -> None: ...
+
+    def paused(self) -> Any: ...
+
+
+def shadow(value: Any, symbols: Symbols) -> Any:
+    """A deep copy whose tensors are fakes.
+
+    Raises:
+        CaptureError: `owner.argument`, the object cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in _tensors(value, 0):
+        memo[id(tensor)] = symbols.tensor(tensor)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:  # runs the object's own code
+        raise CaptureError(
+            "owner.argument", f"an argument of type {type(value).__name__} cannot be copied"
+        ) from error
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        yield from value
+    yield from getattr(value, "__dict__", {}).values()
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth < _DEEPEST and not isinstance(value, type | str | int | float):
+        for child in _children(value):
+            yield from _tensors(child, depth + 1)
+
+
+def _state(value: Any, depth: int = 0) -> Any:
+    """What an effect on the object would change."""
+    if isinstance(value, torch.Tensor):
+        return id(value), value._version
+    if (
+        isinstance(value, int | float | str | bool | None)
+        or depth >= _DEEPEST
+        or isinstance(value, type)
+    ):
+        return value if not isinstance(value, type) else id(value)
+    return id(type(value)), tuple(_state(child, depth + 1) for child in _children(value))
+
+
+class Opaque:
+    """Stands for the object while the code is traced."""
+
+    def __init__(self, recorder: Recorder, value: Any, node: fx.Node, text: str) -> None:
+        put = object.__setattr__
+        put(self, "_attn_recorder", recorder)
+        put(self, "_attn_value", value)
+        put(self, "_attn_node", node)
+        put(self, "_attn_text", text)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(object.__getattribute__(self, "_attn_value"))
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._attn_value, name)
+        text = f"{self._attn_text}.{name}" if self._attn_text else ""
+        if callable(value) and not isinstance(value, type):
+            return _Method(self, name, value, text)
+        return _result(self, value, getattr, (self._attn_node, name), text)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _effect(self, setattr, name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        text = (
+            f"{self._attn_text}[{key!r}]" if self._attn_text and isinstance(key, int | str) else ""
+        )
+        return _result(self, self._attn_value[key], operator.getitem, (self._attn_node, key), text)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _effect(self, operator.setitem, key, value)
+
+    def __len__(self) -> int:
+        return int(self._fact(len))
+
+    def __bool__(self) -> bool:
+        return bool(self._fact(bool))
+
+    def __contains__(self, key: Any) -> bool:
+        node = self._attn_recorder.graph.call_function(operator.contains, (self._attn_node, key))
+        text = (
+            f"({key!r} in {self._attn_text})"
+            if self._attn_text and isinstance(key, int | str)
+            else ""
+        )
+        found = key in self._attn_value
+        self._attn_recorder.assumptions.append(Assumption(node, found, text))
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[position] for position in range(len(self)))
+
+    def _fact(self, read: Callable[[Any], Any]) -> Any:
+        node = self._attn_recorder.graph.call_function(read, (self._attn_node,))
+        text = f"{read.__name__}({self._attn_text})" if self._attn_text else ""
+        found = read(self._attn_value)
+        self._attn_recorder.assumptions.append(Assumption(node, found, text))
+        return found
+
+
+class _Method:
+    """A method of an opaque object, not yet called."""
+
+    def __init__(self, owner: Opaque, name: str, function: Callable[..., Any], text: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.function = function
+        self.text = text
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.owner._attn_recorder
+        before = _state(self.owner._attn_value)
+        with recorder.paused():
+            value = self.function(*unwrap(args), **unwrap(kwargs))
+        pure = before == _state(self.owner._attn_value)
+        plain = not kwargs and all(isinstance(a, int | str | bool | None) for a in args)
+        text = f"{self.text}({', '.join(map(repr, args))})" if self.text and pure and plain else ""
+        node = recorder.graph.call_method(
+            self.name, (self.owner._attn_node, *recorder.argument(args)), recorder.argument(kwargs)
+        )
+        return _wrap(recorder, value, node, text)
+
+
+def unwrap(value: Any) -> Any:
+    """Arguments with the copies that opaque objects stand for."""
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(unwrap(item) for item in value)
+    if type(value) is dict:
+        return {key: unwrap(item) for key, item in value.items()}
+    return object.__getattribute__(value, "_attn_value") if type(value) is Opaque else value
+
+
+def _effect(owner: Opaque, write: Callable[..., None], key: Any, value: Any) -> None:
+    recorder = owner._attn_recorder
+    write(owner._attn_value, key, unwrap(value))
+    recorder.graph.call_function(
+        write, (owner._attn_node, recorder.argument(key), recorder.argument(value))
+    )
+
+
+def _result(
+    owner: Opaque, value: Any, target: Callable[..., Any], args: tuple[Any, ...], text: str
+) -> Any:
+    recorder = owner._attn_recorder
+    node = recorder.graph.call_function(target, recorder.argument(args))
+    return _wrap(recorder, value, node, text)
+
+
+def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
+    """What the traced code gets: a fake tensor, a symbol, a constant with an assumption, or an opaque object."""
+    if isinstance(value, torch.Tensor):
+        found = recorder.symbols.fresh(value, everything=True)
+        recorder.learn(found, read_later(recorder.graph, node))
+        return found
+    if type(value) is tuple:
+        pieces = [
+            recorder.graph.call_function(operator.getitem, (node, position))
+            for position in range(len(value))
+        ]
+        return tuple(
+            _wrap(recorder, item, pieces[position], f"{text}[{position}]" if text else "")
+            for position, item in enumerate(value)
+        )
+    if isinstance(value, CONSTANTS):
+        recorder.assumptions.append(Assumption(node, value, text))
+        return value
+    if isinstance(value, int):
+        number = recorder.symbols.integer(value)
+        recorder.symbols.bind(number, node, text)
+        node.meta["example_value"] = number
+        return number
+    return Opaque(recorder, value, node, text)
+
+
+# ---------------------------------------------------------------- tensors out of opaque calls
+
+
+def read_later(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A placeholder in the middle of the graph: no region may reach behind a tensor that an opaque call gave."""
+    number = sum("opaque" in n.meta for n in graph.nodes)
+    found = graph.create_node("placeholder", f"opaque{number}", ())
+    found.meta["opaque"] = node
+    return found
+
+
+def settle(graph: fx.Graph) -> None:
+    """Put the calls back behind their tensors, now that the graph is finished."""
+    for placeholder in [n for n in graph.nodes if "opaque" in n.meta]:
+        placeholder.replace_all_uses_with(placeholder.meta["opaque"])
+        graph.erase_node(placeholder)

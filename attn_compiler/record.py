@@ -1,0 +1,362 @@
+"""One module's forward as a graph of torch functions: run once on fake tensors, every call written down.
+
+    forward(self, x)   ->   qkv = self.c_attn(x);  split = qkv.split(64, 2);  ...
+
+Submodules stay calls, so that their hooks, adapters, dtypes and training mode go on working, except those on the way to
+the attention, which are traced through. What the code read of *them* (numbers, flags) is written down as well, to be
+checked before the graph is used. Tensors may be arguments, parameters and buffers; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from attn_compiler.opaque import CONSTANTS, Assumption, Opaque, unwrap
+from attn_compiler.symbols import CaptureError, Symbols, oblivious
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+_SETTERS = (torch._C._set_grad_enabled,)
+# of the layout, not of the sizes: the trace may have branched on them
+_LAYOUT = frozenset({"is_contiguous", "stride", "storage_offset", "data_ptr", "is_set_to"})
+_PATCHING = threading.RLock()
+
+
+class Recorder(TorchFunctionMode):
+    """The trace of one call.
+
+    Attributes:
+        graph: the nodes; `root` owns what they refer to.
+        symbols: sizes and fake mode.
+        assumptions: branches taken on what opaque objects said.
+        reads: simple attributes of the modules that are traced through, by module path and name.
+        kinds: classes of the modules that are traced through, by path.
+        layout_read: did the code ask how a tensor lies in memory?
+        grad_read: did it ask whether gradients are enabled?
+    """
+
+    def __init__(self, root: nn.Module, inline: Callable[[str, nn.Module], bool], prefix: str = "") -> None:
+        super().__init__()
+        self.root = root
+        self.inline = inline
+        self.prefix = prefix
+        self.graph = fx.Graph()
+        self.symbols = Symbols(self.graph)
+        self.assumptions: list[Assumption] = []
+        self.reads: dict[tuple[str, str], Any] = {}
+        self.kinds: dict[str, type[nn.Module]] = {}
+        self.layout_read = False
+        self.grad_read = False
+        self.leaves: list[str] = []
+        self._known: dict[int, fx.Node] = {}
+        self._alive: list[Any] = []
+        self._paths = _tensor_paths(root)
+        self._modules = {id(m): path for path, m in root.named_modules(remove_duplicate=True)}
+        self._stack: list[tuple[str, nn.Module]] = [("", root)]
+        self._busy = 0
+
+    # ------------------------------------------------------------ running
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Trace `forward(root, *args, **kwargs)` on fakes whose placeholders exist already.
+
+        Raises:
+            CaptureError: why it cannot be traced.
+        """
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(oblivious())
+                stack.enter_context(_patched(self))
+                stack.enter_context(self._watched())
+                stack.enter_context(self.symbols.mode)
+                self._ambient = _ambient()
+                stack.enter_context(self)
+                result = forward(self.root, *args, **kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:  # the trace runs the user's code
+            text = (str(error).strip() or "no message").splitlines()[0]
+            raise CaptureError("owner.untraceable", f"{type(error).__name__}: {text[:160]}") from error
+        self.graph.output(self.argument(result))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run code without writing it down."""
+        self._busy += 1
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        finally:
+            self._busy -= 1
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Write down what is read of the root and of the modules that are traced through."""
+        changed: list[tuple[nn.Module, type[nn.Module]]] = []
+        try:
+            for path, module in self.root.named_modules():
+                if path == "" or self.inline(path, module):
+                    kind = type(module)
+                    changed.append((module, kind))
+                    self.kinds[path] = kind
+                    module.__class__ = _watching(kind, path, self.reads)
+            yield
+        finally:
+            for module, kind in changed:
+                module.__class__ = kind
+
+    # ------------------------------------------------------------ functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._busy:
+            return func(*args, **kwargs)
+        if func in _SETTERS:
+            self.graph.call_function(func, args)
+            return func(*args)
+        self._check(func)
+        value = func(*self._fakes(args), **self._fakes(kwargs))
+        if not _holds_tensor(value) and not (value is None and _holds_tensor(args)):
+            return value
+        self._write(func, args, kwargs, value)
+        return value
+
+    def _check(self, func: Callable[..., Any]) -> None:
+        name = getattr(func, "__name__", "")
+        self.layout_read |= name in _LAYOUT
+        if name == "__set__":
+            raise CaptureError("owner.not_pure", "it sets an attribute of a tensor")
+        if name == "__get__" and _property(func) in ("requires_grad", "grad", "grad_fn", "is_leaf"):
+            raise CaptureError("owner.not_pure", f"it reads {_property(func)} of a tensor")
+        if _ambient() != self._ambient:
+            raise CaptureError("owner.autocast", "it changes the autocast mode")
+
+    def _write(self, func: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            node = self.graph.call_function(getattr, (self.argument(args[0]), _property(func)))
+        elif name in ("__getitem__", "__setitem__"):
+            node = self.graph.call_function(getattr(operator, name.strip("_")), self.argument(args))
+        elif getattr(torch.Tensor, name, None) is func:
+            node = self.graph.call_method(name, self.argument(args), self.argument(kwargs))
+        else:
+            node = self.graph.call_function(func, self.argument(args), self.argument(kwargs))
+        self._provenance(node)
+        self._results(value, node)
+
+    def _results(self, value: Any, node: fx.Node) -> None:
+        node.meta["example_value"] = value
+        if isinstance(value, torch.Tensor):
+            self.learn(value, node)
+        elif isinstance(value, tuple | list):
+            for position, item in enumerate(value):
+                if _holds_tensor(item):
+                    piece = self.graph.call_function(operator.getitem, (node, position))
+                    self._provenance(piece)
+                    self._results(item, piece)
+
+    def _provenance(self, node: fx.Node) -> None:
+        path, module = self._stack[-1]
+        full = ".".join(filter(None, (self.prefix, path)))
+        node.meta["nn_module_stack"] = {full: (full, type(module).__name__)}
+        node.meta["stack_trace"] = _user_frames()
+
+    def learn(self, value: torch.Tensor, node: fx.Node, text: str = "") -> None:
+        """This node holds this tensor."""
+        self._known[id(value)] = node
+        self._alive.append(value)
+        node.meta["example_value"] = value
+        self.symbols.bind(value, node, text)
+
+    # ------------------------------------------------------------ arguments
+
+    def argument(self, value: Any) -> Any:
+        """The value as an argument of a node.
+
+        Raises:
+            CaptureError: `owner.not_pure`, a tensor that is neither an argument nor a parameter.
+        """
+        if isinstance(value, torch.Tensor):
+            return self._tensor_node(value)
+        if type(value) is Opaque:
+            return object.__getattribute__(value, "_attn_node")
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return self.symbols.node(value)
+        if isinstance(value, tuple | list):
+            items = [self.argument(item) for item in value]
+            return tuple(items) if isinstance(value, tuple) else items
+        if type(value) is dict:
+            return {key: self.argument(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self.argument(item) for item in (value.start, value.stop, value.step)))
+        if isinstance(value, (*CONSTANTS, int, type(...), torch.layout, torch.memory_format)):
+            return value
+        raise CaptureError("owner.value", f"a value of type {type(value).__name__} cannot be written down")
+
+    def _tensor_node(self, value: torch.Tensor) -> fx.Node:
+        if id(value) not in self._known:
+            path = self._paths.get(id(value))
+            if path is None:
+                raise CaptureError("owner.not_pure", "it reads a tensor that is neither an argument nor a parameter")
+            node = self.graph.get_attr(path)
+            self._known[id(value)] = node
+            node.meta["example_value"] = self.symbols.mode.from_tensor(value, static_shapes=True)
+            self._known[id(node.meta["example_value"])] = node
+            self._alive.append(value)
+        return self._known[id(value)]
+
+    def _fakes(self, value: Any) -> Any:
+        """Parameters as fakes, everything else as it is."""
+        if isinstance(value, torch.Tensor):
+            return value if id(value) not in self._paths else self._tensor_node(value).meta["example_value"]
+        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+            return type(value)(self._fakes(item) for item in value)
+        if type(value) is dict:
+            return {key: self._fakes(item) for key, item in value.items()}
+        return value
+
+    # ------------------------------------------------------------ modules
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `module(*args, **kwargs)` does while the trace runs."""
+        path = self._modules.get(id(module))
+        if self._busy or path is None:
+            if not self._busy:
+                raise CaptureError("owner.not_pure", f"it calls a {type(module).__name__} that is not its submodule")
+            return module.forward(*args, **kwargs)
+        if path in self.kinds:
+            if not plain_module(module):
+                raise CaptureError("owner.hooks", f"{path} has hooks or a forward of its own")
+            self._stack.append((path, module))
+            try:
+                return module.forward(*args, **kwargs)
+            finally:
+                self._stack.pop()
+        return self._leaf(path, module, args, kwargs)
+
+    def _leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        node = self.graph.call_module(path, self.argument(args), self.argument(kwargs))
+        self._provenance(node)
+        self.leaves.append(path)
+        with self.paused():
+            value = module.forward(*self._fakes(unwrap(args)), **self._fakes(unwrap(kwargs)))
+            value = self._known_sizes(value)
+        if not _plain(value):
+            raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}")
+        self._results(value, node)
+        return value
+
+    def _known_sizes(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.symbols.fresh(value)
+        return type(value)(map(self._known_sizes, value)) if type(value) in (tuple, list) else value
+
+
+# ---------------------------------------------------------------- what the trace may read
+
+
+def plain_module(module: nn.Module) -> bool:
+    """Does calling the module run its class's forward and nothing else?"""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _watching(kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]) -> type[nn.Module]:
+    def __getattribute__(self: Any, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if type(value) in _SIMPLE and not name.startswith("__"):
+            reads[path, name] = value
+        return value
+
+    return type(kind)(kind.__name__, (kind,), {"__getattribute__": __getattribute__, "__module__": kind.__module__})
+
+
+def _tensor_paths(root: nn.Module) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for path, module in root.named_modules():
+        owned = {**module.__dict__, **module._parameters, **module._buffers}
+        for name, value in owned.items():
+            if isinstance(value, torch.Tensor):
+                found.setdefault(id(value), f"{path}.{name}".lstrip("."))
+    return found
+
+
+def _ambient() -> Any:
+    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+
+
+@contextmanager
+def _patched(recorder: Recorder) -> Iterator[None]:
+    """Send this thread's module calls, grad mode questions and custom functions through the recorder."""
+    call, enabled, thread = nn.Module.__call__, torch.is_grad_enabled, threading.get_ident()
+    apply = torch.autograd.Function.__dict__["apply"]
+
+    def module_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return call(self, *args, **kwargs)
+        return recorder.call_module(self, args, kwargs)
+
+    def is_grad_enabled() -> bool:
+        if threading.get_ident() == thread and not recorder._busy:
+            recorder.grad_read = True
+        return enabled()
+
+    def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or recorder._busy:
+            return apply.__get__(None, cls)(*args, **kwargs)
+        raise CaptureError("owner.autograd_function", f"it applies the autograd function {cls.__name__}")
+
+    with _PATCHING:
+        nn.Module.__call__ = module_call  # type: ignore[method-assign]
+        torch.is_grad_enabled = is_grad_enabled
+        torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            torch.is_grad_enabled = enabled
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+
+
+# ---------------------------------------------------------------- values
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, torch.Tensor)
+
+
+def _plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_plain, value))
+    return isinstance(value, (torch.Tensor, torch.SymInt, int, *CONSTANTS))
+
+
+def _property(getter: Any) -> str:
+    return str(getter.__self__.__name__)
+
+
+def _user_frames() -> str:
+    """The frames of the traced code, outermost first, as a traceback prints them."""
+    frame, lines = sys._getframe(3), []
+    while frame is not None and frame.f_code.co_name != "run":
+        if frame.f_globals.get("__name__") != __name__:
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "".join(reversed(lines))

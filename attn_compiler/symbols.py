@@ -1,0 +1,229 @@
+"""Fake tensors with symbolic sizes, and the graph nodes their symbols come from.
+
+    real tensor [2, 7, 64]  ->  fake tensor [s0, s1, s2],  s1 = hidden_states.size(1)
+
+Every dimension but those of size 1 is a symbol of its own. What the traced code demands of the sizes collects as guards
+in the ShapeEnv; a guard becomes Python text to check before a call, or a node that checks while the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+
+class CaptureError(Exception):
+    """Something cannot be traced soundly; `code` and `text` go into the report."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the value of a symbol is read.
+
+    Attributes:
+        value: the symbolic number.
+        node: a tensor or, with an empty `method`, the number itself.
+        method: "size", "stride" or "storage_offset".
+        dim: its argument.
+        text: the same as Python text over the arguments of the call; "" if it is only known while the graph runs.
+    """
+
+    value: torch.SymInt
+    node: fx.Node
+    method: str = ""
+    dim: int = 0
+    text: str = ""
+
+
+class Symbols:
+    """One ShapeEnv, its fake mode, and the origin of each symbol."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.origins: dict[sympy.Symbol, Origin] = {}
+        self._nodes: dict[sympy.Expr, fx.Node] = {}
+        self._count = 0
+
+    # ------------------------------------------------------------ values
+
+    def tensor(self, real: torch.Tensor, dynamic: bool = True) -> FakeTensor:
+        """A fake of a real tensor; its symbols have no origin before `bind`."""
+        if _is_dense(real):
+            numbers = [self.integer(n) if dynamic and n > 1 else n for n in real.shape]
+            return self._dense(numbers, real)
+        source = self._source()
+        kinds = [
+            DimDynamic.DYNAMIC if dynamic and size > 1 else DimDynamic.STATIC for size in real.shape
+        ]
+        sizes, strides, offset = self.env.create_symbolic_sizes_strides_storage_offset(
+            real, source, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
+        )
+        del offset  # no operation that is traced here reads it
+        with self.mode, torch.no_grad():
+            fake = torch.empty_strided(sizes, strides, dtype=real.dtype, device=real.device)
+        fake.requires_grad_(real.requires_grad)
+        assert isinstance(fake, FakeTensor)
+        return fake
+
+    def _dense(self, sizes: list[Any], like: torch.Tensor) -> FakeTensor:
+        """A fake without gaps whose dimensions lie in memory in the order of another tensor's."""
+        order = sorted(range(like.dim()), key=lambda d: -hint(like.stride(d)))
+        with self.mode, torch._C.DisableTorchFunction(), torch.no_grad():
+            dense = torch.empty([sizes[d] for d in order], dtype=like.dtype, device=like.device)
+            if order != list(range(like.dim())):
+                dense = dense.permute([order.index(d) for d in range(like.dim())])
+            dense.requires_grad_(like.requires_grad)
+        assert isinstance(dense, FakeTensor)
+        return dense
+
+    def integer(self, value: int) -> torch.SymInt:
+        """A symbolic integer with this value as its hint."""
+        source = self._source()
+        symbol = self.env.create_symbol(
+            value, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+        )
+        node = self.env.create_symintnode(symbol, hint=value, source=source)
+        assert isinstance(node, torch.SymInt)
+        return node
+
+    def _source(self) -> ConstantSource:
+        self._count += 1
+        return ConstantSource(f"attn_value{self._count}")
+
+    # ------------------------------------------------------------ origins
+
+    def bind(self, value: Any, node: fx.Node, text: str = "") -> None:
+        """Remember that this node holds the value; a symbol keeps its first origin."""
+        if isinstance(value, torch.SymInt):
+            self._bind_one(Origin(value, node, text=text))
+        if not isinstance(value, torch.Tensor):
+            return
+        for method in ("size", "stride"):
+            for dim, number in enumerate(getattr(value, method)()):
+                if isinstance(number, torch.SymInt):
+                    self._bind_one(
+                        Origin(number, node, method, dim, f"{text}.{method}({dim})" if text else "")
+                    )
+
+    def _bind_one(self, origin: Origin) -> None:
+        symbol = origin.value.node._expr
+        if isinstance(symbol, sympy.Symbol):
+            self.origins.setdefault(symbol, origin)
+
+    def known(self, number: Any) -> bool:
+        """Can the graph compute this size?"""
+        return (
+            not isinstance(number, torch.SymInt)
+            or number.node.expr.free_symbols <= self.origins.keys()
+        )
+
+    def fresh(self, value: torch.Tensor, everything: bool = False) -> torch.Tensor:
+        """The value itself, or a fake like it whose sizes of unknown origin (or all) are new symbols."""
+        if not everything and all(self.known(n) for n in (*value.size(), *value.stride())):
+            return value
+        sizes: list[Any] = []
+        for number in value.size():
+            renew = isinstance(number, torch.SymInt) and (everything or not self.known(number))
+            sizes.append(self.integer(hint(number)) if renew else number)
+        return self._dense(sizes, value)
+
+    # ------------------------------------------------------------ numbers as nodes and text
+
+    def node(self, number: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
+        """A node at the end of the graph that computes a symbolic number."""
+        return self.expression(number.node.expr, number)
+
+    def expression(self, expr: sympy.Basic, value: Any = None) -> Any:
+        """Nodes at the insertion point of the graph for an expression over bound symbols.
+
+        Raises:
+            CaptureError: `owner.size`, a symbol has no origin.
+        """
+        if expr in self._nodes and not self._nodes[expr]._erased:
+            return self._nodes[expr]
+        env = {symbol: fx.Proxy(self._symbol(symbol)) for symbol in expr.free_symbols}
+        found = sympy_interp(PythonReferenceAnalysis, env, expr)
+        if not isinstance(found, fx.Proxy):
+            return found
+        if value is not None:
+            found.node.meta.setdefault("example_value", value)
+            self._nodes[expr] = found.node
+        return found.node
+
+    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
+        if symbol not in self._nodes or self._nodes[symbol]._erased:
+            origin = self.origins.get(symbol)
+            if origin is None:
+                raise CaptureError(
+                    "owner.size", "a size comes from something that is not an argument"
+                )
+            node = origin.node
+            if origin.method:
+                node = self.graph.call_method(origin.method, (origin.node, origin.dim))
+                node.meta["example_value"] = origin.value
+            self._nodes[symbol] = node
+        return self._nodes[symbol]
+
+    def guards(self) -> Iterator[sympy.Basic]:
+        """What the trace demanded of the symbols, without duplicates."""
+        yield from dict.fromkeys(
+            guard.expr for guard in self.env.guards if guard.expr is not sympy.true
+        )
+
+    def text(self, expr: sympy.Basic) -> str | None:
+        """A guard as Python text over the arguments of the call, None if a symbol is only known later."""
+        origins = {symbol: self.origins.get(symbol) for symbol in expr.free_symbols}
+        if not all(origin is not None and origin.text for origin in origins.values()):
+            return None
+        return _Printer(
+            {symbol: origin.text for symbol, origin in origins.items() if origin}
+        ).doprint(expr)
+
+
+class _Printer(PythonPrinter):
+    """Python text in which each symbol is spelled by where it is read."""
+
+    def __init__(self, texts: dict[Any, str]) -> None:
+        super().__init__()
+        self.texts = texts
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> str:
+        return self.texts[expr]
+
+
+def hint(number: int | torch.SymInt) -> int:
+    """The value a size had in the example."""
+    return number if isinstance(number, int) else int(number.node.hint)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def oblivious() -> Any:
+    """Within this context a size is never specialised because it might be 0 or 1."""
+    return fx_config.patch(backed_size_oblivious=True)
