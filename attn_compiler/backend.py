@@ -1,4 +1,6 @@
-"""torch.compile(model, backend="attn_compiler"): rewrite the attention of each graph, then let Inductor compile it."""
+"""torch.compile(model, backend="attn_compiler"): rewrite the attention of each graph, then let
+Inductor compile it.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
-    # AOTAutograd's cache does not see the autograd formula of an operator: a tag makes it see our sources
+    # AOTAutograd's cache does not see the autograd formula of an operator: a tag makes it see our
+    # sources
     with torch.compiler.config.patch(
         cache_key_tag=f"{torch.compiler.config.cache_key_tag}{source_hash()}"
     ):

@@ -21,8 +21,10 @@ class CompileConfig:
     """Allowed variants and behaviour.
 
     Attributes:
-        to: pairs of a glob over module paths and what may be put there; the first match wins, no match keeps.
-        on_reject: "keep" leaves a site that cannot be rewritten as it is, "raise" raises NoLegalVariant.
+        to: pairs of a glob over module paths and what may be put there; the first match wins, no
+            match keeps.
+        on_reject: "keep" leaves a site that cannot be rewritten as it is, "raise" raises
+            NoLegalVariant.
         then: who compiles the rest of the graph: "inductor" or "eager".
         mode: mode of torch.compile for Inductor.
         inductor: options for Inductor.

@@ -1,4 +1,6 @@
-"""Every exception of the package: one class, one message of four parts (what, where, why, what to do)."""
+"""Every exception of the package: one class, one message of four parts (what, where, why, what to
+do).
+"""
 
 from __future__ import annotations
 

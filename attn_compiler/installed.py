@@ -74,14 +74,14 @@ def intact(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def plain(value: Any, dtype: torch.dtype, device: str, dim: int) -> bool:
+def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> bool:
     """Is this an ordinary strided tensor of this dtype, device and rank?"""
     return (
         isinstance(value, torch.Tensor)
         and not value.is_nested
         and value.layout is torch.strided
         and value.dtype is dtype
-        and str(value.device) == device
+        and value.device == device
         and value.dim() == dim
     )
 
@@ -180,8 +180,7 @@ def _passed(parameters: list[inspect.Parameter]) -> Iterator[str]:
 
 def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     # the class is made, not imported: name the class it was made from
-    reduced = super(type(self)._attn_base, self).__reduce_ex__(protocol)
-    function, arguments, *rest = reduced
+    function, arguments, *rest = type(self)._attn_base.__reduce_ex__(self, protocol)
     return _restore, (type(self)._attn_base, function, arguments[1:]), *rest
 
 

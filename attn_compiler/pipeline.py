@@ -1,7 +1,9 @@
-"""The order of things: find, cut, functionalise, raise, select, rewrite, clean up; for every graph of a module.
+"""The order of things: find, cut, functionalise, raise, select, rewrite, clean up; for every graph
+of a module.
 
 host graph --find_candidates--> candidates --cut, functionalise--> regions --recognise--> cores
-  --describe--> sites --select--> decisions --rewrite_site--> host graph with one operator per accepted site
+  --describe--> sites --select--> decisions --rewrite_site--> host graph with one operator per
+  accepted site
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
-from attn_compiler.ir.core import Core, recognise
+from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.provenance import location, module
+from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
     FunctionalRegion,
     Region,
@@ -57,7 +60,8 @@ def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = T
     """Find every attention of a traced module, and rewrite in place those that may be.
 
     Args:
-        gm: a graph whose nodes hold fake values, with the bodies of its higher-order operators as submodules.
+        gm: a graph whose nodes hold fake values, with the bodies of its higher-order operators as
+            submodules.
         config: what is allowed.
         change: False only looks.
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import sympy
 import torch
+from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -62,6 +64,9 @@ class Recorder(TorchFunctionMode):
         self._modules = {id(m): path for path, m in root.named_modules(remove_duplicate=True)}
         self._stack: list[tuple[str, nn.Module]] = [("", root)]
         self._busy = 0
+        self._inside = False
+        self._idle: set[sympy.Basic] = set()
+        self._asked: list[sympy.Basic] = []
 
     # ------------------------------------------------------------ running
 
@@ -76,6 +81,7 @@ class Recorder(TorchFunctionMode):
                 stack.enter_context(oblivious())
                 stack.enter_context(_patched(self))
                 stack.enter_context(self._watched())
+                stack.enter_context(self._listening())
                 stack.enter_context(self.symbols.mode)
                 self._ambient = _ambient()
                 stack.enter_context(self)
@@ -96,6 +102,24 @@ class Recorder(TorchFunctionMode):
                 yield
         finally:
             self._busy -= 1
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Write down what the code itself asks about sizes, even where the answer is known already."""
+        env = self.symbols.env
+        evaluate = env.evaluate_expr
+
+        def evaluate_expr(expr: Any, *args: Any, **kwargs: Any) -> Any:
+            value = evaluate(expr, *args, **kwargs)
+            if not self._inside and not self._busy and isinstance(expr, sympy.Basic):
+                self._asked.append(_answered(expr, value))
+            return value
+
+        env.evaluate_expr = evaluate_expr  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del env.evaluate_expr
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -125,11 +149,29 @@ class Recorder(TorchFunctionMode):
             self.graph.call_function(func, args)
             return func(*args)
         self._check(func)
-        value = func(*self._fakes(args), **self._fakes(kwargs))
+        value = self._execute(func, args, kwargs)
         if not _holds_tensor(value) and not (value is None and _holds_tensor(args)):
             return value
         self._write(func, args, kwargs, value)
         return value
+
+    def _execute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one operation on fakes. It often asks whether a size is 1 though nothing hangs on it."""
+        before = len(self.symbols.env.guards)
+        self._inside = True
+        try:
+            value = func(*self._fakes(args), **self._fakes(kwargs))
+        finally:
+            self._inside = False
+        if "squeeze" not in getattr(func, "__name__", ""):
+            asked = self.symbols.env.guards[before:]
+            self._idle |= {g.expr for g in asked if isinstance(g.expr, sympy.Ne)}
+        return value
+
+    def demands(self) -> list[sympy.Basic]:
+        """What the sizes must fulfil for the trace to hold: of the operations, and of the code's own questions."""
+        found = [guard for guard in self.symbols.guards() if guard not in self._idle]
+        return list(dict.fromkeys((*found, *self._asked)))
 
     def _check(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")
@@ -312,7 +354,7 @@ def _patched(recorder: Recorder) -> Iterator[None]:
         return recorder.call_module(self, args, kwargs)
 
     def is_grad_enabled() -> bool:
-        if threading.get_ident() == thread and not recorder._busy:
+        if threading.get_ident() == thread and not recorder._busy and not recorder._inside:
             recorder.grad_read = True
         return enabled()
 
@@ -334,6 +376,13 @@ def _patched(recorder: Recorder) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- values
+
+
+def _answered(question: sympy.Basic, answer: Any) -> sympy.Basic:
+    """The question and its answer as a condition."""
+    if answer in (sympy.true, sympy.false, True, False) and isinstance(question, Boolean | BooleanAtom):
+        return question if answer else sympy.Not(question)
+    return sympy.Eq(question, answer)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -51,7 +51,9 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The same as a JSON object with the keys `sites`, `missed`, `graph_before`, `graph_after`, `kernels`."""
+        """The same as a JSON object with the keys `sites`, `missed`, `graph_before`, `graph_after`,
+        `kernels`.
+        """
         return json.dumps(
             {
                 "sites": [_site_dict(site) for site in self.sites],

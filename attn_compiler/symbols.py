@@ -8,7 +8,6 @@ in the ShapeEnv; a guard becomes Python text to check before a call, or a node t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +85,8 @@ class Symbols:
 
     def _dense(self, sizes: list[Any], like: torch.Tensor) -> FakeTensor:
         """A fake without gaps whose dimensions lie in memory in the order of another tensor's."""
-        order = sorted(range(like.dim()), key=lambda d: -hint(like.stride(d)))
+        with torch._C.DisableTorchFunction():
+            order = sorted(range(like.dim()), key=lambda d: -hint(like.stride(d)))
         with self.mode, torch._C.DisableTorchFunction(), torch.no_grad():
             dense = torch.empty([sizes[d] for d in order], dtype=like.dtype, device=like.device)
             if order != list(range(like.dim())):
@@ -117,8 +117,10 @@ class Symbols:
             self._bind_one(Origin(value, node, text=text))
         if not isinstance(value, torch.Tensor):
             return
-        for method in ("size", "stride"):
-            for dim, number in enumerate(getattr(value, method)()):
+        with torch._C.DisableTorchFunction():
+            read = {"size": value.size(), "stride": value.stride()}
+        for method, numbers in read.items():
+            for dim, number in enumerate(numbers):
                 if isinstance(number, torch.SymInt):
                     self._bind_one(
                         Origin(number, node, method, dim, f"{text}.{method}({dim})" if text else "")
@@ -138,10 +140,12 @@ class Symbols:
 
     def fresh(self, value: torch.Tensor, everything: bool = False) -> torch.Tensor:
         """The value itself, or a fake like it whose sizes of unknown origin (or all) are new symbols."""
-        if not everything and all(self.known(n) for n in (*value.size(), *value.stride())):
+        with torch._C.DisableTorchFunction():
+            shape, stride = value.size(), value.stride()
+        if not everything and all(self.known(n) for n in (*shape, *stride)):
             return value
         sizes: list[Any] = []
-        for number in value.size():
+        for number in shape:
             renew = isinstance(number, torch.SymInt) and (everything or not self.known(number))
             sizes.append(self.integer(hint(number)) if renew else number)
         return self._dense(sizes, value)
@@ -183,11 +187,9 @@ class Symbols:
             self._nodes[symbol] = node
         return self._nodes[symbol]
 
-    def guards(self) -> Iterator[sympy.Basic]:
-        """What the trace demanded of the symbols, without duplicates."""
-        yield from dict.fromkeys(
-            guard.expr for guard in self.env.guards if guard.expr is not sympy.true
-        )
+    def guards(self) -> list[sympy.Basic]:
+        """What was demanded of the symbols so far."""
+        return [guard.expr for guard in self.env.guards if guard.expr is not sympy.true]
 
     def text(self, expr: sympy.Basic) -> str | None:
         """A guard as Python text over the arguments of the call, None if a symbol is only known later."""

@@ -1,8 +1,9 @@
 """What a test may claim about a rewrite: equal numbers, equal gradients, text in order.
 
-Numbers are judged by float64, never by a tolerance somebody liked. With `exact` the same computation in double,
+Numbers are judged by float64, never by a tolerance somebody liked. With `exact` the same
+computation in double,
 
-    max |ours - exact|  <=  max(4 * max |original - exact|, floor * scale)        floor: 1e-6 in fp32
+    max |ours - exact|  <=  max(4 * max |original - exact|, floor * scale)    fp32: floor 1e-6
 
 so a rewrite may be as wrong as the original was, and a little more, but not otherwise.
 """
@@ -26,7 +27,7 @@ _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class InDouble(TorchDispatchMode):
-    """Casts that a model writes down itself (`.float()`, `dtype=torch.float32`) go to double instead."""
+    """Casts that a model writes down itself (`.float()`, `dtype=...`) go to double instead."""
 
     # a cond or a flex_attention runs as it is
     supports_higher_order_operators = True
@@ -46,7 +47,7 @@ def _wide(value: Any) -> Any:
 
 
 def double(tree: Any) -> Any:
-    """A copy in which every floating tensor, and every module, is in double; gradients start afresh."""
+    """A copy in which every floating tensor, and every module, is in double."""
     if isinstance(tree, nn.Module):
         return copy.deepcopy(tree).double()
     return tree_map(_double_leaf, tree)
@@ -61,7 +62,7 @@ def _double_leaf(leaf: Any) -> Any:
 
 
 def fresh(tree: Any) -> Any:
-    """A copy of every tensor, so that a run that writes into its inputs does not spoil the next one."""
+    """A copy of every tensor: a run that writes into its inputs must not spoil the next."""
     return tree_map(
         lambda t: (
             t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
@@ -105,7 +106,7 @@ def run(
     owner: Any,
     training: bool,
 ) -> Results:
-    """Call on copies of the inputs; with `training` also the gradients of `owner`'s parameters and of the inputs."""
+    """Call on copies of the inputs; `training` takes gradients of `owner` and the inputs too."""
     args, kwargs = fresh(tuple(args)), fresh(dict(kwargs))
     if not training:
         with torch.no_grad():
@@ -144,8 +145,10 @@ class Gap:
         return self.ours <= self.budget and not self.vague
 
     def __str__(self) -> str:
-        return f"{self.name}: error {self.ours:.2e}, original {self.theirs:.2e}, budget {self.budget:.2e}" + (
-            " (the original itself is so wrong that this proves nothing)" if self.vague else ""
+        return (
+            f"{self.name}: error {self.ours:.2e}, original {self.theirs:.2e},"
+            f" budget {self.budget:.2e}"
+            + (" (the original itself is so wrong that this proves nothing)" if self.vague else "")
         )
 
 
@@ -165,11 +168,17 @@ def gap(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0
     error, reference = (a - x).abs().max().item(), (b - x).abs().max().item()
     scale = max(scale, x.abs().max().item())
     floor = FLOOR[ours.dtype] * scale
-    return Gap(name, error, reference, max(4 * reference, floor), vague=reference > max(1e4 * floor, scale * 0.1))
+    return Gap(
+        name,
+        error,
+        reference,
+        max(4 * reference, floor),
+        vague=reference > max(1e4 * floor, scale * 0.1),
+    )
 
 
 def gaps(ours: Results, theirs: Results, exact: Results) -> Iterator[Gap]:
-    """Every output and gradient; gradients share one scale, since some (a key bias) are exactly zero in exact numbers."""
+    """Every output and gradient; gradients share one scale, since some (a key bias) are zero."""
     if not len(ours.outputs) == len(theirs.outputs) == len(exact.outputs):
         raise AssertionError(f"{len(ours.outputs)} outputs instead of {len(theirs.outputs)}")
     for i, triple in enumerate(zip(ours.outputs, theirs.outputs, exact.outputs, strict=True)):

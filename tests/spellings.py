@@ -1,8 +1,10 @@
 """Equal spellings: a hypothesis strategy that writes one attention in many ways.
 
-    facts (mask, heads, groups, head dim, scale)  x  choices (contraction, place of the scale, ...)  ->  a module, its inputs
+    facts (mask, heads, groups, head dim, scale)  x  choices (contraction, place of the scale, ...)
+        ->  a module, its inputs
 
-Two modules with the same facts compute the same function whatever the choices, and must raise to one record.
+Two modules with the same facts compute the same function whatever the choices, and must raise to
+one record.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Choices:
     padding_first: bool = False
 
 
-# ---------------------------------------------------------------- q, k, v: [B, rows, heads, d] -> [B, heads, rows, d]
+# -------- q, k, v: [B, rows, heads, d] -> [B, heads, rows, d]
 
 LAYOUT: dict[str, Callable[[Tensor], Tensor]] = {
     "transpose": lambda x: x.transpose(1, 2),
@@ -75,18 +77,13 @@ def _expand_reshape(x: Tensor, n: int) -> Tensor:
     return x[:, :, None, :, :].expand(b, g, n, s, d).reshape(b, g * n, s, d)
 
 
-def _expand_indexed(x: Tensor, n: int) -> Tensor:
-    return x[:, torch.arange(x.shape[1]).repeat_interleave(n)]
-
-
 EXPAND: dict[str, Callable[[Tensor, int], Tensor]] = {
     "repeat_interleave": lambda x, n: x.repeat_interleave(n, dim=1),
     "expand": _expand_reshape,
     "repeat": lambda x, n: x.unsqueeze(2).repeat(1, 1, n, 1, 1).flatten(1, 2),
-    "indexed": _expand_indexed,
 }
 
-# ---------------------------------------------------------------- scale: (on q, on k, on the scores)
+# -------- scale: (on q, on k, on the scores)
 
 SCALE: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "scores": lambda s: (1.0, 1.0, s),
@@ -96,7 +93,7 @@ SCALE: dict[str, Callable[[float], tuple[float, float, float]]] = {
     "twice": lambda s: (s * 2.0, 1.0, 0.5),
 }
 
-# ---------------------------------------------------------------- scores: [B, H, T, S]
+# -------- scores: [B, H, T, S]
 
 
 def _bmm(q: Tensor, k: Tensor) -> Tensor:
@@ -129,7 +126,7 @@ PRODUCT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "contiguous_keys": lambda q, k: q @ k.permute(0, 1, 3, 2).contiguous(),
 }
 
-# ---------------------------------------------------------------- conditions: True where a key may be seen
+# -------- conditions: True where a key may be seen
 
 CAUSAL: dict[str, Callable[[int, int], Tensor]] = {
     "tril": lambda t, s: torch.ones(t, s).tril(s - t) == 1,
@@ -177,7 +174,7 @@ PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_product": lambda s, a: s + (1.0 - a.to(s.dtype)) * torch.finfo(s.dtype).min,
 }
 
-# ---------------------------------------------------------------- softmax over the last axis
+# -------- softmax over the last axis
 
 
 def _by_hand(s: Tensor) -> Tensor:
@@ -197,7 +194,7 @@ SOFTMAX: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda s: F.dropout(s.softmax(-1), 0.0, True),
 }
 
-# ---------------------------------------------------------------- probabilities and values -> [B, T, H, d]
+# -------- probabilities and values -> [B, T, H, d]
 
 TOTAL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda p, v: torch.matmul(p, v).transpose(1, 2),

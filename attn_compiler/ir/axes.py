@@ -1,12 +1,15 @@
 """Index maps: which axis of the attention each dimension of a tensor runs along.
 
-Each dimension of the attention's output, and each dimension summed over, is an `Axis`. The element of a tensor that
-contributes is described by one `Index` per dimension, an affine form  const + sum(coefficient * axis). Views only
+Each dimension of the attention's output, and each dimension summed over, is an `Axis`. The element
+of a tensor that
+contributes is described by one `Index` per dimension, an affine form  const + sum(coefficient *
+axis). Views only
 rewrite indices, so every order of permutes, reshapes, expands and slices comes to the same map:
 
     [B*H, T, d] viewed from [B, H, T, d]:   index e of the first dimension splits, e -> H*b + h
 
-Splitting is a refinement of the axis and is remembered, so that a head axis that meets `repeat_kv` becomes
+Splitting is a refinement of the axis and is remembered, so that a head axis that meets `repeat_kv`
+becomes
 (kv head, repeat) everywhere, and the keys are seen not to depend on the second.
 """
 

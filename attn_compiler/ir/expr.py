@@ -1,6 +1,7 @@
 """The expression language of score programs and masks.
 
-One attention is  softmax_k( score(b, h, q, k) ) . v ; everything between q.k^T and the softmax is one expression over
+One attention is  softmax_k( score(b, h, q, k) ) . v ; everything between q.k^T and the softmax is
+one expression over
 
     b h q k        index variables: batch, query head, query row, key column
     B H T S        sizes: batch, query heads, query rows, key columns
@@ -12,7 +13,8 @@ and it is written as a Python expression, so that people, operators and caches s
 
     where((k <= q) & t0[b, k], 30.0 * tanh(dot / 30.0), -inf)
 
-Arithmetic on indices is exact integer arithmetic; `//` and `%` round towards minus infinity as in Python.
+Arithmetic on indices is exact integer arithmetic; `//` and `%` round towards minus infinity as in
+Python.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ _REAL = frozenset(
         "erf",
     )
 )
-# int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are not written down
+# int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are
+# not written down
 _KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
 OPS = frozenset(_UNARY) | frozenset(_BINARY) | frozenset(_KINDS) | {"where"}
 
@@ -392,11 +395,13 @@ def evaluate(
     dot: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The value of `expr` for many elements at once, in plain PyTorch (differentiable in `dot` and `reads`).
+    """The value of `expr` for many elements at once, in plain PyTorch (differentiable in `dot` and
+    `reads`).
 
     Args:
         expr: the expression.
-        env: a value for each variable used: sizes as integers, indices as integer tensors that broadcast together,
+        env: a value for each variable used: sizes as integers, indices as integer tensors that
+            broadcast together,
             by custom b [B,1,1,1], h [H,1,1], q [T,1], k [S].
         reads: the tensor of each slot.
         ints: the integer of each `n` slot.

@@ -1,9 +1,12 @@
 """Telling the mask from the score: which part of the logits only says "this key may not be seen".
 
-    where(P, x, -inf)      x + where(P, 0, finfo.min)      x + (1 - float(P)) * finfo.min      ->   (x, P)
+    where(P, x, -inf)      x + where(P, 0, finfo.min)      x + (1 - float(P)) * finfo.min      ->
+    (x, P)
 
-What a row gets that may see no key at all differs between these spellings, and so do fills that are not large enough
-to forbid anything. A fill is split off only where the rest of the program is then exactly the same function;
+What a row gets that may see no key at all differs between these spellings, and so do fills that are
+not large enough
+to forbid anything. A fill is split off only where the rest of the program is then exactly the same
+function;
 otherwise it stays in the score as the arithmetic it is.
 """
 
@@ -96,7 +99,9 @@ def all_bounded(score: Expr, bounded: Callable[[Expr], bool]) -> bool:
 
 
 def never_empty(mask: Expr) -> bool:
-    """Does every row see at least the key at its own position (and, with S > T, the key S - T further on)?"""
+    """Does every row see at least the key at its own position (and, with S > T, the key S - T
+    further on)?
+    """
     own = Var("q")
     aligned = call("add", own, call("sub", Var("S"), Var("T")))
     return any(normalise(substitute(mask, {Var("k"): at})) == TRUE for at in (own, aligned))

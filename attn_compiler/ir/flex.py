@@ -1,6 +1,8 @@
-"""FlexAttention calls: score_mod and mask_mod are read as expressions instead of being run on indices.
+"""FlexAttention calls: score_mod and mask_mod are read as expressions instead of being run on
+indices.
 
-flex_attention(q, k, v, lambda s, b, h, i, j: s + slope[h] * (j - i))   ->   score  dot + t0[h] * (k - q)
+flex_attention(q, k, v, lambda s, b, h, i, j: s + slope[h] * (j - i))   ->   score  dot + t0[h] * (k
+- q)
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import torch
 from torch import fx
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from attn_compiler.ir import ops
+from attn_compiler.ir import contractions, ops, values, views  # noqa: F401  (enter their rules)
 from attn_compiler.ir.axes import along
-from attn_compiler.ir.core import Core, Fused, Operand, from_fused
+from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.expr import DOT, Expr
+from attn_compiler.ir.fused import Fused, from_fused
 from attn_compiler.ir.pull import Coordinates, Puller, shape, to_expr
 from attn_compiler.ir.region import FunctionalRegion, Region, trace_region
 from attn_compiler.ir.soft import NotAttention
@@ -27,8 +30,6 @@ def recognise_flex(node: fx.Node) -> tuple[Region, FunctionalRegion, Core]:
         NotAttention: more than its output is read.
         RegionError: a score_mod that cannot be traced.
     """
-    from attn_compiler.ir import values, views  # noqa: F401  (enter their rules)
-
     end = _output(node)
     query, key, value, score_mod, block_mask, scale, _, score_reads, mask_reads = node.args[:9]
     inputs = tuple(
@@ -49,7 +50,7 @@ def recognise_flex(node: fx.Node) -> tuple[Region, FunctionalRegion, Core]:
     mask = _body(puller, node, block_mask[-1], position, [given[n] for n in mask_reads])  # type: ignore[index,union-attr]
     grouped = shape(operands[0])[1] != shape(operands[1])[1]
     factor = given[scale] if isinstance(scale, fx.Node) else scale
-    fused = Fused(operands, keys, grouped, factor, logits, mask)
+    fused = Fused(operands[0], operands, keys, grouped, factor, logits, mask)
     return region, functional, from_fused(puller, Operand(operands[0], where), where, fused)  # type: ignore[arg-type]
 
 

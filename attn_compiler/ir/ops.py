@@ -1,6 +1,8 @@
-"""Groups of operations: what a call in a host graph does, by its target and never by the names around it.
+"""Groups of operations: what a call in a host graph does, by its target and never by the names
+around it.
 
-A host graph may speak Dynamo's Python functions (`F.softmax`, `Tensor.softmax`), leaf modules (`nn.Softmax`) or ATen;
+A host graph may speak Dynamo's Python functions (`F.softmax`, `Tensor.softmax`), leaf modules
+(`nn.Softmax`) or ATen;
 `kind(node)` reduces them to the few questions that finding and cutting a region has to ask.
 """
 
@@ -17,7 +19,8 @@ SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 EXPONENTIAL = frozenset({"exp", "exp2"})
 SDPA = frozenset({"scaled_dot_product_attention"})
 MHA = frozenset({"multi_head_attention_forward"})
-# fused further than this package looks: an encoder layer or attention with its projections in one native call
+# fused further than this package looks: an encoder layer or attention with its projections in one
+# native call
 NATIVE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 FLEX = frozenset({"flex_attention"})
 CONTRACTION = frozenset(
@@ -26,23 +29,27 @@ CONTRACTION = frozenset(
 # a region never reaches behind these: they make the activations and parameters it starts from
 BOUNDARY = frozenset(
     {
-        "linear", "addmm", "bilinear", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d", "convolution",
-        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm", "rms_norm", "group_norm", "batch_norm",
-        "instance_norm", "native_layer_norm", "native_group_norm", "gru", "lstm", "rnn_tanh", "rnn_relu", "item",
+        "linear", "addmm", "bilinear", "embedding", "embedding_bag", "conv1d", "conv2d", "conv3d",
+        "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "layer_norm",
+        "rms_norm", "group_norm", "batch_norm", "instance_norm", "native_layer_norm",
+        "native_group_norm", "gru", "lstm", "rnn_tanh", "rnn_relu", "item",
         *NATIVE, "nonzero", "unique", "topk", "sort",
-        "rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial", "argmax", "argmin",
+        "rand", "randn", "randint", "rand_like", "randn_like", "bernoulli", "multinomial",
+        "argmax", "argmin",
     }
 )  # fmt: skip
 _INPLACE_OPERATORS = frozenset(
     {
-        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-        operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
+        operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
+        operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
     }
 )  # fmt: skip
 
 
 def name(node: fx.Node) -> str:
-    """The bare name of what is called: `softmax` for F.softmax, Tensor.softmax, aten.softmax.int and nn.Softmax."""
+    """The bare name of what is called: `softmax` for F.softmax, Tensor.softmax, aten.softmax.int
+    and nn.Softmax.
+    """
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_module":
@@ -82,7 +89,9 @@ def called_module(node: fx.Node) -> nn.Module:
 
 
 def value(node: fx.Node) -> Any:
-    """The fake value the capture recorded for this node: a FakeTensor, a SymInt, a tuple of them, or None."""
+    """The fake value the capture recorded for this node: a FakeTensor, a SymInt, a tuple of them,
+    or None.
+    """
     meta = node.meta
     return meta["example_value"] if "example_value" in meta else meta.get("val")
 

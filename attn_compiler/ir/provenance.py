@@ -1,4 +1,4 @@
-"""Where a node of the host graph comes from: the user's line, the module, and what made an operand."""
+"""Where a node of the host graph comes from: the user's line, the module, what made an operand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def display_name(node: fx.Node) -> str:
 
 
 def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
-    """Follow an operand back to its projection: the tensor that is projected, and the projection."""
+    """The tensor behind an operand's projection, and that projection."""
     seen: set[fx.Node] = set()
     for _ in range(_FARTHEST):
         called = ops.name(node)

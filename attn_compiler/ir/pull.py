@@ -1,9 +1,12 @@
 """Reading a functional graph backwards: the value of one element, as an expression over the axes.
 
-    pull(where(arange(S) <= arange(T)[:, None], s, -inf))[b, h, q, k]   ->   where(k <= q, s[b, h, q, k], -inf)
+    pull(where(arange(S) <= arange(T)[:, None], s, -inf))[b, h, q, k]   ->   where(k <= q, s[b, h,
+    q, k], -inf)
 
-`Puller.step` follows views, which only move indices. `Puller.expr` follows pointwise operations, constants, factories
-and gathers as well; what it does not understand stays a `Leaf`, a read of that node's tensor. A contraction of two
+`Puller.step` follows views, which only move indices. `Puller.expr` follows pointwise operations,
+constants, factories
+and gathers as well; what it does not understand stays a `Leaf`, a read of that node's tensor. A
+contraction of two
 operands becomes a `Product` leaf with the indices of both sides.
 """
 
@@ -120,7 +123,8 @@ class Puller:
 
     Attributes:
         module: owner of the graph's constants.
-        bound: inputs whose value is known as an expression, or which stand for a node of another graph.
+        bound: inputs whose value is known as an expression, or which stand for a node of another
+            graph.
     """
 
     def __init__(self, module: fx.GraphModule | None = None) -> None:

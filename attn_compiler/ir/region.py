@@ -1,9 +1,13 @@
-"""Regions: the few nodes around one candidate, cut out of a host graph and re-traced to functional ATen.
+"""Regions: the few nodes around one candidate, cut out of a host graph and re-traced to functional
+ATen.
 
-    host graph --cut--> Region (nodes in graph order, inputs) --functionalise--> FunctionalRegion (pure ATen)
+    host graph --cut--> Region (nodes in graph order, inputs) --functionalise--> FunctionalRegion
+    (pure ATen)
 
-The cut goes by graph order and by storage, not by def-use alone: a mask written in place through a view of the scores
-is no ancestor of the softmax, and a slice by def-use would silently drop it. Every write, before the region's end, to
+The cut goes by graph order and by storage, not by def-use alone: a mask written in place through a
+view of the scores
+is no ancestor of the softmax, and a slice by def-use would silently drop it. Every write, before
+the region's end, to
 a storage that a node of the region lives in belongs to the region.
 """
 
@@ -118,7 +122,9 @@ def cut(end: fx.Node, position: Mapping[fx.Node, int], writers: Iterable[fx.Node
 
 
 def _reach(end: fx.Node, depth: int, inside: set[fx.Node], inputs: set[fx.Node]) -> None:
-    """Walk back from `end` through at most two contractions (the scores and the product with the values)."""
+    """Walk back from `end` through at most two contractions (the scores and the product with the
+    values).
+    """
     best: dict[fx.Node, int] = {}
     stack = [(end, depth)]
     while stack:
@@ -177,7 +183,9 @@ def _mutated(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> Iterable[fx
 
 
 def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
-    """For each node, the autocast regions it runs in: argument tuples of `torch.autocast`, the outermost first."""
+    """For each node, the autocast regions it runs in: argument tuples of `torch.autocast`, the
+    outermost first.
+    """
     stack: list[tuple[fx.Node, Any]] = []
     found: dict[fx.Node, tuple[Any, ...]] = {}
     for node in graph.nodes:
@@ -230,7 +238,9 @@ def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> F
 
 
 def _mark_bounded(graph: fx.Graph, read: Mapping[fx.Node, fx.Node]) -> None:
-    """Mark values that hold no huge negative numbers: a mask given by the caller may, a learned bias does not."""
+    """Mark values that hold no huge negative numbers: a mask given by the caller may, a learned
+    bias does not.
+    """
     for node in graph.nodes:
         if node.op == "placeholder":
             host = read.get(node)

@@ -1,6 +1,8 @@
-"""What each axis is for: batch, head, query, key or feature, decided by which operands it runs through.
+"""What each axis is for: batch, head, query, key or feature, decided by which operands it runs
+through.
 
-in k and v, not summed over    batch or head           in q alone      query rows, or the heads that share k and v
+in k and v, not summed over    batch or head           in q alone      query rows, or the heads that
+share k and v
 summed over with v             key                     in v alone      value features
 summed over with q             features
 """
@@ -85,7 +87,9 @@ def assign(
     query = _query(weights, rows)
     outer = [a for a in free if a not in rows]
     if any(a.extent != 1 and (a in in_k) != (a in in_v) for a in outer):
-        raise NotAttention("not_attention.kv_axes", "keys and values do not run along the same batches and heads")
+        raise NotAttention(
+            "not_attention.kv_axes", "keys and values do not run along the same batches and heads"
+        )
     heads = _heads(outer, q, k, v, features)
     return Roles(
         batch=tuple(a for a in outer if a not in heads),
@@ -122,7 +126,9 @@ def _check_operands(
 
 
 def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
-    """The query rows: the last dimension of the weights, before the keys, that only the query runs through."""
+    """The query rows: the last dimension of the weights, before the keys, that only the query runs
+    through.
+    """
     for coordinate in reversed(weights):
         found = tuple(leaves((coordinate,)))
         if found and all(axis in rows for axis in found):
@@ -133,7 +139,9 @@ def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
 def _heads(
     outer: Sequence[Axis], q: Coordinates, k: Coordinates, v: Coordinates, features: Leaves
 ) -> Leaves:
-    """The heads: what is cut out of the same dimension as the features, else the last of several outer axes."""
+    """The heads: what is cut out of the same dimension as the features, else the last of several
+    outer axes.
+    """
     beside: dict[Axis, None] = {}
     for where in (q, k):
         for coordinate in where:
@@ -151,7 +159,8 @@ def _heads(
 
 
 class Naming:
-    """Rewrites expressions over axes into expressions over b, h, q, k, sizes, and numbered reads and integers.
+    """Rewrites expressions over axes into expressions over b, h, q, k, sizes, and numbered reads
+    and integers.
 
     Attributes:
         reads: the leaves in the order of their slots.
@@ -160,6 +169,7 @@ class Naming:
 
     def __init__(self, puller: Puller, roles: Roles) -> None:
         self.puller = puller
+        self.roles = roles
         self.groups = (
             ("b", roles.batch),
             ("h", roles.query_heads),

@@ -6,7 +6,8 @@
     out  = dropout(p) . v
 
 `empty` says what a row gets whose mask allows no key, because the spellings differ there:
-"nan" (adding -inf), "zero" (a boolean mask of scaled_dot_product_attention), "uniform" (adding finfo.min: all
+"nan" (adding -inf), "zero" (a boolean mask of scaled_dot_product_attention), "uniform" (adding
+finfo.min: all
 keys alike, also those that the mask forbids), "any" (no such row exists, or nobody can tell).
 """
 

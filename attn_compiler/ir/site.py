@@ -40,7 +40,9 @@ class Reason:
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map that makes q, k or v: names of its weight and bias, and the name of what it reads."""
+    """A linear map that makes q, k or v: names of its weight and bias, and the name of what it
+    reads.
+    """
 
     weight: str
     bias: str | None

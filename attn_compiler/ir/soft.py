@@ -2,7 +2,8 @@
 
     p = softmax(x)      exp(x) / sum(exp(x))      exp(x - logsumexp(x))      exp(log_softmax(x))
 
-Between the softmax and the product only views, casts of float width, dropout and a zeroing of masked positions may
+Between the softmax and the product only views, casts of float width, dropout and a zeroing of
+masked positions may
 stand; anything else means that this is not (only) attention, and says so by a reason code.
 """
 
@@ -74,7 +75,8 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
     """Walk back from the operand that should hold the probabilities.
 
     Raises:
-        NotAttention: something else than a softmax, or something in between that changes the weights.
+        NotAttention: something else than a softmax, or something in between that changes the
+            weights.
     """
     dropout = 0.0
     zeroed: list[Expr] = []

@@ -1,4 +1,6 @@
-"""Value rules: pointwise operations, constants, factories, gathers and contractions, element by element."""
+"""Value rules: pointwise operations, constants, factories, gathers and contractions, element by
+element.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,6 @@ from attn_compiler.ir.pull import (
     VALUES,
     Coordinate,
     Coordinates,
-    Product,
     Puller,
     broadcast,
     number,
@@ -45,22 +46,23 @@ def cast(expression: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
 
 # ---------------------------------------------------------------- pointwise
 
-_SAME_NAME = {
-    name: name
-    for name in ("neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "tanh",
-                 "sigmoid", "relu", "erf", "floor", "ceil", "trunc", "sign", "square")
-}  # fmt: skip
+_SAME_NAME = frozenset(
+    {
+        "neg", "abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "reciprocal", "sin", "cos",
+        "tanh", "sigmoid", "relu", "erf", "floor", "ceil", "trunc", "sign", "square",
+    }
+)  # fmt: skip
 _BINARY = {
     "mul": "mul", "multiply": "mul", "minimum": "min", "maximum": "max", "floor_divide": "floordiv",
     "remainder": "mod", "true_divide": "div", "divide": "div",
 }  # fmt: skip
 _COMPARE = {
-    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "greater": "gt", "greater_equal": "ge",
-    "less": "lt", "less_equal": "le", "not_equal": "ne",
+    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "greater": "gt",
+    "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
 }  # fmt: skip
 _LOGIC = {
-    "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "__and__": "and", "__or__": "or", "__xor__": "xor",
-    "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
+    "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "__and__": "and",
+    "__or__": "or", "__xor__": "xor", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
 }  # fmt: skip
 
 
@@ -78,9 +80,13 @@ def promoted(puller: Puller, node: fx.Node, given: list[Any], where: Coordinates
     result = kind(val(node).dtype)
     found = operands(puller, node, given, where)
     return [
-        call(result, e) if (d := dtype_of(a)) is not None and _KIND_ORDER.index(kind(d)) < _KIND_ORDER.index(result) else e
+        call(result, e) if _narrower(dtype_of(a), result) else e
         for a, e in zip(given, found, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def _narrower(dtype: torch.dtype | None, result: str) -> bool:
+    return dtype is not None and _KIND_ORDER.index(kind(dtype)) < _KIND_ORDER.index(result)
 
 
 @rule(
@@ -411,10 +417,10 @@ def _index(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Exp
 
 def _wrapped(coordinate: Coordinate, size: ax.Size) -> Coordinate:
     """Negative constants count from the end."""
-    if isinstance(coordinate, Index) and not coordinate.terms:
-        if isinstance(coordinate.const, int) and coordinate.const < 0:
-            return Index((), ax.simple(coordinate.const + size))
-    return coordinate
+    if not isinstance(coordinate, Index) or coordinate.terms:
+        return coordinate
+    negative = isinstance(coordinate.const, int) and coordinate.const < 0
+    return Index((), ax.simple(coordinate.const + size)) if negative else coordinate
 
 
 @rule(VALUES, "index_select")
@@ -424,131 +430,4 @@ def _index_select(puller: Puller, node: fx.Node, args: Args, where: Coordinates)
     return puller.expr(args["self"], (*where[:at], found, *where[at + 1 :]))
 
 
-# ---------------------------------------------------------------- contractions
-
-
-@rule(VALUES, "matmul", "bmm", "mm")
-def _matmul(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    left, right = args["self"], args.get("other", args.get("mat2"))
-    return product(puller, node, left, right, where)
-
-
-def product(
-    puller: Puller, node: fx.Node, left: fx.Node, right: fx.Node, where: Coordinates
-) -> Expr | None:
-    size_l, size_r = shape(left), shape(right)
-    if len(size_l) < 2 or len(size_r) < 2:
-        return None
-    reduced = puller.new_axis(size_l[-1])
-    batch, row, column = where[:-2], where[-2], where[-1]
-    at_l = (*broadcast(batch, size_l[:-2]), row, along(reduced))
-    at_r = (*broadcast(batch, size_r[:-2]), along(reduced), column)
-    return Product(node, where, (left, at_l), (right, at_r), (reduced,))
-
-
-@rule(VALUES, "baddbmm")
-def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    found = product(puller, node, args["batch1"], args["batch2"], where)
-    if found is None:
-        return None
-    alpha, beta = args.get("alpha", 1), args.get("beta", 1)
-    scaled = found if alpha == 1 else call("mul", found, puller.expr(alpha, ()))
-    if beta == 0:
-        return scaled
-    added = puller.operand(args["self"], node, where)
-    return call("add", added if beta == 1 else call("mul", added, puller.expr(beta, ())), scaled)
-
-
-@rule(VALUES, "einsum")
-def _einsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    tensors = args["tensors"]
-    labels = einsum_labels(args["equation"], [len(shape(t)) for t in tensors])
-    if labels is None or len(tensors) != 2:
-        return None
-    inputs, output = labels
-    at: dict[Any, Coordinate] = dict(zip(output, where, strict=True))
-    reduced: list[ax.Axis] = []
-    for tensor, names in zip(tensors, inputs, strict=True):
-        for label, size in zip(names, shape(tensor), strict=True):
-            if label not in at:
-                axis = puller.new_axis(size)
-                reduced.append(axis)
-                at[label] = along(axis)
-    sides = []
-    for tensor, names in zip(tensors, inputs, strict=True):
-        if len(set(names)) != len(names):
-            return None
-        broadcasts = [isinstance(label, int) for label in names]
-        sides.append(
-            (
-                tensor,
-                tuple(
-                    ax.ZERO if wide and size == 1 else at[label]
-                    for label, size, wide in zip(names, shape(tensor), broadcasts, strict=True)
-                ),
-            )
-        )
-    return Product(node, where, sides[0], sides[1], tuple(reduced)) if reduced else None
-
-
-def einsum_labels(equation: str, ranks: list[int]) -> tuple[list[list[Any]], list[Any]] | None:
-    """Labels of each operand and of the result; the dimensions under an ellipsis are numbered from the right."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if len(terms) != len(ranks):
-        return None
-    inputs = [_spelled(term, rank) for term, rank in zip(terms, ranks, strict=True)]
-    if arrow:
-        wide = max(
-            rank - len(term.replace("...", "")) if "..." in term else 0
-            for term, rank in zip(terms, ranks, strict=True)
-        )
-        return inputs, _spelled(
-            right, len(right.replace("...", "")) + (wide if "..." in right else 0)
-        )
-    counts = [label for labels in inputs for label in labels]
-    wide_labels = sorted({x for x in counts if isinstance(x, int)}, reverse=True)
-    return inputs, [
-        *wide_labels,
-        *sorted(x for x in set(counts) if isinstance(x, str) and counts.count(x) == 1),
-    ]
-
-
-def _spelled(term: str, rank: int) -> list[Any]:
-    head, dots, tail = term.partition("...")
-    hidden = rank - len(head) - len(tail) if dots else 0
-    return [*head, *reversed(range(hidden)), *tail]
-
-
-@rule(VALUES, "sum")
-def _sum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    """mul and sum: a product with broadcasting written out."""
-    rank = len(shape(args["self"]))
-    dims = args.get("dim")
-    if not dims:
-        return None
-    dims = {d % rank for d in ([dims] if isinstance(dims, int) else dims)}
-    inner: list[Coordinate] = []
-    reduced: list[ax.Axis] = []
-    rest = iter(where)
-    for dimension, size in enumerate(shape(args["self"])):
-        if dimension not in dims:
-            inner.append(next(rest))
-            continue
-        reduced.append(puller.new_axis(size))
-        inner.append(along(reduced[-1]))
-        if args.get("keepdim"):
-            next(rest)
-    factor, at = puller.peel(args["self"], tuple(inner))
-    if not factor.target in (torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor):
-        return None
-    left, right = factor.args[:2]
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-        return None
-    if not all(isinstance(val(side), torch.Tensor) and shape(side) for side in (left, right)):
-        return None
-    sides = [(side, broadcast(at, shape(side))) for side in (left, right)]
-    return Product(node, where, sides[0], sides[1], tuple(reduced))
-
-
-assert set(_SAME_NAME.values()) <= OPS
+assert _SAME_NAME <= OPS

@@ -43,13 +43,15 @@ def placed(where: Coordinates, at: int, coordinate: Coordinate) -> Coordinates:
 
 
 @rule(
-    VIEWS, "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as", "_reshape_alias", "view_copy"
+    VIEWS, "view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as",
+    "_reshape_alias", "view_copy",
 )  # fmt: skip
 def _reshape(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Step:
     if val(node).dtype != val(source(args)).dtype:
         return None
     new, old = list(shape(node)), list(shape(source(args)))
-    # dimensions that both shapes share at their ends need no arithmetic, so any index may stand there
+    # dimensions that both shapes share at their ends need no arithmetic, so any index may stand
+    # there
     head = 0
     while head < min(len(new), len(old)) and ax.equal(new[head], old[head]):
         head += 1
@@ -198,8 +200,8 @@ def _repeat_interleave(puller: Puller, node: fx.Node, args: Args, where: Coordin
 
 
 @rule(
-    VIEWS, "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "positive", "_conj",
-    "resolve_conj", "resolve_neg", "pin_memory",
+    VIEWS, "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift",
+    "positive", "_conj", "resolve_conj", "resolve_neg", "pin_memory",
 )  # fmt: skip
 def _same(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Step:
     return source(args), where

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attn_compiler.ir.expr import TRUE, Call, Expr, Read, depends
-from attn_compiler.kernels.frame import Frame, Inputs, Span, empty_heads, in_heads_layout
+from attn_compiler.kernels.frame import Frame, Inputs, Span, empty_heads, in_heads_layout, widened
 from attn_compiler.kernels.plan import NO_BIAS
 from attn_compiler.kernels.rows import pull_back
 
@@ -140,15 +140,19 @@ def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Span, bool]]:
         yield span, False
 
 
-def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
-    """Is the bias a read that the kernel takes as it lies in memory?"""
+def _one_read(frame: Frame) -> bool:
+    """Is the bias one slice of one tensor?"""
     bias = frame.plan.local_bias
     if isinstance(bias, Call) and bias.op == "float":
         bias = bias.args[0]
-    if frame.plan.loose != TRUE or not isinstance(bias, Read) or bias.slot < frame.plan.base:
+    return isinstance(bias, Read) and bias.slot >= frame.plan.base
+
+
+def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
+    """Does the kernel take the bias as it lies in memory?"""
+    if frame.plan.loose != TRUE or not _one_read(frame):
         return False
-    piece = frame.plan.slices[bias.slot - frame.plan.base]
-    return frame.reads[piece.slot].dtype in (dtype, frame.dtype)
+    return frame.value(frame.plan.local_bias, frame.whole()).dtype in (dtype, frame.dtype)
 
 
 def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
@@ -157,7 +161,8 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
     mask = frame.mask(span, tensors)
     bias = None
     if frame.plan.bias != NO_BIAS:
-        bias = frame.value(frame.plan.local_bias, span, tensors)
+        found = tensors if _one_read(frame) else widened(tensors, frame.dtype)
+        bias = frame.value(frame.plan.local_bias, span, found)
         if bias.dtype not in (dtype, frame.dtype):
             bias = bias.to(frame.dtype)
     if mask is None:
@@ -210,7 +215,9 @@ def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
 
 def _sink(frame: Frame, sink: Expr) -> Tensor:
     """The logit of the extra column as [b, h, rows, 1]."""
-    return frame.value(sink, frame.whole()).to(frame.dtype)
+    whole = frame.whole()
+    tensors = widened(frame.tensors(whole), frame.dtype)
+    return frame.value(sink, whole, tensors).to(frame.dtype)
 
 
 # ---------------------------------------------------------------- backward

@@ -44,6 +44,14 @@ def in_heads_layout(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.stride() == like.stride() else like.copy_(x)
 
 
+def widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Narrower floating tensors in `dtype`: a table is computed with as precisely as the scores."""
+    return [
+        t.to(dtype) if t.is_floating_point() and t.dtype.itemsize < dtype.itemsize else t
+        for t in tensors
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """The arguments of attn_compiler::attention (see `schema`)."""

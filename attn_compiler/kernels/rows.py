@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.ir.expr import DOT, Expr, Read, walk
-from attn_compiler.kernels.frame import Frame, Span, empty_heads
+from attn_compiler.kernels.frame import Frame, Span, empty_heads, widened
 from attn_compiler.kernels.plan import has_dot
 from attn_compiler.kernels.slope import slope
 
@@ -148,7 +148,7 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     plan, sizes = frame.plan, frame.sizes
     shape = (span.b1 - span.b0, sizes["H"], span.r1 - span.r0, span.hi - span.lo)
     dot = (query @ key[span.keys].transpose(-1, -2)).view(shape)
-    tensors = frame.tensors(span)
+    tensors = widened(frame.tensors(span), frame.dtype)
     s = _masked_scores(frame, span, tensors, dot)
     sink = None if plan.sink is None else frame.value(plan.sink, span, tensors).to(frame.dtype)
     top = s.amax(-1, keepdim=True) if shape[3] else s.new_full((*shape[:3], 1), -INF)

@@ -1,10 +1,12 @@
-"""Writing nodes into the host graph: operands brought to [batch, heads, rows, features], and the result brought back.
+"""Writing nodes into the host graph: operands brought to [batch, heads, rows, features], and the
+result brought back.
 
 All of it is views wherever strides allow: unflatten, permute, expand, flatten.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -56,7 +58,9 @@ class Emitter:
         return node
 
     def host(self, node: Any) -> Any:
-        """The host node that holds the value of a functional node, copied into the host graph if there is none."""
+        """The host node that holds the value of a functional node, copied into the host graph if
+        there is none.
+        """
         if not isinstance(node, fx.Node):
             return node
         if node not in self._host:
@@ -123,7 +127,9 @@ class Emitter:
     # ------------------------------------------------------------ layouts
 
     def canonical(self, operand: Operand, groups: Groups) -> fx.Node:
-        """The operand with one dimension per group, in this order; axes it does not run along are expanded."""
+        """The operand with one dimension per group, in this order; axes it does not run along are
+        expanded.
+        """
         node, where = self._source(operand)
         dims = [_runs(w.resolved(), groups) for w in where]
         present = [axis for runs in dims for run in runs for axis in run]
@@ -135,7 +141,7 @@ class Emitter:
         return self._grouped(x, target, groups, present)
 
     def _source(self, operand: Operand) -> tuple[fx.Node, tuple[Index, ...]]:
-        """The outermost view of the operand that runs along no more axes than its innermost source."""
+        """The outermost view of the operand along no more axes than its innermost source."""
         wanted = _real(operand.where)
         for node, where in reversed(operand.chain):
             if not all(isinstance(w, Index) for w in where):
@@ -274,9 +280,7 @@ def _covers(where: Sequence[Index], node: fx.Node) -> bool:
 
 def _runs(index: Index, groups: Groups) -> list[tuple[Axis, ...]]:
     """The axes of one dimension, cut where two neighbours are not neighbours in a group."""
-    following = {
-        pair[0]: pair[1] for group in groups for pair in zip(group, group[1:], strict=False)
-    }
+    following = {pair[0]: pair[1] for group in groups for pair in itertools.pairwise(group)}
     runs: list[tuple[Axis, ...]] = []
     for axis, _ in index.terms:
         if runs and following.get(runs[-1][-1]) is axis:

@@ -1,4 +1,5 @@
-"""Fused attention functions that hold projections as well are spelled out, so that one walk serves them all.
+"""Fused attention functions that hold projections as well are spelled out, so that one walk serves
+them all.
 
     F.multi_head_attention_forward(x, ...)   ->   its ATen operations, in the host graph
 

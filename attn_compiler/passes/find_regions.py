@@ -1,6 +1,7 @@
 """Where an attention may end: host nodes that sum values with weights which go back to a softmax.
 
-Detection only. It must not miss anything; whether it *is* an attention is decided on the functional region.
+Detection only. It must not miss anything; whether it *is* an attention is decided on the functional
+region.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """One recognised attention becomes one operator in the host graph.
 
-softmax(q @ k.T * scale + mask) @ v   ->   attn_compiler::attention(q, k, v, reads, ints, seed, program=..., ...)
+softmax(q @ k.T * scale + mask) @ v   ->   attn_compiler::attention(q, k, v, reads, ints, seed,
+program=..., ...)
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
-from attn_compiler.ir.core import Core
 from attn_compiler.ir.axes import hint
+from attn_compiler.ir.core import Core
 from attn_compiler.ir.provenance import location
 from attn_compiler.ir.region import FunctionalRegion, Region
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.passes.emit import Emitter
 
 aten = torch.ops.aten
-# users that give the same result for any strides of what they read, and those that hand the strides on
+# users that give the same result for any strides of what they read, and those that hand the strides
+# on
 _LAYOUT_FREE = frozenset({"contiguous", "reshape", "flatten", "linear", "matmul", "clone"})
 _LAYOUT_KEPT = frozenset({"transpose", "permute", "swapaxes", "movedim"})
 
@@ -129,7 +131,9 @@ def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:
 
 
 def _layout_free(node: fx.Node) -> bool:
-    """Can no reader tell the strides? ATen copies are traced away where the strides made them needless."""
+    """Can no reader tell the strides? ATen copies are traced away where the strides made them
+    needless.
+    """
     return not isinstance(node.target, torch._ops.OpOverload) and all(
         (called := ops.name(user)) in _LAYOUT_FREE
         or (called in _LAYOUT_KEPT and _layout_free(user))
@@ -157,7 +161,8 @@ def _strides(value: torch.Tensor) -> list[Any]:
 def live_nodes(graph: fx.Graph, candidates: set[fx.Node], removed: set[fx.Node]) -> set[fx.Node]:
     """Those of `candidates` whose value, or whose write, something outside of them still needs.
 
-    Everything outside counts as needed. A write is needed if something needed, or an input of the graph, lives in the
+    Everything outside counts as needed. A write is needed if something needed, or an input of the
+    graph, lives in the
     storage it writes to.
     """
     live: set[fx.Node] = set()

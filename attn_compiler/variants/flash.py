@@ -1,4 +1,6 @@
-"""Exact attention without a T x S tensor (FlashAttention, arXiv 2205.14135): the same function, tile by tile."""
+"""Exact attention without a T x S tensor (FlashAttention, arXiv 2205.14135): the same function,
+tile by tile.
+"""
 
 from __future__ import annotations
 

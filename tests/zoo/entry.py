@@ -1,6 +1,6 @@
 """One row of the hand-written zoo, and the projections that most rows share.
 
-    x -> q, k, v by head -> attend(q, k, v, ...) -> merge heads -> output projection
+x -> q, k, v by head -> attend(q, k, v, ...) -> merge heads -> output projection
 """
 
 from __future__ import annotations
@@ -60,9 +60,14 @@ class Entry:
         return self.name
 
 
-def hidden(*more: Callable[[torch.Generator], Any], rows: int = T) -> Callable[[torch.Generator], tuple[Any, ...]]:
+def hidden(
+    *more: Callable[[torch.Generator], Any], rows: int = T
+) -> Callable[[torch.Generator], tuple[Any, ...]]:
     """Inputs: hidden states [B, rows, WIDTH] that require gradients, then `more`."""
-    return lambda g: (torch.randn(B, rows, WIDTH, generator=g).requires_grad_(), *(m(g) for m in more))
+    return lambda g: (
+        torch.randn(B, rows, WIDTH, generator=g).requires_grad_(),
+        *(m(g) for m in more),
+    )
 
 
 def normal(*shape: int, grad: bool = True) -> Callable[[torch.Generator], Tensor]:
@@ -123,11 +128,16 @@ def site(
     why: str = "",
     **options: Any,
 ) -> Entry:
-    """A row made of `Site`; `attend` is a function or a class of module, `found` the kv heads to be found if not `kv`."""
+    """A row made of `Site`; `attend` is a function or a class of module.
+
+    `found` is the number of kv heads to be found, if it is not `kv`.
+    """
 
     def build() -> nn.Module:
         return Site(attend() if isinstance(attend, type) else attend, kv_heads=kv, **options)
 
     kv_heads = kv if found == -1 else found
     inputs = hidden(*more)
-    return Entry(name, build, inputs, mask, kv_heads=kv_heads, training=training, refused=refused, why=why)
+    return Entry(
+        name, build, inputs, mask, kv_heads=kv_heads, training=training, refused=refused, why=why
+    )

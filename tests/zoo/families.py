@@ -1,184 +1,28 @@
 """The library models of the zoo: tiny random configurations, no network.
 
-A family is a configuration class, a model class, the inputs it takes and how many attentions one forward holds.
-Sizes are distinct wherever a family lets us (batch 5, length 13, heads 4, kv heads 2, head dim 8 or 16, width 32), so that
-an axis mistaken for another is a wrong shape or a wrong number, never luck.
+A family is a configuration class, a model class, the inputs it takes and how many attentions one
+forward holds. Sizes are distinct wherever a family lets us (batch 5, length 13, heads 4, kv heads
+2, head dim 8 or 16, width 32), so that an axis mistaken for another is a wrong shape or a wrong
+number, never luck.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-VOCAB = 97
-BATCH, LENGTH = 5, 13
-IMAGE, PATCH = 20, 5
-
-Inputs = dict[str, Any]
-MakeInputs = Callable[[int, int, bool, int], Inputs]
-
-
-# ---------------------------------------------------------------- inputs
-
-
-def _ids(batch: int, length: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (batch, length), generator=generator)
-
-
-def _mask(batch: int, length: int, sides: str) -> Tensor:
-    """Ones, with the last row padded on the left by 3 and the middle ones on the right by 4 ("lr": both, "r": right only)."""
-    mask = torch.ones(batch, length, dtype=torch.long)
-    mask[1:, -4:] = 0
-    if sides == "lr":
-        mask[-1] = 1
-        mask[-1, :3] = 0
-    return mask
-
-
-def text(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Token ids; with `padding` a mask with a left-padded and a right-padded row."""
-    inputs: Inputs = {"input_ids": _ids(batch, length, seed)}
-    if padding:
-        inputs["attention_mask"] = _mask(batch, length, "lr")
-    return inputs
-
-
-def text_right(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Token ids, padded on the right only: what encoder-decoder models are given."""
-    inputs: Inputs = {"input_ids": _ids(batch, length, seed)}
-    if padding:
-        inputs["attention_mask"] = _mask(batch, length, "r")
-    return inputs
-
-
-def text_pair(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Encoder and decoder ids of different lengths."""
-    inputs = text_right(batch, length, padding, seed)
-    inputs["decoder_input_ids"] = _ids(batch, length - 2, seed + 1)
-    if padding:
-        inputs["decoder_attention_mask"] = _mask(batch, length - 2, "r")
-    return inputs
-
-
-def image(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Pixels; `length` has no meaning, the positions of an image are a part of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    return {"pixel_values": torch.randn(batch, 3, IMAGE, IMAGE, generator=generator)}
-
-
-def image_and_text(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    return text_right(batch, length, padding, seed) | image(batch, length, padding, seed)
-
-
-def image_and_pixel_mask(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Pixels; with `padding` the last columns of some images are no part of them."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs: Inputs = {"pixel_values": torch.randn(batch, 3, 96, 64, generator=generator)}
-    if padding:
-        pixels = torch.ones(batch, 96, 64, dtype=torch.long)
-        pixels[1:, :, 40:] = 0
-        inputs["pixel_mask"] = pixels
-    return inputs
-
-
-def sound(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """A waveform of `length` frames of two samples each (the convolutions below halve it)."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = 2 * length + 1
-    inputs: Inputs = {"input_values": torch.randn(batch, samples, generator=generator)}
-    if padding:
-        mask = torch.ones(batch, samples, dtype=torch.long)
-        mask[1:, -7:] = 0
-        inputs["attention_mask"] = mask
-    return inputs
-
-
-def spectrogram(batch: int, length: int, padding: bool, seed: int) -> Inputs:
-    """Whisper's encoder takes one length only; the decoder's varies."""
-    generator = torch.Generator().manual_seed(seed)
-    inputs: Inputs = {
-        "input_features": torch.randn(batch, 8, 2 * 11, generator=generator),
-        "decoder_input_ids": _ids(batch, length, seed),
-    }
-    if padding:
-        inputs["decoder_attention_mask"] = _mask(batch, length, "r")
-    return inputs
-
-
-# ---------------------------------------------------------------- the table
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table.
-
-    Attributes:
-        config: keyword arguments of the configuration, or a function that builds it.
-        kind: the stem of the library's class names (`Bert` of `BertConfig` and `BertModel`).
-        inputs: makes keyword arguments from (batch, length, padding, seed).
-        sites: attentions in one forward.
-        attns: the `attn_implementation`s that the library offers for it.
-        masks: False if it takes no padding mask.
-        lengths: False if only the batch can vary.
-        model: suffix of the model class.
-        options: further arguments of `from_config`.
-        stock: why stock torch.compile breaks its graph (empty: it does not).
-        refused: reason codes that a reader accepts, with the explanation.
-    """
-
-    config: Mapping[str, Any] | Callable[[], Any]
-    kind: str
-    inputs: MakeInputs = text
-    sites: int = 2
-    attns: tuple[str, ...] = ("eager", "sdpa")
-    masks: bool = True
-    lengths: bool = True
-    model: str = "Model"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    stock: str = ""
-    refused: Mapping[str, str] = field(default_factory=dict)
-
-    def build(self, attn: str) -> nn.Module:
-        """The model in eval mode, with weights that make no output degenerate."""
-        import transformers
-
-        torch.manual_seed(0)
-        config = self.config() if callable(self.config) else getattr(transformers, f"{self.kind}Config")(**self.config)
-        _no_dropout(config)
-        config.use_cache = False
-        cls = getattr(transformers, self.kind + self.model)
-        model: nn.Module = cls._from_config(config, attn_implementation=self._attn(attn), **self.options)
-        _random_weights(model)
-        return model.eval()
-
-    def _attn(self, attn: str) -> str | dict[str, str]:
-        # a convolutional backbone has no attention of its own to choose
-        return {"": attn, "backbone_config": "eager"} if self.kind == "Detr" else attn
-
-
-def _no_dropout(config: Any) -> None:
-    for name, value in list(vars(config).items()):
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-        if hasattr(value, "to_dict"):
-            _no_dropout(value)
-
-
-def _random_weights(model: nn.Module) -> None:
-    """Matrices of standard deviation 0.2; norms, biases, sinks and tables of relative positions moved away from 0 and 1."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if p.ndim < 2 or "norm" in name:
-                p.add_(0.2 * noise)
-            else:
-                p.copy_((0.5 if "relative" in name else 0.2) * noise)
+from zoo.family import Family
+from zoo.inputs import (
+    IMAGE,
+    PATCH,
+    VOCAB,
+    image,
+    image_and_pixel_mask,
+    image_and_text,
+    sound,
+    spectrogram,
+    text_pair,
+)
 
 
 def _decoder(**more: Any) -> dict[str, Any]:
@@ -262,7 +106,14 @@ def _audio(**more: Any) -> dict[str, Any]:
 
 
 def _gpt_j() -> dict[str, Any]:
-    return {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    return {
+        "vocab_size": VOCAB,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "rotary_dim": 8,
+    }
 
 
 def _two_towers(kind: str) -> Callable[[], Any]:
@@ -282,10 +133,16 @@ def _detr() -> Any:
     import transformers
 
     backbone = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 16],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage4"],
     )
     sizes = _seq2seq(num_queries=7, backbone_config=backbone, encoder_ffn_dim=37)
-    return transformers.DetrConfig(**{k: v for k, v in sizes.items() if not k.startswith(("vocab", "max_pos"))})
+    return transformers.DetrConfig(
+        **{k: v for k, v in sizes.items() if not k.startswith(("vocab", "max_pos"))}
+    )
 
 
 def _deepseek() -> dict[str, Any]:
@@ -305,33 +162,57 @@ def _deepseek() -> dict[str, Any]:
     )
 
 
-# Experts are gathered by index: the library's default loops over those that were hit, which breaks the graph.
+_ROUTER = "the router's softmax over experts"
+
+# Experts are gathered by index: the default loops over those that were hit, which breaks the graph.
 _EXPERTS = {"experts_implementation": "batched_mm"}
 
 _EAGER = ("eager",)
-_REQUIRES_GRAD = "in training the feature extractor assigns requires_grad, which Dynamo cannot trace: three graphs"
+_REQUIRES_GRAD = (
+    "in training the feature extractor assigns requires_grad, which Dynamo cannot trace: 3 graphs"
+)
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(_encoder(), "Bert"),
     "roberta": Family(_encoder(), "Roberta"),
     "distilbert": Family(
-        {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 37, "max_position_embeddings": 64},
+        {
+            "vocab_size": VOCAB,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 37,
+            "max_position_embeddings": 64,
+        },
         "DistilBert",
     ),
     "albert": Family(_encoder(embedding_size=24), "Albert"),
     "electra": Family(_encoder(embedding_size=24), "Electra"),
     "deberta-v2": Family(
-        _encoder(relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=6, norm_rel_ebd="layer_norm"),
+        _encoder(
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=6,
+            norm_rel_ebd="layer_norm",
+        ),
         "DebertaV2",
         attns=_EAGER,
     ),
     "mpnet": Family(_encoder(), "MPNet", attns=_EAGER),
     "modernbert": Family(
-        _encoder(num_hidden_layers=3, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
+        _encoder(
+            num_hidden_layers=3,
+            local_attention=6,
+            global_attn_every_n_layers=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
         "ModernBert",
         sites=3,
     ),
-    "gpt2": Family({"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, "GPT2"),
+    "gpt2": Family(
+        {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}, "GPT2"
+    ),
     "gpt_neo": Family(
         {
             "vocab_size": VOCAB,
@@ -360,23 +241,36 @@ FAMILIES: dict[str, Family] = {
         },
         "OPT",
     ),
-    "bloom": Family({"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "Bloom", attns=_EAGER),
+    "bloom": Family(
+        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "Bloom", attns=_EAGER
+    ),
     "falcon": Family(
         _encoder(num_kv_heads=2, new_decoder_architecture=True),
         "Falcon",
     ),
     "falcon_alibi": Family(_encoder(alibi=True, multi_query=True), "Falcon"),
     "mpt": Family(
-        {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, "Mpt", attns=_EAGER
+        {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64},
+        "Mpt",
+        attns=_EAGER,
     ),
     "llama": Family(_decoder(), "Llama"),
     "mistral": Family(_decoder(head_dim=16, sliding_window=5), "Mistral"),
-    "mixtral": Family(_decoder(num_local_experts=3), "Mixtral", options=_EXPERTS),
-    "qwen2": Family(_decoder(use_sliding_window=True, sliding_window=5, max_window_layers=1), "Qwen2"),
+    "mixtral": Family(
+        _decoder(num_local_experts=3),
+        "Mixtral",
+        options=_EXPERTS,
+        refused={"not_attention.no_value_product": _ROUTER},
+    ),
+    "qwen2": Family(
+        _decoder(use_sliding_window=True, sliding_window=5, max_window_layers=1), "Qwen2"
+    ),
     "qwen3": Family(_decoder(head_dim=16), "Qwen3"),
     "gemma": Family(_decoder(head_dim=16, num_key_value_heads=1), "Gemma"),
     "gemma2": Family(
-        _decoder(head_dim=16, sliding_window=5, attn_logit_softcapping=3.0, query_pre_attn_scalar=10),
+        _decoder(
+            head_dim=16, sliding_window=5, attn_logit_softcapping=3.0, query_pre_attn_scalar=10
+        ),
         "Gemma2",
         attns=_EAGER,
     ),
@@ -399,6 +293,7 @@ FAMILIES: dict[str, Family] = {
         "GptOss",
         attns=_EAGER,
         options=_EXPERTS,
+        refused={"not_attention.no_scores": _ROUTER, "not_attention.no_value_product": _ROUTER},
     ),
     "deepseek_v3": Family(_deepseek(), "DeepseekV3", options=_EXPERTS),
     "t5": Family(_t5(), "T5", text_pair, sites=6),
@@ -407,11 +302,16 @@ FAMILIES: dict[str, Family] = {
     "mbart": Family(_seq2seq(), "MBart", text_pair, sites=6),
     "pegasus": Family(_seq2seq(), "Pegasus", text_pair, sites=6),
     "whisper": Family(
-        _seq2seq(num_mel_bins=8, max_source_positions=11, max_target_positions=64), "Whisper", spectrogram, sites=6
+        _seq2seq(num_mel_bins=8, max_source_positions=11, max_target_positions=64),
+        "Whisper",
+        spectrogram,
+        sites=6,
     ),
     "vit": Family(_vision(), "ViT", image, masks=False, lengths=False),
     "deit": Family(_vision(), "DeiT", image, masks=False, lengths=False),
-    "beit": Family(_vision(use_relative_position_bias=True), "Beit", image, masks=False, lengths=False),
+    "beit": Family(
+        _vision(use_relative_position_bias=True), "Beit", image, masks=False, lengths=False
+    ),
     "swin": Family(
         {
             "image_size": IMAGE,

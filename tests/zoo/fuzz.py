@@ -1,9 +1,10 @@
-"""Random graphs that are attention, almost attention, or not: whatever the compiler makes of them must compute the same.
+"""Random graphs that are attention, almost attention, or not: all must compute the same afterwards.
 
     draw(seed) -> a module that plays a list of random steps, and its inputs
 
-Sizes are small and often equal, so that axes cannot be told apart by size; any step may break what makes an attention
-(another axis, a gate, a slice, a second reader). There is no expected decision, only expected numbers.
+Sizes are small and often equal, so that axes cannot be told apart by size; any step may break what
+makes an attention (another axis, a gate, a slice, a second reader). There is no expected decision,
+only expected numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LETTERS = "xyzw"
 
 @dataclass
 class Plan:
-    """Sizes and steps of one graph; `extra` are the tensors that steps read, inputs of the graph."""
+    """Sizes of one graph; `extra` are the tensors that its steps read, inputs of the graph."""
 
     rng: random.Random
     batch: tuple[int, ...] = ()
@@ -99,9 +100,15 @@ def draw(seed: int) -> tuple[Played, tuple[Any, ...], bool]:
     sources.append(_source(plan, plan.keys, plan.value_dim, True))
     parts = {name: step for name, (_, step) in zip("qkv", sources, strict=True)}
     parts |= {"product": _product(plan), "before": _before(plan), "softmax": _softmax(plan)}
-    parts |= {"after": _after(plan), "total": _total(plan), "read": "" if plan.chance(0.93) else rng.choice(["weights", "scores"])}
+    parts |= {
+        "after": _after(plan),
+        "total": _total(plan),
+        "read": "" if plan.chance(0.93) else rng.choice(["weights", "scores"]),
+    }
     tensors = [t.requires_grad_(train) for t, _ in sources]
-    extra = [t.requires_grad_(train and t.is_floating_point() and plan.chance(0.5)) for t in plan.extra]
+    extra = [
+        t.requires_grad_(train and t.is_floating_point() and plan.chance(0.5)) for t in plan.extra
+    ]
     return Played(parts), (*tensors, extra), train
 
 
@@ -109,7 +116,7 @@ def draw(seed: int) -> tuple[Played, tuple[Any, ...], bool]:
 
 
 def _source(plan: Plan, rows: int, features: int, is_key: bool) -> tuple[Tensor, Step]:
-    """A stored tensor in some order of axes, some strides, and the step that brings it to [*batch, rows, features]."""
+    """A tensor in some order of axes, some strides; the step to [*batch, rows, features]."""
     batch = (*plan.batch[:-1], plan.groups) if is_key and plan.batch else plan.batch
     shape = (*batch, rows, features)
     order = list(range(len(shape)))
@@ -117,10 +124,17 @@ def _source(plan: Plan, rows: int, features: int, is_key: bool) -> tuple[Tensor,
         plan.rng.shuffle(order)
     stored = plan.normal(*(shape[i] for i in order))
     if plan.chance(0.15):
-        stored = plan.normal(*(2 * n for n in stored.shape))[tuple(slice(None, None, 2) for _ in stored.shape)]
+        stored = plan.normal(*(2 * n for n in stored.shape))[
+            tuple(slice(None, None, 2) for _ in stored.shape)
+        ]
     back = [order.index(i) for i in range(len(shape))]
     repeat = plan.batch[-1] // plan.groups if is_key and plan.batch else 1
-    return stored, _bring(back, repeat, plan.rng.choice(["repeat", "expand", "tile", "index"]), plan.rng.choice([1.0, 1.0, 0.5, -1.5]))
+    return stored, _bring(
+        back,
+        repeat,
+        plan.rng.choice(["repeat", "expand", "tile", "index"]),
+        plan.rng.choice([1.0, 1.0, 0.5, -1.5]),
+    )
 
 
 def _bring(back: list[int], repeat: int, how: str, factor: float) -> Step:
@@ -192,7 +206,9 @@ def _total(plan: Plan) -> Callable[[Tensor, Tensor], Tensor]:
         by_einsum,
         lambda w, v: (v.mT @ w.mT).mT,
         lambda w, v: (w.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2),
-        lambda w, v: torch.bmm(w.reshape(-1, *w.shape[-2:]), v.reshape(-1, *v.shape[-2:])).unflatten(0, w.shape[:-2] or (1,)),
+        lambda w, v: torch.bmm(
+            w.reshape(-1, *w.shape[-2:]), v.reshape(-1, *v.shape[-2:])
+        ).unflatten(0, w.shape[:-2] or (1,)),
     ]
     return plan.rng.choice(choices)
 
@@ -215,7 +231,7 @@ def _softmax(plan: Plan) -> Step:
         lambda s: _by_hand(s, dim),
         lambda s: (s - s.logsumexp(dim, keepdim=True)).exp(),
         lambda s: F.log_softmax(s, dim).exp(),
-        lambda s: (s.exp() / s.exp().sum(dim, keepdim=True)),
+        lambda s: s.exp() / s.exp().sum(dim, keepdim=True),
         lambda s: F.log_softmax(s, dim),
     ]
     return plan.rng.choices(choices, weights=[8, 2, 2, 1, 1, 1, 0.3])[0]
@@ -225,7 +241,9 @@ def _softmax(plan: Plan) -> Step:
 
 
 def _fill(plan: Plan) -> float:
-    return plan.rng.choice([float("-inf"), float("-inf"), -1e4, -3.0, 0.0, float(torch.finfo(plan.dtype).min)])
+    return plan.rng.choice(
+        [float("-inf"), float("-inf"), -1e4, -3.0, 0.0, float(torch.finfo(plan.dtype).min)]
+    )
 
 
 def _masking(plan: Plan) -> Any:
@@ -277,7 +295,9 @@ def _pointwise(plan: Plan) -> Any:
         lambda s: s - s.mean(-1, keepdim=True),
         lambda s: s.cumsum(-1) * 0.3,
     ]
-    chosen = plan.rng.choices(choices, weights=[5, 3, 3, 2, 1, 1, 1, 1, 2, 2, 1, 1, 0.3, 0.5, 0.3])[0]
+    chosen = plan.rng.choices(choices, weights=[5, 3, 3, 2, 1, 1, 1, 1, 2, 2, 1, 1, 0.3, 0.5, 0.3])[
+        0
+    ]
     return lambda s, extra: chosen(s)
 
 
@@ -287,18 +307,29 @@ def _bias(plan: Plan) -> Any:
 
     def step(s: Tensor, extra: list[Tensor]) -> Tensor:
         t = extra[at]
-        return {"add": lambda: s + t, "before": lambda: t + s, "multiply": lambda: s * t, "subtract": lambda: s - t}[how]()
+        return {
+            "add": lambda: s + t,
+            "before": lambda: t + s,
+            "multiply": lambda: s * t,
+            "subtract": lambda: s - t,
+        }[how]()
 
     return step
 
 
 def _slopes(plan: Plan) -> Any:
     slope = plan.rng.choice([0.5, -0.25])
-    return lambda s, extra: s + slope * (torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]).to(s.dtype)
+    return lambda s, extra: (
+        s + slope * (torch.arange(s.shape[-1]) - torch.arange(s.shape[-2])[:, None]).to(s.dtype)
+    )
 
 
 def _before(plan: Plan) -> list[Any]:
-    kinds = plan.rng.choices([_masking, _pointwise, _bias, _slopes], weights=[4, 5, 2, 1], k=plan.rng.choice([0, 1, 2, 2, 3, 4]))
+    kinds = plan.rng.choices(
+        [_masking, _pointwise, _bias, _slopes],
+        weights=[4, 5, 2, 1],
+        k=plan.rng.choice([0, 1, 2, 2, 3, 4]),
+    )
     return [kind(plan) for kind in kinds]
 
 

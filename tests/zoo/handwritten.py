@@ -1,11 +1,12 @@
 """Attention as people write it: all rows, by name.
 
-    cores      product, scale, softmax, sum over the values, heads
-    masks      how a condition is made and how it reaches the scores
-    scores     biases, caps, sinks; caches
-    modules    the styles of well-known code bases
-    library    nn.MultiheadAttention, nn.Transformer, scaled_dot_product_attention, flex_attention
-    regions    inside checkpoints, branches, autocast; in-place writes; odd strides
+cores      product, scale, softmax, sum over the values, heads
+masks      how a condition is made and how it reaches the scores
+scores     biases, caps, sinks; caches
+modules    the styles of well-known code bases
+library    nn.MultiheadAttention, nn.Transformer, scaled_dot_product_attention
+flex       flex_attention
+regions    inside checkpoints, branches, autocast; in-place writes; odd strides
 """
 
 from __future__ import annotations
@@ -15,11 +16,28 @@ from typing import Any
 
 import claims
 import torch
-from zoo import written_cores, written_library, written_masks, written_modules, written_regions, written_scores
+
+from zoo import (
+    written_cores,
+    written_flex,
+    written_library,
+    written_masks,
+    written_modules,
+    written_regions,
+    written_scores,
+)
 from zoo.entry import Entry
 from zoo.library import BACKEND, compiled
 
-PARTS = (written_cores, written_masks, written_scores, written_modules, written_library, written_regions)
+PARTS = (
+    written_cores,
+    written_masks,
+    written_scores,
+    written_modules,
+    written_library,
+    written_flex,
+    written_regions,
+)
 ENTRIES: dict[str, Entry] = {entry.name: entry for part in PARTS for entry in part.ENTRIES}
 
 
@@ -31,7 +49,9 @@ class Outcome:
     report: Any
 
 
-def check(entry: Entry, *, training: bool = False, dynamic: bool = False, backend: str = BACKEND) -> Outcome:
+def check(
+    entry: Entry, *, training: bool = False, dynamic: bool = False, backend: str = BACKEND
+) -> Outcome:
     """Compile, run, compare.
 
     Raises:
@@ -59,7 +79,9 @@ def expect(entry: Entry, report: Any) -> None:
         assert "" in entry.refused or set(refusals) <= set(entry.refused), told
         return
     assert not refusals, f"refused:\n{told}"
-    assert len(report.sites) == entry.sites, f"{len(report.sites)} sites instead of {entry.sites}:\n{told}"
+    assert len(report.sites) == entry.sites, (
+        f"{len(report.sites)} sites instead of {entry.sites}:\n{told}"
+    )
     for site in report.sites:
         shape = {"heads": site.query_heads, "kv_heads": site.kv_heads, "head_dim": site.head_dim}
         wanted = {k: getattr(entry, k) for k in shape}

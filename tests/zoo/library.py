@@ -1,9 +1,9 @@
-"""Library models under the compiler: `check` compiles one, and compares numbers, gradients and decisions.
+"""Library models under the compiler: `check` compiles one, compares numbers and gradients.
 
-    outcome = check("llama", "eager", padding=True, training=False, dynamic=True)
-    outcome.gaps       errors against float64, all within budget (else AssertionError)
-    outcome.report     what the compiler says it did
-    outcome.recompiled graphs made by a second call with another batch and length
+outcome = check("llama", "eager", padding=True, training=False, dynamic=True)
+outcome.gaps       errors against float64, all within budget (else AssertionError)
+outcome.report     what the compiler says it did
+outcome.recompiled graphs made by a second call with another batch and length
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Any
 import claims
 import torch
 from torch import nn
-from zoo.families import BATCH, FAMILIES, LENGTH, Family
+
+from zoo.families import FAMILIES
+from zoo.family import Family
+from zoo.inputs import BATCH, LENGTH
 
 BACKEND = "attn_compiler"
 
@@ -52,27 +55,40 @@ def grid() -> Iterator[Case]:
     """Every family under every combination of options that it takes."""
     flags = (False, True)
     for name, family in FAMILIES.items():
-        for attn, padding, training, dynamic in product(family.attns, flags if family.masks else (False,), flags, flags):
+        for attn, padding, training, dynamic in product(
+            family.attns, flags if family.masks else (False,), flags, flags
+        ):
             yield Case(name, attn, padding, training, dynamic)
 
 
 def cover() -> Iterator[Case]:
-    """Every family once or twice, walking through an orthogonal array so that all pairs of options occur together."""
-    array = [(0, 0, 0, 0), (1, 1, 1, 0), (0, 1, 0, 1), (1, 0, 1, 1), (0, 0, 1, 0), (1, 1, 0, 1), (0, 1, 1, 1), (1, 0, 0, 0)]
+    """Every family once, walking through an orthogonal array: all pairs of options occur."""
+    array = [
+        (0, 0, 0, 0),
+        (1, 1, 1, 0),
+        (0, 1, 0, 1),
+        (1, 0, 1, 1),
+        (0, 0, 1, 0),
+        (1, 1, 0, 1),
+        (0, 1, 1, 1),
+        (1, 0, 0, 0),
+    ]
     for i, (name, family) in enumerate(FAMILIES.items()):
         attn, padding, training, dynamic = array[i % len(array)]
         chosen = family.attns[attn % len(family.attns)]
         yield Case(name, chosen, bool(padding) and family.masks, bool(training), bool(dynamic))
 
 
-def compiled(model: nn.Module, *, dynamic: bool, then: str = "eager", backend: str = BACKEND) -> Any:
+def compiled(
+    model: nn.Module, *, dynamic: bool, then: str = "eager", backend: str = BACKEND
+) -> Any:
     """`model` compiled afresh; every earlier compilation is forgotten."""
     torch._dynamo.reset()
     if backend == BACKEND:
         # a no-op where the package is installed and its entry point is known
         importlib.import_module("attn_compiler.backend").register()
     options = {"options": {"then": then}} if backend == BACKEND else {}
-    return torch.compile(model, backend=backend, dynamic=True if dynamic else False, **options)
+    return torch.compile(model, backend=backend, dynamic=dynamic, **options)
 
 
 def unique_graphs() -> int:
@@ -102,7 +118,9 @@ def check(
     model = family.build(attn).train(training)
     fast = compiled(model, dynamic=dynamic, then=then, backend=backend)
     torch._dynamo.utils.counters.clear()
-    gaps = claims.same_numbers(model, fast, (), family.inputs(BATCH, LENGTH, padding, 0), training=training)
+    gaps = claims.same_numbers(
+        model, fast, (), family.inputs(BATCH, LENGTH, padding, 0), training=training
+    )
     graphs = unique_graphs()
     if dynamic:
         gaps += claims.same_numbers(model, fast, (), _longer(family, padding), training=training)
@@ -131,6 +149,7 @@ def expect_decisions(name: str, report: Any) -> None:
     unexplained = sorted(set(claims.refusals(report)) - family.refused.keys())
     assert not unexplained, f"refused for {unexplained}:\n{claims.decisions(report)}"
     found = len(report.sites)
-    assert found == family.sites, f"{found} sites instead of {family.sites}:\n{claims.decisions(report)}"
-    if not family.refused:
-        assert claims.accepted(report) == family.sites, claims.decisions(report)
+    assert found == family.sites, (
+        f"{found} sites instead of {family.sites}:\n{claims.decisions(report)}"
+    )
+    assert claims.accepted(report) >= family.sites - family.kept, claims.decisions(report)

@@ -1,4 +1,4 @@
-"""What looks like attention and is not, or not the kind that may be replaced: none of these may be rewritten.
+"""What looks like attention and is not, or may not be replaced: none of these may be rewritten.
 
 Each row says why. Outputs and gradients must stay as they were, and no site may be accepted.
 """
@@ -12,8 +12,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.entry import B, D, H, S, T, WIDTH, Attend, Site, hidden, normal
+
+from zoo.entry import WIDTH, Attend, B, D, H, S, Site, T, hidden, normal
+from zoo.lookalike_modules import (
+    Additive,
+    Classifier,
+    LinearRouter,
+    NearestNeighbours,
+    Pooling,
+    PoolingByProduct,
+    Router,
+    SoftExperts,
+    Squeeze,
+    Synthesizer,
+)
 from zoo.written_masks import dots, tril
+
+SELF = hidden()
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class Lookalike:
     name: str
     build: Callable[[], nn.Module]
     why: str
-    inputs: Callable[[torch.Generator], tuple[Any, ...]] = hidden()
+    inputs: Callable[[torch.Generator], tuple[Any, ...]] = SELF
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
@@ -36,7 +51,9 @@ class Lookalike:
         return self.name
 
 
-def core(attend: Attend, why: str, *more: Callable[[torch.Generator], Any], **options: Any) -> Lookalike:
+def core(
+    attend: Attend, why: str, *more: Callable[[torch.Generator], Any], **options: Any
+) -> Lookalike:
     def build() -> nn.Module:
         return Site(attend() if isinstance(attend, type) else attend, **options)
 
@@ -74,12 +91,6 @@ def slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # slot attention: the slots compete for the inputs, then each is normalised
     weights = dots(q, k).softmax(dim=2) + 1e-6
     return (weights / weights.sum(-1, keepdim=True)) @ v
-
-
-def channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # cross-covariance attention (XCiT): d x d weights, which mix features, not rows
-    q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
-    return ((q.mT @ k).softmax(-1) @ v.mT).mT
 
 
 # ---------------------------------------------------------------- not normalised as attention is
@@ -127,7 +138,9 @@ def squared_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def wrong_denominator(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # the sum is over what is not masked, the numerator over everything
     s = dots(q, k)
-    return (s.exp() / s.masked_fill(~tril(q.shape[2]), float("-inf")).exp().sum(-1, keepdim=True)) @ v
+    return (
+        s.exp() / s.masked_fill(~tril(q.shape[2]), float("-inf")).exp().sum(-1, keepdim=True)
+    ) @ v
 
 
 def wrong_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -146,7 +159,7 @@ def linear_attention_in_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q.softmax(-1) @ k.softmax(-2).mT) @ v
 
 
-# ---------------------------------------------------------------- between the softmax and the values
+# -------- between the softmax and the values
 
 
 def gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
@@ -173,7 +186,7 @@ class Talking(nn.Module):
 
 
 class TalkingBefore(Talking):
-    """The heads are mixed before the softmax: a score is no product of one query and one key of its own head."""
+    """The heads are mixed before the softmax: a score is no product of one query and one key."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.einsum("bhij,hg->bgij", dots(q, k), self.mix).softmax(-1) @ v
@@ -231,7 +244,9 @@ class Reader(nn.Module):
         masked = s.masked_fill(~tril(q.shape[2]), float("-inf"))
         p = masked.softmax(-1)
         entropy = -(p * p.clamp(min=1e-9).log()).sum(-1)
-        self.read = {"probabilities": p, "scores": s, "entropy": entropy, "mean": p.mean(1)}[self.what]
+        self.read = {"probabilities": p, "scores": s, "entropy": entropy, "mean": p.mean(1)}[
+            self.what
+        ]
         return p @ v
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,120 +268,6 @@ class TwoValues(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
-# ---------------------------------------------------------------- not attention at all
-
-
-class Router(nn.Module):
-    """A mixture of experts: softmax over experts, then a weighted sum of what they made."""
-
-    def __init__(self, hard: bool = False) -> None:
-        super().__init__()
-        self.hard, self.gate = hard, nn.Linear(WIDTH, 3)
-        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) * 0.2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.gate(x).softmax(-1)
-        if self.hard:
-            best, at = p.topk(2, dim=-1)
-            p = torch.zeros_like(p).scatter(-1, at, best)
-        return torch.einsum("bte,bted->btd", p, torch.einsum("btc,ecd->bted", x, self.experts))
-
-
-class LinearRouter(nn.Module):
-    """softmax(x W) E: the `keys` and `values` are parameters without a batch, as in a router's combine."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.table = nn.Linear(WIDTH, 5, bias=False), nn.Parameter(torch.randn(5, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate(x).softmax(-1) @ self.table
-
-
-class SoftExperts(nn.Module):
-    """Soft MoE: dispatch by a softmax over tokens, combine by one over slots."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.phi, self.inner = nn.Parameter(torch.randn(WIDTH, 6)), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = torch.einsum("bmd,dp->bmp", x, self.phi)
-        dispatched = torch.einsum("bmd,bmp->bpd", x, logits.softmax(dim=1))
-        return torch.einsum("bpd,bmp->bmd", self.inner(dispatched), logits.softmax(dim=2))
-
-
-class Pooling(nn.Module):
-    """softmax(W x) x: one learned vector weighs the rows."""
-
-    def __init__(self, hidden_layer: bool = False) -> None:
-        super().__init__()
-        inner = [nn.Linear(WIDTH, WIDTH), nn.Tanh()] if hidden_layer else []
-        self.score = nn.Sequential(*inner, nn.Linear(WIDTH, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.score(x).softmax(dim=1) * x).sum(1)
-
-
-class PoolingByProduct(Pooling):
-    """The same with a batched product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.bmm(self.score(x).transpose(1, 2).softmax(-1), x).squeeze(1)
-
-
-class Squeeze(nn.Module):
-    """Squeeze and excite, with a softmax over channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(WIDTH, 4), nn.Linear(4, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.up(F.relu(self.down(x.mean(1)))).softmax(-1)[:, None]
-
-
-class Additive(nn.Module):
-    """Bahdanau: the score is a small network of query and key, not a product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.score = nn.Linear(WIDTH, 6), nn.Linear(WIDTH, 6), nn.Linear(6, 1)
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        energy = torch.tanh(self.q(x)[:, :, None] + self.k(memory)[:, None])
-        return self.score(energy).squeeze(-1).softmax(-1) @ memory
-
-
-class Synthesizer(nn.Module):
-    """The weights come from the rows alone, or from a table: there are no keys."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.value = nn.Parameter(torch.randn(T, T)), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.table.softmax(-1) @ self.value(x)  # type: ignore[no-any-return]
-
-
-class Classifier(nn.Module):
-    """A product, a softmax and a product: the label embedding of soft predictions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head, self.back = nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.back(self.head(x).softmax(-1))  # type: ignore[no-any-return]
-
-
-class NearestNeighbours(nn.Module):
-    """The query takes part with its own distance: squared distance without the terms that cancel would be attention."""
-
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        return torch.cdist(x, memory).neg().softmax(-1) @ memory
-
-
 AXIS = "the softmax is over another axis than the one that is summed with the values"
 MIXED = "the probabilities are changed before they meet the values"
 READ = "somebody else reads the tensor"
@@ -374,22 +275,43 @@ NO_KEYS = "the scores are no product of queries and keys"
 GATE = normal(B, H, T, T)
 
 LOOKALIKES: tuple[Lookalike, ...] = (
-    *(core(f, AXIS) for f in (over_queries, over_heads, over_batch, over_queries_and_keys, over_heads_and_keys, slots)),
-    core(channels, "features are mixed, not rows"),
+    *(
+        core(f, AXIS)
+        for f in (
+            over_queries,
+            over_heads,
+            over_batch,
+            over_queries_and_keys,
+            over_heads_and_keys,
+            slots,
+        )
+    ),
     core(log_probabilities, "logarithms are summed"),
     *(core(f, "there is no softmax") for f in (sigmoid_attention, relu_attention, no_softmax)),
     core(normalised_twice, "a softmax of a softmax"),
     core(scores_normalised_first, "the scores depend on the whole row"),
     core(sinkhorn, "rows and columns are normalised in turn"),
-    *(core(f, "the denominator is not the sum") for f in (squared_sum, wrong_denominator, wrong_maximum)),
-    *(core(f, "two softmaxes, none of scores") for f in (linear_attention, linear_attention_in_rows)),
+    *(
+        core(f, "the denominator is not the sum")
+        for f in (squared_sum, wrong_denominator, wrong_maximum)
+    ),
+    *(
+        core(f, "two softmaxes, none of scores")
+        for f in (linear_attention, linear_attention_in_rows)
+    ),
     core(gated, MIXED, GATE),
     core(masked_afterwards, MIXED),
     core(bias_afterwards, MIXED, GATE),
-    *(core(f, MIXED) for f in (Talking, strongest_only, threshold, convolved, shifted, cut_off, rolled_values)),
+    *(
+        core(f, MIXED)
+        for f in (Talking, strongest_only, threshold, convolved, shifted, cut_off, rolled_values)
+    ),
     core(differential, "two distributions are subtracted before they meet the values"),
     core(TalkingBefore, "the scores mix heads"),
-    *(Lookalike(f"reads_{w}", lambda w=w: Reader(w), READ) for w in ("probabilities", "scores", "entropy", "mean")),  # type: ignore[misc]
+    *(
+        Lookalike(f"reads_{w}", lambda w=w: Reader(w), READ)
+        for w in ("probabilities", "scores", "entropy", "mean")
+    ),  # type: ignore[misc]
     Lookalike("two_values", TwoValues, READ),
     Lookalike("router", Router, NO_KEYS),
     Lookalike("hard_router", lambda: Router(hard=True), NO_KEYS),
@@ -405,4 +327,10 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike("nearest_neighbours", NearestNeighbours, NO_KEYS, hidden(normal(B, S, WIDTH))),
 )
 # attentions all the same: a compiler that recomputes the inner tensor for its reader makes no error
-MAY_BE_REWRITTEN = {"reads_probabilities", "reads_scores", "reads_mean", "reads_entropy", "two_values"}
+MAY_BE_REWRITTEN = {
+    "reads_probabilities",
+    "reads_scores",
+    "reads_mean",
+    "reads_entropy",
+    "two_values",
+}

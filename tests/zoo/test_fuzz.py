@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import claims
 import pytest
+
 from zoo.fuzz import draw
 from zoo.library import compiled
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from zoo import written_masks
-from zoo.entry import B, D, H, T, Entry, Site, site
+from zoo.entry import B, D, Entry, H, Site, T, site
 from zoo.handwritten import ENTRIES, Outcome, check, expect, low_precision
 from zoo.library import compiled
 from zoo.written_cores import SCALE
@@ -17,13 +18,15 @@ NAMES = list(ENTRIES)
 TRAINED = [name for name in NAMES if ENTRIES[name].training]
 # spellings whose casts, masks or constants depend on the type
 TYPED = (
-    "in_float32", "cast_before", "everything_in_float32", "causal_chosen", "causal_added_before", "bert_padding",
-    "scale_in_a_tensor", "buckets", "alibi_of_real_tokens", "sinks", "x_transformers_mask", "expanded", "sdpa_groups",
+    "in_float32", "cast_before", "everything_in_float32", "causal_chosen",
+    "causal_added_before", "bert_padding", "scale_in_a_tensor", "buckets",
+    "alibi_of_real_tokens", "sinks", "x_transformers_mask", "expanded", "sdpa_groups",
 )  # fmt: skip
 DYNAMIC = (
-    "plain", "time_first", "batched_heads", "expanded", "grouped", "over_time_major", "scale_given", "causal_compared",
-    "causal_through_a_view", "window", "documents", "offset", "buckets", "alibi", "sinks", "mingpt", "x_transformers_mask",
-    "multihead_causal_padding", "encoder_layer", "sdpa_causal", "appended_prefill", "checkpointed",
+    "plain", "time_first", "batched_heads", "expanded", "grouped", "over_time_major",
+    "scale_given", "causal_compared", "causal_through_a_view", "window", "documents", "offset",
+    "buckets", "alibi", "sinks", "mingpt", "x_transformers_mask", "multihead_causal_padding",
+    "encoder_layer", "sdpa_causal", "appended_prefill", "checkpointed",
 )  # fmt: skip
 
 
@@ -67,7 +70,7 @@ def dropped_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attend", [dropped, dropped_sdpa])
 def test_dropout_of_the_probabilities(attend: object) -> None:
-    """With the identity for values the output shows each probability: kept and scaled up, or zero."""
+    """With the identity for values the output shows each probability: scaled up, or zero."""
     torch.manual_seed(0)
     q, k = torch.randn(40, H, T, T), torch.randn(40, H, T, T)
     v = torch.eye(T).expand(40, H, T, T)
@@ -108,7 +111,11 @@ def test_one_compilation_serves_two_masks() -> None:
     module = Site(written_masks.given_bool)
     fast = compiled(module, dynamic=False)
     x = entry.inputs(torch.Generator().manual_seed(0))[0]
-    for mask in (torch.ones(T, T).tril().bool(), torch.ones(T, T).tril(-1).bool(), torch.zeros(B, 1, T, T).bool()):
+    for mask in (
+        torch.ones(T, T).tril().bool(),
+        torch.ones(T, T).tril(-1).bool(),
+        torch.zeros(B, 1, T, T).bool(),
+    ):
         if mask.dim() == 2:
             claims.same_numbers(module, fast, (x, mask))
         else:
@@ -125,9 +132,13 @@ def test_head_dim_is_not_a_sequence() -> None:
 
 
 def _equal_sizes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return written_masks.finish(written_masks.dots(q, k).masked_fill(~written_masks.tril(D), float("-inf")), v)
+    return written_masks.finish(
+        written_masks.dots(q, k).masked_fill(~written_masks.tril(D), float("-inf")), v
+    )
 
 
 def _equal_sizes_time_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bthd,bshd->bhts", q, k) * SCALE
-    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~written_masks.tril(D), float("-inf")).softmax(-1), v)
+    return torch.einsum(
+        "bhts,bshd->bthd", scores.masked_fill(~written_masks.tril(D), float("-inf")).softmax(-1), v
+    )

@@ -1,11 +1,12 @@
 """Every library family: numbers, gradients, decisions, and one compilation for all lengths.
 
-The default run walks a covering subset; `-m "slow or not slow"` the whole grid and Inductor behind us.
+The default run walks a covering subset; `-m "slow or not slow"` the whole grid and Inductor.
 """
 
 from __future__ import annotations
 
 import pytest
+
 from zoo.families import FAMILIES
 from zoo.library import Case, Outcome, check, cover, expect_decisions, grid
 
@@ -16,7 +17,12 @@ QUICK = ("bert", "gemma2")
 
 def _check(case: Case, then: str = "eager") -> Outcome:
     return check(
-        case.family, case.attn, padding=case.padding, training=case.training, dynamic=case.dynamic, then=then
+        case.family,
+        case.attn,
+        padding=case.padding,
+        training=case.training,
+        dynamic=case.dynamic,
+        then=then,
     )
 
 
@@ -24,7 +30,9 @@ def _judge(case: Case, outcome: Outcome) -> None:
     expect_decisions(case.family, outcome.report)
     assert outcome.recompiled == 0, f"{outcome.recompiled} graphs for another length"
     whole = not (FAMILIES[case.family].stock and case.training)
-    assert outcome.graphs == 1 or not whole, f"{outcome.graphs} graphs: a break that stock does not have"
+    assert outcome.graphs == 1 or not whole, (
+        f"{outcome.graphs} graphs: a break that stock does not have"
+    )
 
 
 @pytest.mark.parametrize("case", COVER, ids=str)
@@ -42,7 +50,9 @@ def _inductor_cases() -> list[object]:
     cases = []
     for name, training in INDUCTOR.items():
         case = Case(name, "eager", FAMILIES[name].masks, training, False)
-        cases.append(pytest.param(case, id=str(case), marks=() if name in QUICK else pytest.mark.slow))
+        cases.append(
+            pytest.param(case, id=str(case), marks=() if name in QUICK else pytest.mark.slow)
+        )
     return cases
 
 

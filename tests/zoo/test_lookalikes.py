@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import claims
 import pytest
+
 from zoo.library import compiled
 from zoo.lookalikes import LOOKALIKES, MAY_BE_REWRITTEN, Lookalike
 

@@ -10,6 +10,7 @@ import pytest
 import spellings
 from hypothesis import HealthCheck, given, settings
 from spellings import CANONICAL, Choices, Facts, Spelling
+
 from zoo.library import compiled
 
 GROUPED = Facts(groups=2, mask="causal & padding", keys=17)
@@ -21,7 +22,11 @@ def _compile(facts: Facts, choices: Choices, *, training: bool = False) -> Any:
 
     module = Spelling(facts, choices)
     claims.same_numbers(
-        module, compiled(module, dynamic=False), facts.inputs(), training=training, exact=spellings.canonical(facts)
+        module,
+        compiled(module, dynamic=False),
+        facts.inputs(),
+        training=training,
+        exact=spellings.canonical(facts),
     )
     return attn_compiler.last_report()
 

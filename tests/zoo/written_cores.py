@@ -1,6 +1,6 @@
 """The product, the scale, the softmax and the sum over values, as people write them.
 
-Every function here is the same attention, softmax(q k^T / sqrt(d)) v, unless its name says otherwise.
+Every function is the same attention, softmax(q k^T / sqrt(d)) v, unless its name says otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from zoo.entry import B, D, G, H, S, T, WIDTH, Entry, Site, hidden, normal, site
+
+from zoo.entry import WIDTH, B, D, Entry, G, H, S, Site, T, hidden, normal, site
 
 SCALE = 1 / math.sqrt(D)
 
@@ -46,7 +47,7 @@ def batched_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def scaled_by_alpha(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    b, h, t, d = q.shape
+    b, h, t, _ = q.shape
     q3, k3, v3 = (x.reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
     nothing = torch.empty(b * h, t, k3.shape[1], dtype=q.dtype)
     scores = torch.baddbmm(nothing, q3, k3.transpose(-1, -2), beta=0, alpha=SCALE)
@@ -54,7 +55,7 @@ def scaled_by_alpha(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def bias_by_beta(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    b, h, t, d = q.shape
+    b, h, t, _ = q.shape
     q3, k3, v3 = (x.reshape(b * h, -1, x.shape[-1]) for x in (q, k, v))
     scores = torch.baddbmm(bias, q3, k3.mT, beta=0.5, alpha=SCALE)
     return (scores.view(b, h, t, -1).softmax(-1).view(b * h, t, -1) @ v3).view(b, h, t, -1)
@@ -89,7 +90,9 @@ def values_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def over_time_major(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # fairseq-like: [T, B*H, d]
     b, h, _, d = q.shape
-    q, k, v = (x.permute(2, 0, 1, 3).reshape(x.shape[2], b * h, d).transpose(0, 1) for x in (q, k, v))
+    q, k, v = (
+        x.permute(2, 0, 1, 3).reshape(x.shape[2], b * h, d).transpose(0, 1) for x in (q, k, v)
+    )
     attn = torch.bmm(F.softmax(torch.bmm(q * SCALE, k.transpose(1, 2)), dim=-1), v)
     return attn.transpose(0, 1).reshape(-1, b, h, d).permute(1, 2, 0, 3)
 
@@ -120,7 +123,11 @@ def scale_absent(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def scale_in_the_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.einsum("bhij,bhjd->bhid", (torch.einsum("bhid,bhjd,->bhij", q, k, q.new_tensor(SCALE))).softmax(-1), v)
+    return torch.einsum(
+        "bhij,bhjd->bhid",
+        (torch.einsum("bhid,bhjd,->bhij", q, k, q.new_tensor(SCALE))).softmax(-1),
+        v,
+    )
 
 
 def scale_given(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -147,7 +154,9 @@ class Temperature(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(torch.log(torch.tensor([[[2.0]], [[3.0]], [[5.0]], [[7.0]]])))
+        self.logit_scale = nn.Parameter(
+            torch.log(torch.tensor([[[2.0]], [[3.0]], [[5.0]], [[7.0]]]))
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
@@ -292,6 +301,12 @@ def one_head_at_a_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack([plain(q[:, i], k[:, i], v[:, i]) for i in range(H)], dim=1)
 
 
+def over_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # cross-covariance attention (XCiT): the features are the rows, the sequence is summed
+    q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
+    return ((q.mT @ k).softmax(-1) @ v.mT).mT
+
+
 class OneHead(nn.Module):
     """A single head without a head axis; with `flat` not even a batch axis."""
 
@@ -312,23 +327,31 @@ class OneHeadLinear(OneHead):
         return torch.mm(weights, self.value(x))
 
 
-
 _BHTD = (
-    plain, by_name, batched_heads, scaled_by_alpha, multiply_and_sum, keys_stored_transposed, keys_in_rows,
-    result_transposed, values_first, over_time_major, scale_on_q, scale_on_k, scale_split, scale_in_a_tensor,
-    scale_absent, scale_in_the_einsum, scale_negative_and_twice, stable_by_hand, detached_maximum, naive_by_hand,
-    by_logsumexp, by_log_softmax, divided_at_the_end, powers_of_two, softmin, over_a_positive_axis, in_float32,
-    cast_before, everything_in_float32, dropout_of_nothing, ScaleAttribute, Temperature,
+    plain, by_name, batched_heads, scaled_by_alpha, multiply_and_sum, keys_stored_transposed,
+    keys_in_rows, result_transposed, values_first, over_time_major, scale_on_q, scale_on_k,
+    scale_split, scale_in_a_tensor, scale_absent, scale_in_the_einsum, scale_negative_and_twice,
+    stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax,
+    divided_at_the_end, powers_of_two, softmin, over_a_positive_axis, in_float32, cast_before,
+    everything_in_float32, dropout_of_nothing, ScaleAttribute, Temperature,
 )  # fmt: skip
-_GROUPED = (interleaved, expanded, stacked, indexed, grouped, grouped_einsum)
+_GROUPED = (interleaved, expanded, grouped, grouped_einsum)
 
 ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f) for f in _BHTD),
     *(site(f.__name__, f, layout="bthd") for f in (time_first, flax_like)),
     *(site(f.__name__, f, kv=G) for f in _GROUPED),
     site("softmax_module", SoftmaxModule, training=False),
-    site("tiled", tiled, kv=G, found=None),
-    Entry("grouped_rows", lambda: Site(grouped_rows, kv_heads=G), hidden(), mask=None, heads=None, kv_heads=G),
+    # repeated in a way that leaves no trace of the groups: any number of kv heads is right
+    *(site(f.__name__, f, kv=G, found=None) for f in (tiled, stacked, indexed)),
+    Entry(
+        "grouped_rows",
+        lambda: Site(grouped_rows, kv_heads=G),
+        hidden(),
+        mask=None,
+        heads=None,
+        kv_heads=G,
+    ),
     site("multi_query", multi_query, kv=1),
     site("multi_query_broadcast", plain, kv=1),
     site("bias_by_beta", bias_by_beta, normal(B * H, T, T)),
@@ -339,9 +362,24 @@ ENTRIES: tuple[Entry, ...] = (
     site("cross_multiply_and_sum", multiply_and_sum, normal(B, S, WIDTH), cross=True),
     site("wide_values", plain, value_dim=12),
     site("narrow_values", by_name, value_dim=3),
-    Entry("one_head_at_a_time", lambda: Site(one_head_at_a_time), hidden(), heads=1, kv_heads=1, sites=H),
+    Entry(
+        "one_head_at_a_time",
+        lambda: Site(one_head_at_a_time),
+        hidden(),
+        heads=1,
+        kv_heads=1,
+        sites=H,
+    ),
+    Entry("over_channels", lambda: Site(over_channels), hidden(), head_dim=T),
     Entry("one_head", OneHead, hidden(), heads=1, kv_heads=1, head_dim=16),
-    Entry("one_head_flat", OneHead, lambda g: (torch.randn(T, WIDTH, generator=g),), heads=1, kv_heads=1, head_dim=16),
+    Entry(
+        "one_head_flat",
+        OneHead,
+        lambda g: (torch.randn(T, WIDTH, generator=g),),
+        heads=1,
+        kv_heads=1,
+        head_dim=16,
+    ),
     Entry(
         "one_head_linear",
         OneHeadLinear,

@@ -1,4 +1,4 @@
-"""Attention by torch's own modules and functions: nn.MultiheadAttention, nn.Transformer, SDPA, flex_attention."""
+"""Attention by torch's own modules: nn.MultiheadAttention, nn.Transformer, SDPA."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from zoo.entry import B, D, FULL, G, H, S, T, WIDTH, Entry, hidden, normal, site
+
+from zoo.entry import FULL, WIDTH, B, Entry, G, H, S, T, hidden, normal, site
 
 Generator = torch.Generator
 WEIGHTS = "the caller reads the probabilities"
@@ -29,14 +29,18 @@ def _padding(s: int = T) -> Tensor:
 class Multihead(nn.Module):
     """nn.MultiheadAttention with fixed arguments; masks are handed in by name."""
 
-    def __init__(self, cross: bool = False, call: dict[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self, cross: bool = False, call: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         super().__init__()
         self.cross, self.call = cross, {"need_weights": False} | (call or {})
         self.mha = nn.MultiheadAttention(WIDTH, H, **options)
         for p in self.mha.parameters():
             nn.init.normal_(p, std=0.3)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, masks: dict[str, Tensor] | None = None) -> Any:
+    def forward(
+        self, x: Tensor, memory: Tensor | None = None, masks: dict[str, Tensor] | None = None
+    ) -> Any:
         first = self.mha.batch_first or x.dim() == 2
         x = x if first else x.transpose(0, 1)
         key = x if memory is None else memory if first else memory.transpose(0, 1)
@@ -90,8 +94,16 @@ _MULTIHEAD = (
     _multihead("bool_mask", lambda: {"attn_mask": _causal()}, mask=None),
     _multihead("float_mask", lambda: {"attn_mask": _additive()}, batch_first=True, mask=None),
     _multihead("mask_each_head", lambda: {"attn_mask": _per_head()}, mask=None),
-    _multihead("causal", lambda: {"attn_mask": _causal()}, call={"is_causal": True}, batch_first=True, mask="causal"),
-    _multihead("padding", lambda: {"key_padding_mask": _padding()}, batch_first=True, mask="padding("),
+    _multihead(
+        "causal",
+        lambda: {"attn_mask": _causal()},
+        call={"is_causal": True},
+        batch_first=True,
+        mask="causal",
+    ),
+    _multihead(
+        "padding", lambda: {"key_padding_mask": _padding()}, batch_first=True, mask="padding("
+    ),
     _multihead("padding_float", lambda: {"key_padding_mask": _padding() * -3.0}, mask=None),
     _multihead("both", lambda: {"attn_mask": _causal(), "key_padding_mask": _padding()}, mask=None),
     _multihead(
@@ -109,7 +121,9 @@ _MULTIHEAD = (
     ),
     _multihead("cross", memory=WIDTH),
     _multihead("cross_sizes", memory=20, kdim=20, vdim=12, batch_first=True),
-    _multihead("cross_padding", lambda: {"key_padding_mask": _padding(S)}, memory=WIDTH, mask="padding("),
+    _multihead(
+        "cross_padding", lambda: {"key_padding_mask": _padding(S)}, memory=WIDTH, mask="padding("
+    ),
     _multihead("bias_kv", add_bias_kv=True, batch_first=True, mask=None),
     _multihead("zero_attn", add_zero_attn=True, mask=None),
     _multihead(
@@ -128,18 +142,42 @@ class Functional(nn.Module):
     def __init__(self, separate: bool = False) -> None:
         super().__init__()
         self.separate = separate
-        self.packed, self.bias = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) * 0.3), nn.Parameter(torch.randn(3 * WIDTH))
+        self.packed, self.bias = (
+            nn.Parameter(torch.randn(3 * WIDTH, WIDTH) * 0.3),
+            nn.Parameter(torch.randn(3 * WIDTH)),
+        )
         self.out = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.packed.chunk(3)
         extra: dict[str, Any] = {}
         if self.separate:
-            extra = {"use_separate_proj_weight": True, "q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v}
+            extra = {
+                "use_separate_proj_weight": True,
+                "q_proj_weight": q,
+                "k_proj_weight": k,
+                "v_proj_weight": v,
+            }
         x = x.transpose(0, 1)
         packed = None if self.separate else self.packed
-        given = (x, x, x, WIDTH, H, packed, self.bias, None, None, False, 0.0, self.out.weight, self.out.bias)
-        return F.multi_head_attention_forward(*given, training=self.training, need_weights=False, **extra)[0]
+        given = (
+            x,
+            x,
+            x,
+            WIDTH,
+            H,
+            packed,
+            self.bias,
+            None,
+            None,
+            False,
+            0.0,
+            self.out.weight,
+            self.out.bias,
+        )
+        return F.multi_head_attention_forward(
+            *given, training=self.training, need_weights=False, **extra
+        )[0]
 
 
 # ---------------------------------------------------------------- nn.Transformer
@@ -165,14 +203,19 @@ def _encoder_layer(**options: Any) -> nn.Module:
 
 
 def _stack() -> nn.Module:
-    # with nested tensors eager writes zeros where padding was and torch.compile does not: not ours to judge
-    return Masked(nn.TransformerEncoder(_encoder_layer(), 2, enable_nested_tensor=False), src_key_padding_mask=_padding())
+    # with nested tensors eager writes zeros where padding was and torch.compile does not
+    return Masked(
+        nn.TransformerEncoder(_encoder_layer(), 2, enable_nested_tensor=False),
+        src_key_padding_mask=_padding(),
+    )
 
 
 def _decoder(**options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         layer = _layer(nn.TransformerDecoderLayer, batch_first=True, **options)()
-        return Masked(layer, tgt_mask=nn.Transformer.generate_square_subsequent_mask(T), tgt_is_causal=True)
+        return Masked(
+            layer, tgt_mask=nn.Transformer.generate_square_subsequent_mask(T), tgt_is_causal=True
+        )
 
     return build
 
@@ -185,18 +228,33 @@ MEMORY = normal(B, S, WIDTH)
 
 _TRANSFORMER = (
     Entry("encoder_layer", _encoder_layer, hidden()),
-    Entry("encoder_layer_norm_first", lambda: _encoder_layer(norm_first=True, activation="gelu"), hidden()),
+    Entry(
+        "encoder_layer_norm_first",
+        lambda: _encoder_layer(norm_first=True, activation="gelu"),
+        hidden(),
+    ),
     Entry("encoder_layer_no_bias", lambda: _encoder_layer(bias=False), hidden()),
-    Entry("encoder_layer_padding", lambda: Masked(_encoder_layer(), src_key_padding_mask=_padding()), hidden(), mask=None),
+    Entry(
+        "encoder_layer_padding",
+        lambda: Masked(_encoder_layer(), src_key_padding_mask=_padding()),
+        hidden(),
+        mask=None,
+    ),
     Entry(
         "encoder_layer_causal",
-        lambda: Masked(_encoder_layer(), src_mask=nn.Transformer.generate_square_subsequent_mask(T), is_causal=True),
+        lambda: Masked(
+            _encoder_layer(),
+            src_mask=nn.Transformer.generate_square_subsequent_mask(T),
+            is_causal=True,
+        ),
         hidden(),
         mask=None,
     ),
     Entry("encoder_stack", _stack, hidden(), mask=None, sites=2),
     Entry("decoder_layer", _decoder(), hidden(MEMORY), mask=None, sites=2),
-    Entry("decoder_layer_norm_first", _decoder(norm_first=True), hidden(MEMORY), mask=None, sites=2),
+    Entry(
+        "decoder_layer_norm_first", _decoder(norm_first=True), hidden(MEMORY), mask=None, sites=2
+    ),
     Entry("transformer", _whole, hidden(MEMORY), sites=3),
 )
 
@@ -239,8 +297,12 @@ def _empty_rows(g: Generator) -> Tensor:
 _SDPA = (
     site("sdpa", _sdpa()),
     site("sdpa_causal", _sdpa(is_causal=True), mask="causal"),
-    site("sdpa_causal_long", _sdpa(is_causal=True), normal(B, 17, WIDTH), cross=True, mask="causal"),
-    site("sdpa_causal_short", _sdpa(is_causal=True), normal(B, S, WIDTH), cross=True, mask="causal"),
+    site(
+        "sdpa_causal_long", _sdpa(is_causal=True), normal(B, 17, WIDTH), cross=True, mask="causal"
+    ),
+    site(
+        "sdpa_causal_short", _sdpa(is_causal=True), normal(B, S, WIDTH), cross=True, mask="causal"
+    ),
     site("sdpa_scale", _sdpa(scale=0.2)),
     site("sdpa_dropout_zero", _sdpa(dropout_p=0.0)),
     site("sdpa_bool", _sdpa(), _allowed(T, T), mask="tensor("),
@@ -255,82 +317,17 @@ _SDPA = (
     site("sdpa_values", _sdpa(), value_dim=12),
     site("sdpa_cross", _sdpa(), normal(B, S, WIDTH), cross=True),
     Entry(
-        "sdpa_folded", lambda: site("", _folded).build(), hidden(), mask="causal", heads=None, kv_heads=None
+        "sdpa_folded",
+        lambda: site("", _folded).build(),
+        hidden(),
+        mask="causal",
+        heads=None,
+        kv_heads=None,
     ),
     site("sdpa_five_axes", _five_axes, kv=G, found=None),
     Entry("sdpa_unbatched", lambda: site("", _unbatched).build(), hidden(), sites=B),
 )
 
-
-# ---------------------------------------------------------------- flex_attention
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, rule: Any = None, mask: Any = None, scale: float = D**-0.5) -> Any:
-    """flex_attention when compiled; by itself it would compile anyway, so that eager computes the definition."""
-    if torch.compiler.is_compiling():
-        blocks = None if mask is None else create_block_mask(mask, None, None, q.shape[2], k.shape[2], device="cpu")
-        return flex_attention(q, k, v, score_mod=rule, block_mask=blocks, scale=scale, enable_gqa=k.shape[1] != H)
-    b, h, i, j = torch.meshgrid(*map(torch.arange, (q.shape[0], H, q.shape[2], k.shape[2])), indexing="ij")
-    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
-    s = q @ k.mT * scale
-    s = s if rule is None else rule(s, b, h, i, j)
-    s = s if mask is None else s.masked_fill(~mask(b, h, i, j), -float("inf"))
-    return s.softmax(-1) @ v
-
-
-def _flex(**options: Any) -> Callable[..., Any]:
-    return lambda q, k, v: _attend(q, k, v, **options)
-
-
-def _square(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return score + score * score * 0.1
-
-
-def _relative(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return score + (k - q) * torch.exp2(-(h + 1.0))
-
-
-def _causal_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return torch.where(q >= k, score, -float("inf"))
-
-
-def _causal_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return q >= k
-
-
-def _window_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return (q >= k) & (q - k < 4)
-
-
-class Captured(nn.Module):
-    """A learned table read by the score function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(H, 2 * T - 1))
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return s + self.table[h, i - j + T - 1]
-
-        return _attend(q, k, v, rule=score)
-
-
-def flex(name: str, attend: Any, **facts: Any) -> Entry:
-    # torch has no backward pass of flex_attention on a CPU
-    return site(f"flex_{name}", attend, training=False, **facts)
-
-
-_FLEX = (
-    flex("plain", _flex()),
-    flex("scale_groups", _flex(scale=0.3), kv=G),
-    flex("square", _flex(rule=_square)),
-    flex("relative", _flex(rule=_relative)),
-    flex("causal_score", _flex(rule=_causal_score), mask="causal"),
-    flex("causal_blocks", _flex(mask=_causal_mod), mask="causal"),
-    flex("window_blocks", _flex(mask=_window_mod, rule=_relative), mask="causal & window(4)"),
-    flex("captured", Captured),
-)
 
 ENTRIES: tuple[Entry, ...] = (
     *_MULTIHEAD,
@@ -338,5 +335,4 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("functional_separate", lambda: Functional(separate=True), hidden()),
     *_TRANSFORMER,
     *_SDPA,
-    *_FLEX,
 )

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.entry import B, D, H, S, T, WIDTH, Entry, Site, constant, hidden, normal, site
+
+from zoo.entry import WIDTH, B, D, Entry, H, S, Site, T, constant, hidden, normal, site
 
 SCALE = 1 / math.sqrt(D)
 INF = float("-inf")
@@ -94,7 +95,12 @@ def added(s: Tensor, allowed: Tensor) -> Tensor:
 
 
 def added_before(s: Tensor, allowed: Tensor) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=s.dtype).masked_fill_(allowed.logical_not(), torch.finfo(s.dtype).min) + s
+    return (
+        torch.zeros(allowed.shape, dtype=s.dtype).masked_fill_(
+            allowed.logical_not(), torch.finfo(s.dtype).min
+        )
+        + s
+    )
 
 
 def added_product(s: Tensor, allowed: Tensor) -> Tensor:
@@ -136,8 +142,8 @@ def by_triu_of_scores(s: Tensor, allowed: Tensor) -> Tensor:
 
 
 PLACES = (
-    filled, filled_finite, chosen, chosen_tensor, added, added_before, added_product, multiplied, in_place,
-    through_a_view, by_setitem, added_in_place, by_triu_of_scores,
+    filled, filled_finite, chosen, chosen_tensor, added, added_before, added_product,
+    multiplied, in_place, through_a_view, by_setitem, added_in_place, by_triu_of_scores,
 )  # fmt: skip
 
 
@@ -220,13 +226,17 @@ def joined_masks(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     t = q.shape[2]
     causal = torch.triu(torch.full((t, t), torch.finfo(q.dtype).min, dtype=q.dtype), diagonal=1)
     joined = causal[None, None].expand(keep.shape[0], 1, t, t).clone()
-    joined = joined.masked_fill((joined + keep[:, None, None, :] * 1.0) == 0, torch.finfo(q.dtype).min)
+    joined = joined.masked_fill(
+        (joined + keep[:, None, None, :] * 1.0) == 0, torch.finfo(q.dtype).min
+    )
     return finish(dots(q, k) + joined, v)
 
 
 def offset(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t, s = q.shape[-2], k.shape[-2]
-    return finish(dots(q, k).masked_fill(~torch.ones(t, s, dtype=torch.bool).tril(diagonal=s - t), INF), v)
+    return finish(
+        dots(q, k).masked_fill(~torch.ones(t, s, dtype=torch.bool).tril(diagonal=s - t), INF), v
+    )
 
 
 def top_left(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -259,7 +269,9 @@ def weights_masked_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_empty_rows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :] & tril(q.shape[2]))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=keep[:, None, None, :] & tril(q.shape[2])
+    )
 
 
 class Buffer(nn.Module):
@@ -304,12 +316,27 @@ ENTRIES: tuple[Entry, ...] = (
     site("dilated", _rule(dilated), mask="causal"),
     site("first_and_recent", _rule(first_and_recent), mask="causal"),
     site("fixed_prefix", _rule(fixed_prefix), mask="causal | prefix(5)"),
-    site("prefix_of_each", _rule(prefix_of_each), constant(torch.tensor([3, 6])), mask="causal | prefix("),
+    site(
+        "prefix_of_each",
+        _rule(prefix_of_each),
+        constant(torch.tensor([3, 6])),
+        mask="causal | prefix(",
+    ),
     site("documents", _rule(documents), IDS, mask="causal & documents("),
     site("lengths", _rule(lengths_of_each), LENGTHS, mask="prefix("),
     site("causal_and_padding", _rule(causal_and_padding), _keep(T, 6), mask="causal & padding("),
-    site("bert_padding", bert_padding, constant((torch.arange(T) < torch.tensor([[T], [6]])).long()), mask="padding("),
-    site("padding_filled", padding_filled, constant((torch.arange(T) < torch.tensor([[T], [6]])).int()), mask="padding("),
+    site(
+        "bert_padding",
+        bert_padding,
+        constant((torch.arange(T) < torch.tensor([[T], [6]])).long()),
+        mask="padding(",
+    ),
+    site(
+        "padding_filled",
+        padding_filled,
+        constant((torch.arange(T) < torch.tensor([[T], [6]])).int()),
+        mask="padding(",
+    ),
     site("two_masks", two_masks, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),
@@ -322,9 +349,20 @@ ENTRIES: tuple[Entry, ...] = (
     site("empty_rows_nan", _rule(causal_and_padding), _left(0, 3), mask="causal & padding("),
     site("empty_rows_uniform", two_masks, _left(0, 3), mask=None),
     site("empty_rows_added", joined_masks, _left(0, 3), mask=None),
-    site("empty_rows_cleared", empty_rows_cleared, _left(0, 3), mask="causal & padding(", training=False),
+    site(
+        "empty_rows_cleared",
+        empty_rows_cleared,
+        _left(0, 3),
+        mask="causal & padding(",
+        training=False,
+    ),
     site("empty_rows_sdpa", sdpa_empty_rows, _left(0, 3), mask="causal & padding("),
     site("first_key_forbidden", first_key_forbidden, mask=None),
     site("weights_masked_by_hand", weights_masked_by_hand, mask=None),
-    Entry("buffer_and_cross", lambda: Site(Buffer(), cross=True), hidden(normal(B, 13, WIDTH)), mask=None),
+    Entry(
+        "buffer_and_cross",
+        lambda: Site(Buffer(), cross=True),
+        hidden(normal(B, 13, WIDTH)),
+        mask=None,
+    ),
 )

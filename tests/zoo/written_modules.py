@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, einsum, nn
-from zoo.entry import B, D, H, S, T, WIDTH, Entry, constant, hidden, normal
+
+from zoo.entry import WIDTH, B, D, Entry, H, S, T, constant, hidden, normal
 
 
 class PackedCausal(nn.Module):
@@ -59,7 +60,7 @@ class SeparateCausal(nn.Module):
 
 
 class Annotated(nn.Module):
-    """Like the annotated transformer: cloned layers, a function that also returns the weights, a mask of ones and zeros."""
+    """Like the annotated transformer: cloned layers, weights returned, a mask of ones and zeros."""
 
     def __init__(self, keep_weights: bool = False) -> None:
         super().__init__()
@@ -69,14 +70,18 @@ class Annotated(nn.Module):
         self.dropout, self.keep_weights = nn.Dropout(0.0), keep_weights
         self.attn: Tensor | None = None
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         scores = torch.matmul(query, key.transpose(-2, -1)) / math.sqrt(query.size(-1))
         if mask is not None:
             scores = scores.masked_fill(mask == 0, -1e9)
         p_attn = self.dropout(scores.softmax(dim=-1))
         return torch.matmul(p_attn, value), p_attn
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> object:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> object:
         mask = mask.unsqueeze(1) if mask is not None else None
         n = query.size(0)
         q, k, v = (
@@ -89,7 +94,7 @@ class Annotated(nn.Module):
 
 
 class CosineCausal(nn.Module):
-    """x-transformers-like: einsum, l2-normalised queries and keys, a mask made by triu(1), an optional key mask."""
+    """x-transformers-like: einsum, l2-normalised q and k, a mask by triu(1), maybe a key mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +102,9 @@ class CosineCausal(nn.Module):
         self.to_out = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (rearrange(f(x), "b n (h d) -> b h n d", h=H) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (
+            rearrange(f(x), "b n (h d) -> b h n d", h=H) for f in (self.to_q, self.to_k, self.to_v)
+        )
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         dots = einsum("b h i d, b h j d -> b h i j", q, k) * 10
         lowest = -torch.finfo(dots.dtype).max
@@ -114,7 +121,11 @@ class Patches(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attend, self.dropout = nn.LayerNorm(WIDTH), nn.Softmax(dim=-1), nn.Dropout(0.0)
+        self.norm, self.attend, self.dropout = (
+            nn.LayerNorm(WIDTH),
+            nn.Softmax(dim=-1),
+            nn.Dropout(0.0),
+        )
         self.scale = D**-0.5
         self.to_qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
         self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0))
@@ -204,7 +215,7 @@ class ManyHeads(nn.Module):
 
 
 class Tensor2Tensor(nn.Module):
-    """Self-attention, then attention over a second sequence, with weights shared between two calls."""
+    """Self-attention, then attention over a second sequence, by one module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,7 +232,9 @@ def _three(g: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def _masked_three(g: torch.Generator) -> tuple[Tensor, ...]:
-    mask = (torch.arange(T)[None, None, :] < torch.tensor([T, 6])[:, None, None]) & torch.ones(T, T).tril().bool()
+    mask = (torch.arange(T)[None, None, :] < torch.tensor([T, 6])[:, None, None]) & torch.ones(
+        T, T
+    ).tril().bool()
     x = torch.randn(B, T, WIDTH, generator=g)
     return x.requires_grad_(), x.detach().clone(), x.detach().clone(), mask
 
@@ -245,7 +258,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("x_transformers_mask", CosineCausal, hidden(KEEP), mask="causal & padding("),
     Entry("vit_pytorch", Patches, hidden()),
     Entry("timm", Timm, hidden()),
-    Entry("over_pixels", OverPixels, lambda g: (torch.randn(B, WIDTH, 3, 5, generator=g),), heads=None, kv_heads=None),
+    Entry(
+        "over_pixels",
+        OverPixels,
+        lambda g: (torch.randn(B, WIDTH, 3, 5, generator=g),),
+        heads=None,
+        kv_heads=None,
+    ),
     Entry("perceiver", Perceiver, hidden()),
     Entry("lecture", ManyHeads, hidden(), mask=None, heads=1, kv_heads=1, sites=3),
     Entry("two_calls", Tensor2Tensor, hidden(normal(B, S, WIDTH)), sites=2),

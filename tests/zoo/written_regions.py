@@ -1,4 +1,4 @@
-"""Attention inside something: checkpoints, branches, autocast, no_grad, nested compilation, loops."""
+"""Attention inside something: checkpoints, branches, autocast, no_grad; writes in place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zoo.entry import B, D, S, T, WIDTH, Entry, Site, hidden
+
+from zoo.entry import WIDTH, B, D, Entry, S, Site, T, hidden
 from zoo.written_cores import plain, time_first
 from zoo.written_masks import dots, finish, through_a_view, tril
 from zoo.written_modules import PackedCausal
@@ -171,11 +172,15 @@ def _large(g: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def _bthd(g: torch.Generator) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(B, n, 4, D, generator=g).mT.contiguous().mT.requires_grad_() for n in (T, S, S))
+    return tuple(
+        torch.randn(B, n, 4, D, generator=g).mT.contiguous().mT.requires_grad_() for n in (T, S, S)
+    )
 
 
 def _bhtd(rows: int, keys: int) -> Any:
-    return lambda g: tuple(torch.randn(B, 4, n, D, generator=g).requires_grad_() for n in (rows, keys, keys))
+    return lambda g: tuple(
+        torch.randn(B, 4, n, D, generator=g).requires_grad_() for n in (rows, keys, keys)
+    )
 
 
 ENTRIES: tuple[Entry, ...] = (

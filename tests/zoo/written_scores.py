@@ -1,4 +1,4 @@
-"""What else stands between the product and the softmax: biases, caps, sinks; and keys and values from a cache."""
+"""What else stands between the product and the softmax: biases, caps, sinks. And caches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo.entry import B, D, H, T, WIDTH, Entry, Site, constant, hidden, normal, site
+
+from zoo.entry import B, D, Entry, H, Site, T, constant, hidden, normal, site
 from zoo.written_masks import dots, finish, tril
 
 INF = float("-inf")
@@ -42,7 +43,9 @@ def alibi_of_real_tokens(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tenso
     positions = (keep.long().cumsum(-1) - 1) * keep
     bias = _slopes().to(q.dtype)[:, None] * positions[:, None, :]
     s = dots(q, k) + bias[:, :, None, :]
-    return finish(s.masked_fill(~(tril(q.shape[2]) & keep[:, None, None, :]), torch.finfo(s.dtype).min), v)
+    return finish(
+        s.masked_fill(~(tril(q.shape[2]) & keep[:, None, None, :]), torch.finfo(s.dtype).min), v
+    )
 
 
 def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class SinksFirst(Sinks):
 
 
 class Buckets(nn.Module):
-    """T5's relative bias: near distances exactly, far ones by their logarithm, one learned number per bucket and head."""
+    """T5's relative bias: near distances exactly, far ones by their logarithm."""
 
     def __init__(self, buckets: int = 8, furthest: int = 9) -> None:
         super().__init__()
@@ -113,7 +116,11 @@ class Buckets(nn.Module):
         result = (distance > 0).long() * half
         far = distance.abs()
         exact = half // 2
-        logarithm = torch.log(far.float().clamp(min=1) / exact) / math.log(self.furthest / exact) * (half - exact)
+        logarithm = (
+            torch.log(far.float().clamp(min=1) / exact)
+            / math.log(self.furthest / exact)
+            * (half - exact)
+        )
         coarse = (exact + logarithm.long()).clamp(max=half - 1)
         return result + torch.where(far < exact, far, coarse)
 
@@ -123,7 +130,7 @@ class Buckets(nn.Module):
 
 
 class Table(nn.Module):
-    """A learned bias indexed by clipped distance, stored flat with an index buffer, as windows of images do."""
+    """A learned bias, stored flat with an index buffer, as windows of images do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +170,10 @@ class Skewed(nn.Module):
 
 def rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     t = q.shape[2]
-    angle = torch.arange(t).to(q.dtype)[:, None] * 10.0 ** -torch.arange(0, D, 2).to(q.dtype).div(D)[None]
+    angle = (
+        torch.arange(t).to(q.dtype)[:, None]
+        * 10.0 ** -torch.arange(0, D, 2).to(q.dtype).div(D)[None]
+    )
     cos, sin = torch.cat([angle, angle], -1).cos(), torch.cat([angle, angle], -1).sin()
 
     def turn(x: Tensor) -> Tensor:
@@ -193,7 +203,9 @@ class Appended(nn.Module):
         return self.inner(x, past_k, past_v), self.keys, self.values
 
 
-def _static(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor) -> Tensor:
+def _static(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor
+) -> Tensor:
     cache_k.index_copy_(2, position, k)
     cache_v.index_copy_(2, position, v)
     allowed = torch.arange(cache_k.shape[2])[None, :] <= position[:, None]
@@ -215,7 +227,9 @@ class WithCache(nn.Module):
         super().__init__()
         self.inner = Site(attend)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, *more: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.inner(x, k, v, *more), k, v
 
 
@@ -225,7 +239,12 @@ ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f, mask="causal") for f in (alibi, alibi_by_key, soft_cap, rotated)),
     *(site(f.__name__, f) for f in (alibi_both_sides, squared, gaussian_kernel)),
     *(site(f.__name__, f) for f in (off_by_one, off_by_one_stable, off_by_one_padded)),
-    site("alibi_of_real_tokens", alibi_of_real_tokens, constant(torch.arange(T) < torch.tensor([[T], [6]])), mask=None),
+    site(
+        "alibi_of_real_tokens",
+        alibi_of_real_tokens,
+        constant(torch.arange(T) < torch.tensor([[T], [6]])),
+        mask=None,
+    ),
     site("sinks", Sinks, mask="causal"),
     site("sinks_first", SinksFirst, mask="causal"),
     site("buckets", Buckets),
@@ -233,7 +252,12 @@ ENTRIES: tuple[Entry, ...] = (
     site("relative_keys", RelativeKeys),
     site("skewed", Skewed, mask="causal"),
     Entry("appended", Appended, hidden(normal(B, H, 6, D), normal(B, H, 6, D), rows=1), mask=None),
-    Entry("appended_prefill", Appended, hidden(normal(B, H, 6, D), normal(B, H, 6, D), rows=4), mask="causal(+6)"),
+    Entry(
+        "appended_prefill",
+        Appended,
+        hidden(normal(B, H, 6, D), normal(B, H, 6, D), rows=4),
+        mask="causal(+6)",
+    ),
     Entry(
         "static_cache",
         lambda: WithCache(_static),
@@ -248,5 +272,11 @@ ENTRIES: tuple[Entry, ...] = (
         mask=None,
         training=False,
     ),
-    Entry("assigned_cache", lambda: WithCache(_assigned), hidden(*_CACHES, rows=4), mask="causal(+5)", training=False),
+    Entry(
+        "assigned_cache",
+        lambda: WithCache(_assigned),
+        hidden(*_CACHES, rows=4),
+        mask="causal(+5)",
+        training=False,
+    ),
 )

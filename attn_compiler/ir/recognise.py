@@ -1,0 +1,33 @@
+"""From a functional region to the attention it computes, or to the reason why it computes none."""
+
+from __future__ import annotations
+
+from attn_compiler.ir import contractions, values, views  # noqa: F401  (enter their rules)
+from attn_compiler.ir.axes import along
+from attn_compiler.ir.core import Core
+from attn_compiler.ir.fused import from_sdpa
+from attn_compiler.ir.pull import VALUES, Coordinates, Product, Puller, arguments, op, shape
+from attn_compiler.ir.region import FunctionalRegion
+from attn_compiler.ir.soft import NotAttention, through_casts
+from attn_compiler.ir.spelled import from_product
+
+
+def recognise(region: FunctionalRegion) -> Core:
+    """The attention whose output is the region's end.
+
+    Raises:
+        NotAttention: it is none, or one that cannot be rewritten; with code, sentence and node.
+    """
+    puller = Puller(region.module)
+    end = region.end
+    where: Coordinates = tuple(along(puller.new_axis(size)) for size in shape(end))
+    node, at = through_casts(puller, end, where)
+    if op(node) == "scaled_dot_product_attention":
+        return from_sdpa(puller, end, where, node, at)
+    rule = VALUES.get(op(node))
+    found = rule(puller, node, arguments(node), at) if rule is not None else None
+    if not isinstance(found, Product):
+        raise NotAttention(
+            "not_attention.no_value_product", "the weights are not summed over with values", node
+        )
+    return from_product(puller, end, where, found)

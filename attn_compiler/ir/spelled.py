@@ -1,0 +1,206 @@
+"""Attention spelled out: two products with a softmax between them.
+
+softmax(mask(scale * (q @ k.T) + bias)) @ v
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir import roles as role
+from attn_compiler.ir.axes import Index
+from attn_compiler.ir.core import (
+    Core,
+    Found,
+    Operand,
+    Scaling,
+    assemble,
+    between,
+    operand,
+    program_of,
+)
+from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, shape, to_expr, val
+from attn_compiler.ir.roles import Naming
+from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax
+
+
+def from_product(puller: Puller, end: fx.Node, where: Coordinates, found: Product) -> Core:
+    refusals: list[NotAttention] = []
+    for weights, values in ((found.left, found.right), (found.right, found.left)):
+        try:
+            soft = find_softmax(puller, *weights)
+        except NotAttention as refusal:
+            refusals.append(refusal)
+            continue
+        return _from_softmax(puller, end, where, found, soft, values)
+    # a walk that met a softmax-like thing says more than one that met none
+    refusals.sort(key=lambda r: r.code.startswith("not_attention.no_softmax"))
+    raise refusals[0]
+
+
+def _from_softmax(
+    puller: Puller,
+    end: fx.Node,
+    where: Coordinates,
+    found: Product,
+    soft: Softmax,
+    values: tuple[fx.Node, Coordinates],
+) -> Core:
+    key, offset = _key_index(soft, found)
+    logits = puller.expr(soft.logits, soft.where)
+    sink = _sink(puller, soft, key, offset)
+    logits, sink = _without_row_constants(logits, sink, key)
+    product = _scores(logits, key)
+    sides = sorted((product.left, product.right), key=lambda side: not _runs_along(side, key))
+    (k_node, k_at), (q_node, q_at) = sides
+    scaling = Scaling()
+    q = operand(puller, q_node, q_at, scaling)
+    k = operand(puller, k_node, k_at, scaling)
+    v = operand(puller, *values, None)
+    weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
+    roles = role.assign(where, weights, key, product.reduced, q.where, k.where, v.where)
+    naming = Naming(puller, roles)
+    score = naming(scaling.fold(_with_dot(logits, product)))
+    extra = None if sink is None else naming(sink)
+    program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
+    inner = between(product.node, end)
+    if any(
+        node in inner
+        for node in (*(leaf.node for leaf in naming.reads), *(n for _, n in scaling.factors))
+    ):
+        raise NotAttention(
+            "attention.scores_reduced",
+            "a reduction over the scores enters the scores",
+            product.node,
+        )
+    parts = Found(naming, scaling, program, dropout, product.node, inner)
+    return assemble(Operand(end, where), (q, k, v), parts)
+
+
+def _key_index(soft: Softmax, found: Product) -> tuple[Index, ax.Size]:
+    """The index of the sum over values, and where the keys begin among the columns."""
+    index = soft.where[soft.dim]
+    if not isinstance(index, Index) or not index.resolved().terms:
+        raise NotAttention(
+            "not_attention.softmax_axis",
+            "the softmax runs over another axis than the sum with the values",
+        )
+    index = index.resolved()
+    reduced = {leaf for axis in found.reduced for leaf in axis.leaves()}
+    terms = [axis for axis, _ in index.terms]
+    if set(terms) != reduced:
+        raise NotAttention(
+            "not_attention.softmax_axis",
+            "the softmax runs over another axis than the sum with the values",
+        )
+    stride: ax.Size = 1
+    for axis, coefficient in reversed(index.terms):
+        if not ax.equal(coefficient, stride):
+            raise NotAttention(
+                "attention.key_order",
+                "the keys are taken in another order than they are normalised in",
+            )
+        stride = ax.simple(stride * axis.extent)
+    return Index(index.terms), index.const
+
+
+def _sink(puller: Puller, soft: Softmax, key: Index, offset: ax.Size) -> Expr | None:
+    columns, keys = shape(soft.logits)[soft.dim], role.extent(a for a, _ in key.terms)
+    if ax.equal(columns, keys):
+        return soft.sink
+    if soft.sink is not None or not ax.equal(columns, ax.simple(keys + 1)) or offset not in (0, 1):
+        raise NotAttention(
+            "attention.columns_dropped",
+            "columns that the softmax normalises over never meet a value",
+        )
+    column = Index((), keys if offset == 0 else 0)
+    where = (*soft.where[: soft.dim], column, *soft.where[soft.dim + 1 :])
+    return puller.expr(soft.logits, where)
+
+
+def _without_row_constants(logits: Expr, sink: Expr | None, key: Index) -> tuple[Expr, Expr | None]:
+    """softmax(x - max(x)) is softmax(x): drop what is the same for a whole row and sink."""
+    names = {leaf.name for axis, _ in key.terms for leaf in axis.leaves()}
+    while isinstance(logits, Call) and logits.op in ("sub", "add"):
+        left, right = logits.args
+        if logits.op == "add" and not _varies(left, names):
+            left, right = right, left
+        if _varies(right, names) or _has_product(right):
+            return logits, sink
+        if sink is not None:
+            sink = _same_shift(logits.op, left, right, sink)
+        logits = left
+    return logits, sink
+
+
+def _same_shift(operation: str, left: Expr, right: Expr, sink: Expr) -> Expr:
+    if isinstance(sink, Call) and sink.op == operation and sink.args[1] == right:
+        return sink.args[0]
+    inverse = Call("neg", (right,)) if operation == "sub" else right
+    if sink == inverse or (
+        isinstance(sink, Call) and sink.op == "log" and sink.args[0] == call("exp", inverse)
+    ):
+        return Const(0.0)
+    raise NotAttention(
+        "attention.sink_shift", "the extra column is shifted differently from the others"
+    )
+
+
+def _varies(expression: Expr, names: set[str]) -> bool:
+    for node in walk(expression):
+        if isinstance(node, Product):
+            return True
+        if isinstance(node, Leaf) and any(_named(i, names) for i in node.index):
+            return True
+    return _named(expression, names)
+
+
+def _named(expression: Expr, names: set[str]) -> bool:
+    for node in walk(expression):
+        axis = ax.by_name(node.name) if isinstance(node, Var) else None
+        if axis is not None and {leaf.name for leaf in axis.leaves()} & names:
+            return True
+    return False
+
+
+def _has_product(expression: Expr) -> bool:
+    return any(isinstance(node, Product) for node in walk(expression))
+
+
+def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:
+    wanted = {axis for axis, _ in key.terms}
+    return bool(wanted & set(role.leaves(side[1])))
+
+
+def _scores(logits: Expr, key: Index) -> Product:
+    """The product of queries and keys among the terms of the logits."""
+    products = [n for n in walk(logits) if isinstance(n, Product)]
+    for product in products:
+        if _runs_along(product.left, key) != _runs_along(product.right, key):
+            return product
+    if products:
+        raise NotAttention(
+            "not_attention.scores",
+            "no product in the scores runs from queries to keys",
+            products[0].node,
+        )
+    raise NotAttention(
+        "not_attention.no_scores", "the softmax is not taken over products of queries and keys"
+    )
+
+
+def _with_dot(logits: Expr, product: Product) -> Expr:
+    """The product becomes `dot`, any other product a read of the tensor it makes."""
+    table: dict[Expr, Expr] = {product: DOT}
+    for node in walk(logits):
+        if isinstance(node, Product) and node is not product:
+            if node.node is product.node:
+                raise NotAttention(
+                    "attention.scores_twice",
+                    "the scores enter the softmax in two places",
+                    node.node,
+                )
+            table[node] = Leaf(node.node, tuple(to_expr(w) for w in node.where), node.where)
+    return substitute(logits, table)
