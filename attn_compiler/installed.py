@@ -46,6 +46,11 @@ class Variant:
         self.covers: Callable[..., bool] = space["covers"]
         self.run: Callable[..., Any] = space["run"]
 
+    @property
+    def asks_training(self) -> bool:
+        """Does it hold for training or for evaluation only?"""
+        return ".training is " in self.source
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Variant, (self.source, self.names)
 
@@ -188,16 +193,17 @@ def _restore(base: type[nn.Module], function: Callable[..., Any], arguments: tup
     return function(rewritten_class(base), *arguments)
 
 
-def install(owner: nn.Module, variants: tuple[Variant, ...]) -> None:
+def install(owner: nn.Module, variants: list[Variant], plan: Any) -> None:
     """Swap the owner's class; the owner keeps its identity, parameters, hooks and name."""
-    owner.__class__ = rewritten_class(type(owner))
-    owner.__dict__["_attn_variants"] = list(variants)
+    owner.__class__ = rewritten_class(base_of(owner))
+    owner.__dict__.update(_attn_variants=variants, _attn_plan=plan, _attn_failures=0)
 
 
 def restore(owner: nn.Module) -> None:
     """Give the owner its class back."""
-    del owner.__dict__["_attn_variants"]
     owner.__class__ = base_of(owner)
+    for name in ("_attn_variants", "_attn_plan", "_attn_failures"):
+        owner.__dict__.pop(name, None)
 
 
 def base_of(module: nn.Module) -> type[nn.Module]:

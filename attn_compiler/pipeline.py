@@ -54,6 +54,7 @@ class _Work:
     sites: list[AttentionSite] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     touched: set[fx.Node] = field(default_factory=set)
+    done: set[fx.Node] = field(default_factory=set)
 
 
 def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = True) -> Report:
@@ -152,8 +153,11 @@ def _visit(
         )
         refusals.append((candidate.anchor, reason))
     for end in candidate.ends:
+        if end in work.done:
+            return
         try:
             _decide(work, *_raise(work, end, position, writers))
+            work.done.add(end)
             return
         except (NotAttention, RegionError) as refusal:
             refusals.append((end, Reason(refusal.code, refusal.text, location(candidate.anchor))))

@@ -171,7 +171,7 @@ class Recorder(TorchFunctionMode):
     def demands(self) -> list[sympy.Basic]:
         """What the sizes must fulfil for the trace to hold: of the operations, and of the code's own questions."""
         found = [guard for guard in self.symbols.guards() if guard not in self._idle]
-        return list(dict.fromkeys((*found, *self._asked)))
+        return [guard for guard in dict.fromkeys((*found, *self._asked)) if guard is not sympy.true]
 
     def _check(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")
@@ -234,6 +234,8 @@ class Recorder(TorchFunctionMode):
             return object.__getattribute__(value, "_attn_node")
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.symbols.node(value)
+        if isinstance(value, fx.Node):
+            return value
         if isinstance(value, tuple | list):
             items = [self.argument(item) for item in value]
             return tuple(items) if isinstance(value, tuple) else items
@@ -343,15 +345,28 @@ def _ambient() -> Any:
 
 
 @contextmanager
-def _patched(recorder: Recorder) -> Iterator[None]:
-    """Send this thread's module calls, grad mode questions and custom functions through the recorder."""
-    call, enabled, thread = nn.Module.__call__, torch.is_grad_enabled, threading.get_ident()
-    apply = torch.autograd.Function.__dict__["apply"]
+def calls_through(handle: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    """Let this thread's calls of modules go to `handle(module, args, kwargs)`."""
+    call, thread = nn.Module.__call__, threading.get_ident()
 
     def module_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread:
             return call(self, *args, **kwargs)
-        return recorder.call_module(self, args, kwargs)
+        return handle(self, args, kwargs)
+
+    with _PATCHING:
+        nn.Module.__call__ = module_call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+
+
+@contextmanager
+def _patched(recorder: Recorder) -> Iterator[None]:
+    """Send this thread's module calls, grad mode questions and custom functions through the recorder."""
+    enabled, thread = torch.is_grad_enabled, threading.get_ident()
+    apply = torch.autograd.Function.__dict__["apply"]
 
     def is_grad_enabled() -> bool:
         if threading.get_ident() == thread and not recorder._busy and not recorder._inside:
@@ -363,14 +378,12 @@ def _patched(recorder: Recorder) -> Iterator[None]:
             return apply.__get__(None, cls)(*args, **kwargs)
         raise CaptureError("owner.autograd_function", f"it applies the autograd function {cls.__name__}")
 
-    with _PATCHING:
-        nn.Module.__call__ = module_call  # type: ignore[method-assign]
+    with calls_through(recorder.call_module):
         torch.is_grad_enabled = is_grad_enabled
         torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
             torch.is_grad_enabled = enabled
             torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 

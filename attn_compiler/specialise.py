@@ -78,9 +78,9 @@ def specialise(
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         report = compile_graph(gm, plan.config)
         demands += _late(recorder.symbols.guards()[traced:])
-    settle(gm.graph)
     call.module_checks(plan)
     call.guard_checks(demands, gm.graph)
+    settle(gm.graph)
     _spell_constants(gm)
     _sweep(gm.graph)
     return Variant(_text(names, call, gm.graph), call.names), report

@@ -58,6 +58,7 @@ class Symbols:
         self.graph = graph
         self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # with symbolic sizes the cache costs more than it saves
         self.origins: dict[sympy.Symbol, Origin] = {}
         self._nodes: dict[sympy.Expr, fx.Node] = {}
         self._count = 0
@@ -77,7 +78,7 @@ class Symbols:
             real, source, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds)
         )
         del offset  # no operation that is traced here reads it
-        with self.mode, torch.no_grad():
+        with self.mode:
             fake = torch.empty_strided(sizes, strides, dtype=real.dtype, device=real.device)
         fake.requires_grad_(real.requires_grad)
         assert isinstance(fake, FakeTensor)
@@ -87,7 +88,7 @@ class Symbols:
         """A fake without gaps whose dimensions lie in memory in the order of another tensor's."""
         with torch._C.DisableTorchFunction():
             order = sorted(range(like.dim()), key=lambda d: -hint(like.stride(d)))
-        with self.mode, torch._C.DisableTorchFunction(), torch.no_grad():
+        with self.mode, torch._C.DisableTorchFunction():
             dense = torch.empty([sizes[d] for d in order], dtype=like.dtype, device=like.device)
             if order != list(range(like.dim())):
                 dense = dense.permute([order.index(d) for d in range(like.dim())])

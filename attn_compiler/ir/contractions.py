@@ -44,6 +44,18 @@ def product(
     return Product(node, where, (left, at_l), (right, at_r), (reduced,))
 
 
+@rule(VALUES, "linear")
+def _linear(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """x @ w.T, where w is no parameter but the keys."""
+    given, weight = args["input"], args["weight"]
+    if args["bias"] is not None or len(shape(weight)) != 2 or len(shape(given)) < 2:
+        return None
+    reduced = puller.new_axis(shape(weight)[1])
+    left = (*where[:-1], along(reduced))
+    right = (where[-1], along(reduced))
+    return Product(node, where, (given, left), (weight, right), (reduced,))
+
+
 @rule(VALUES, "baddbmm")
 def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     found = product(puller, node, args["batch1"], args["batch2"], where)
@@ -59,7 +71,17 @@ def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> E
 
 @rule(VALUES, "einsum")
 def _einsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    tensors = args["tensors"]
+    scalars = [t for t in args["tensors"] if not shape(t)]
+    tensors = [t for t in args["tensors"] if shape(t)]
+    if scalars:
+        terms, arrow, out = args["equation"].replace(" ", "").partition("->")
+        kept = ",".join(term for term in terms.split(",") if term)
+        found = _einsum(
+            puller, node, {"equation": f"{kept}{arrow}{out}", "tensors": tensors}, where
+        )
+        for scalar in scalars if found is not None else ():
+            found = call("mul", found, puller.expr(scalar, ()))
+        return found
     labels = einsum_labels(args["equation"], [len(shape(t)) for t in tensors])
     if labels is None or len(tensors) != 2:
         return None

@@ -196,6 +196,8 @@ def call(op: str, *args: Expr | bool | int | float) -> Expr:
         folded = _fold(op, [a.value for a in nodes if isinstance(a, Const)])
         if folded is not None:
             return folded
+    if op == "where" and isinstance(nodes[0], Const):
+        return nodes[1] if nodes[0].value else nodes[2]
     neutral = _NEUTRAL.get(op)
     if neutral is not None:
         if isinstance(nodes[1], Const) and nodes[1].value == neutral:
@@ -248,7 +250,8 @@ def walk(expr: Expr) -> Iterator[Expr]:
 def children(expr: Expr) -> tuple[Expr, ...]:
     if isinstance(expr, Call):
         return expr.args
-    return expr.index if isinstance(expr, Read) else ()
+    # reads of other kinds, whose tensor is no slot yet, have an index as well
+    return getattr(expr, "index", ())
 
 
 def substitute(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
@@ -453,4 +456,17 @@ def _apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _read(tensor: Tensor, index: list[Tensor]) -> Tensor:
-    return tensor[tuple(i.to(tensor.device, torch.int64) for i in index)] if index else tensor
+    return tensor[inside(tensor, index)] if index else tensor
+
+
+def inside(tensor: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The index as one that is valid everywhere.
+
+    Negative numbers count from the end, as in PyTorch. What is still outside is only ever the
+    branch of a `where` that is not taken (both are computed).
+    """
+    found = (i.to(tensor.device, torch.int64) for i in index)
+    return tuple(
+        torch.where(i < 0, i + size, i).clamp(0, max(size - 1, 0))
+        for i, size in zip(found, tensor.shape, strict=True)
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
+SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax", "softmin"})
 # spelled by hand: exp(x) / sum(exp(x))
 EXPONENTIAL = frozenset({"exp", "exp2"})
 SDPA = frozenset({"scaled_dot_product_attention"})
@@ -79,6 +79,14 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.LayerNorm: "layer_norm",
     nn.MultiheadAttention: "multi_head_attention_forward",
 }
+
+
+def is_contraction(node: fx.Node) -> bool:
+    """Does it multiply two activations? A linear map does if its weight is computed."""
+    if name(node) == "linear" and node.op == "call_function":
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        return isinstance(weight, fx.Node) and weight.op not in ("placeholder", "get_attr")
+    return name(node) in CONTRACTION
 
 
 def called_module(node: fx.Node) -> nn.Module:

@@ -259,7 +259,16 @@ def _combine(operation: str, parts: Sequence[Index]) -> Index | None:
 def broadcast(where: Coordinates, sizes: Sequence[ax.Size]) -> Coordinates:
     """Coordinates into a tensor that is broadcast, from the right, to where `where` points."""
     tail = where[len(where) - len(sizes) :] if sizes else ()
-    return tuple(ax.ZERO if size == 1 else w for w, size in zip(tail, sizes, strict=True))
+    return tuple(
+        ax.ZERO if size == 1 and not _unit(w) else w for w, size in zip(tail, sizes, strict=True)
+    )
+
+
+def _unit(coordinate: Coordinate) -> bool:
+    """Does it run along axes of extent one only? Then it stays, so that one row is still a row."""
+    if not isinstance(coordinate, Index) or coordinate.const != 0:
+        return False
+    return all(axis.extent == 1 for axis, _ in coordinate.resolved().terms)
 
 
 Rule = Callable[[Puller, fx.Node, dict[str, Any], Coordinates], Any]

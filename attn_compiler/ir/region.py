@@ -132,7 +132,7 @@ def _reach(end: fx.Node, depth: int, inside: set[fx.Node], inputs: set[fx.Node])
         if best.get(node, 99) <= depth:
             continue
         best[node] = depth
-        contraction = ops.name(node) in ops.CONTRACTION
+        contraction = ops.is_contraction(node)
         if (
             node is not end
             and node not in inside
@@ -156,6 +156,8 @@ def is_boundary(node: fx.Node) -> bool:
         "prims",
     ):
         return True
+    if ops.is_contraction(node):
+        return False
     return ops.name(node) in ops.BOUNDARY or not _has_tensor(ops.value(node))
 
 

@@ -9,14 +9,16 @@ stand; anything else means that this is not (only) attention, and says so by a r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from attn_compiler.ir import axes as ax
+from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import Const, Expr, call
-from attn_compiler.ir.pull import Coordinates, Puller, arguments, broadcast, op, shape, val
+from attn_compiler.ir.pull import Coordinate, Coordinates, Puller, arguments, broadcast, op, shape, val
 
 CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
@@ -44,6 +46,7 @@ class Softmax:
         dropout: probability that a weight is dropped.
         zeroed: condition under which a weight is set to zero afterwards.
         safe: rows without any key give zero.
+        factor: number the logits are multiplied by first (2**x is exp(x * log 2)).
     """
 
     logits: fx.Node
@@ -53,6 +56,7 @@ class Softmax:
     dropout: float = 0.0
     zeroed: list[Expr] = field(default_factory=list)
     safe: bool = False
+    factor: float = 1.0
 
 
 def is_float_cast(node: fx.Node) -> bool:
@@ -80,6 +84,7 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
     """
     dropout = 0.0
     zeroed: list[Expr] = []
+    cleared = False
     while True:
         node, where = through_casts(puller, node, where)
         args = arguments(node)
@@ -92,6 +97,9 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
                     )
                 dropout = float(args["p"])
             node = args["input"]
+        elif name == "nan_to_num" and not args["nan"]:
+            # weights are finite but in rows without any key
+            cleared, node = True, args["self"]
         elif (
             name in ("where", "masked_fill")
             and (kept := _zeroing(puller, node, args, where)) is not None
@@ -102,6 +110,7 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
         else:
             found = _softmax_at(puller, node, args, where)
             found.dropout, found.zeroed = dropout, zeroed
+            found.safe = found.safe or cleared
             return found
 
 
@@ -173,7 +182,7 @@ def _by_hand(
             return None
         bottom = arguments(inverse)["self"]
     exponential, at = through_casts(puller, top, broadcast(where, shape(top)))
-    if op(exponential) != "exp":
+    if op(exponential) not in ("exp", "exp2"):
         return None
     total, total_at = through_casts(puller, bottom, broadcast(where, shape(bottom)))
     extra: Expr | None = None
@@ -181,13 +190,41 @@ def _by_hand(
         total, total_at, extra = _with_extra(puller, total, total_at)
     if op(total) != "sum" or not arguments(total).get("dim"):
         return None
-    (dim,) = _dims(arguments(total)["dim"], len(at)) or (None,)
-    summed, _ = through_casts(puller, arguments(total)["self"], (ax.ZERO,) * len(at))
-    if dim is None or summed is not exponential:
+    dims = _dims(arguments(total)["dim"], len(at))
+    if dims is None or not _sums(puller, total, total_at, exponential, at, dims[0]):
         return None
-    return Softmax(
-        arguments(exponential)["self"], at, dim, sink=None if extra is None else call("log", extra)
+    factor = math.log(2) if op(exponential) == "exp2" else 1.0
+    sink = None if extra is None else call("log", extra)
+    return Softmax(arguments(exponential)["self"], at, dims[0], sink=sink, factor=factor)
+
+
+def _sums(
+    puller: Puller,
+    total: fx.Node,
+    total_at: Coordinates,
+    exponential: fx.Node,
+    at: Coordinates,
+    dim: int,
+) -> bool:
+    """Is `total` read where it holds the sum of `exponential` along its own row?"""
+    args = arguments(total)
+    own = tuple(along(puller.new_axis(size)) for size in shape(exponential))
+    if len(shape(args["self"])) != len(own):
+        return False
+    if through_casts(puller, args["self"], own) != (exponential, own):
+        return False
+    row = [w for d, w in enumerate(at) if d != dim]
+    found = [w for d, w in enumerate(total_at) if not args["keepdim"] or d != dim]
+    sizes = [s for d, s in enumerate(shape(exponential)) if d != dim]
+    return len(found) == len(row) and all(
+        size == 1 or _same(left, right) for left, right, size in zip(found, row, sizes, strict=True)
     )
+
+
+def _same(left: Coordinate, right: Coordinate) -> bool:
+    if isinstance(left, Index) and isinstance(right, Index):
+        return left.resolved() == right.resolved()
+    return left == right
 
 
 def _with_extra(
@@ -204,7 +241,7 @@ def _with_extra(
             return (
                 total,
                 at,
-                None if isinstance(extra, Const) and 0 <= extra.value < 1e-6 else extra,
+                None if extra == Const(0.0) else extra,
             )
     return node, where, None
 

@@ -52,7 +52,28 @@ def _from_softmax(
     logits = puller.expr(soft.logits, soft.where)
     sink = _sink(puller, soft, key, offset)
     logits, sink = _without_row_constants(logits, sink, key)
-    product = _scores(logits, key)
+    if soft.factor != 1:
+        logits = call("mul", logits, soft.factor)
+        sink = None if sink is None else call("mul", sink, soft.factor)
+    refusals: list[NotAttention] = []
+    for product in _scores(logits, key):
+        try:
+            return _from_scores(puller, Operand(end, where), soft, key, product, logits, sink, values)
+        except NotAttention as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def _from_scores(
+    puller: Puller,
+    end: Operand,
+    soft: Softmax,
+    key: Index,
+    product: Product,
+    logits: Expr,
+    sink: Expr | None,
+    values: tuple[fx.Node, Coordinates],
+) -> Core:
     sides = sorted((product.left, product.right), key=lambda side: not _runs_along(side, key))
     (k_node, k_at), (q_node, q_at) = sides
     scaling = Scaling()
@@ -60,12 +81,12 @@ def _from_softmax(
     k = operand(puller, k_node, k_at, scaling)
     v = operand(puller, *values, None)
     weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
-    roles = role.assign(where, weights, key, product.reduced, q.where, k.where, v.where)
+    roles = role.assign(end.where, weights, key, product.reduced, q.where, k.where, v.where)
     naming = Naming(puller, roles)
     score = naming(scaling.fold(_with_dot(logits, product)))
     extra = None if sink is None else naming(sink)
     program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
-    inner = between(product.node, end)
+    inner = between(product.node, end.node)
     if any(
         node in inner
         for node in (*(leaf.node for leaf in naming.reads), *(n for _, n in scaling.factors))
@@ -76,7 +97,7 @@ def _from_softmax(
             product.node,
         )
     parts = Found(naming, scaling, program, dropout, product.node, inner)
-    return assemble(Operand(end, where), (q, k, v), parts)
+    return assemble(end, (q, k, v), parts)
 
 
 def _key_index(soft: Softmax, found: Product) -> tuple[Index, ax.Size]:
@@ -174,12 +195,12 @@ def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:
     return bool(wanted & set(role.leaves(side[1])))
 
 
-def _scores(logits: Expr, key: Index) -> Product:
-    """The product of queries and keys among the terms of the logits."""
+def _scores(logits: Expr, key: Index) -> list[Product]:
+    """The products among the terms of the logits that run from queries to keys."""
     products = [n for n in walk(logits) if isinstance(n, Product)]
-    for product in products:
-        if _runs_along(product.left, key) != _runs_along(product.right, key):
-            return product
+    found = [p for p in products if _runs_along(p.left, key) != _runs_along(p.right, key)]
+    if found:
+        return found
     if products:
         raise NotAttention(
             "not_attention.scores",

@@ -337,7 +337,8 @@ def _pad(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
     widths = args["pad"]
     if not all(isinstance(w, int) for w in widths):
         return None
-    source = args["self"]
+    source, value = args["self"], args.get("value")
+    outside = puller.expr(0.0 if value is None else value, ())
     inside: list[Expr] = []
     moved = list(where)
     for pair in range(len(widths) // 2):
@@ -345,17 +346,64 @@ def _pad(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
         at = len(where) - 1 - pair
         size = shape(source)[at]
         moved[at] = shifted(where[at], -before)
-        if before > 0:
+        chosen = piece(where[at], [before, size, after])
+        if chosen is not None and chosen[0] != 1:
+            return outside
+        if chosen is None and before > 0:
             inside.append(call("ge", to_expr(moved[at]), 0))
-        if after > 0:
+        if chosen is None and after > 0:
             inside.append(call("lt", to_expr(moved[at]), number(size)))
     inner = puller.expr(source, tuple(moved))
-    outside = args.get("value")
     for condition in inside:
-        inner = call(
-            "where", condition, inner, puller.expr(0.0 if outside is None else outside, ())
-        )
+        inner = call("where", condition, inner, outside)
     return inner
+
+
+# ---------------------------------------------------------------- writes, made functional
+
+
+@rule(VALUES, "select_scatter")
+def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    at = args["dim"] % len(where)
+    size = shape(node)[at]
+    chosen = puller.affine(puller.expr(args["index"], ()))
+    hit = call("eq", to_expr(where[at]), to_expr(_wrapped(chosen, size)))
+    written = puller.expr(args["src"], (*where[:at], *where[at + 1 :]))
+    return call("where", hit, written, puller.expr(args["self"], where))
+
+
+@rule(VALUES, "slice_scatter")
+def _slice_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    at = args["dim"] % len(where)
+    size, length = shape(node)[at], shape(args["src"])[at]
+    if args["step"] != 1:
+        return None
+    start = _wrapped(puller.affine(puller.expr(args["start"] or 0, ())), size)
+    begin = start.const if isinstance(start, Index) and not start.terms else None
+    if begin is None:
+        return None
+    old, inner = puller.expr(args["self"], where), shifted(where[at], ax.simple(-begin))
+    written = puller.expr(args["src"], (*where[:at], inner, *where[at + 1 :]))
+    if begin != 0:
+        written = call("where", call("ge", to_expr(where[at]), number(begin)), written, old)
+    if ax.equal(ax.simple(begin + length), size):
+        return written
+    end = number(ax.simple(begin + length))
+    return call("where", call("lt", to_expr(where[at]), end), written, old)
+
+
+@rule(VALUES, "index_put", "_unsafe_index_put")
+def _index_put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """x[mask] = number, the mask over the last indexed dimensions."""
+    mask, value = args["indices"][-1], args["values"]
+    before = len(args["indices"]) - 1
+    if any(i is not None for i in args["indices"][:-1]) or dtype_of(mask) is not torch.bool:
+        return None
+    if args["accumulate"] or any(size != 1 for size in shape(value)):
+        return None
+    written = puller.expr(value, (ax.ZERO,) * len(shape(value)))
+    hit = puller.expr(mask, where[before : before + len(shape(mask))])
+    return call("where", hit, written, puller.expr(args["self"], where))
 
 
 @rule(VALUES, "diff")

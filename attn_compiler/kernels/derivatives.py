@@ -24,6 +24,8 @@ from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Kernels re-enter the dispatcher and must see the dtypes they chose."""
@@ -34,8 +36,7 @@ def full_precision(device: str) -> AbstractContextManager[object]:
 
 def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the kernel of the device; its results are no views: anybody may write to them."""
-    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
         return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
@@ -85,11 +86,11 @@ def _transformed(tensor: Tensor) -> bool:
 
 def _by_reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     given = Inputs.of(*args, **kwargs)
-    drop, sizes = given.drop, given.sizes
-    check(given.q, given.k, given.v, drop)
+    drop = given.drop
+    check(*given.qkv, drop)
+    (batch, heads, length, _), keys = given.q.shape, given.k.shape[2]
     with full_precision(given.q.device.type):
-        ends = ((0, sizes[n]) for n in "BTS")
-        dropped = drop.dropped((sizes["H"], sizes["T"]), *ends)
+        dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, keys))
         factor = None if dropped is None else (~dropped).to(given.dtype) * drop.gain
         out, lse = reference(
             *given.qkv, given.reads, given.ints, given.program, given.scale, factor

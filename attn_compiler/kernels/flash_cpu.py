@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attn_compiler.ir.expr import TRUE, Call, Expr, Read, depends
-from attn_compiler.kernels.frame import Frame, Inputs, Span, empty_heads, in_heads_layout, widened
-from attn_compiler.kernels.plan import NO_BIAS
+from attn_compiler.ir.expr import TRUE, Expr
+from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, in_heads_layout, widened
+from attn_compiler.kernels.grid import Span, is_causal, is_free, spans
 from attn_compiler.kernels.rows import pull_back
 
 INF = float("inf")
@@ -42,7 +42,7 @@ _ROWS = 1024
 def fits(frame: Frame) -> bool:
     given, plan = frame.given, frame.plan
     same = given.q.device.type == given.k.device.type == given.v.device.type == "cpu"
-    return same and _common(given) in _DTYPES and plan.bias is not None and given.drop.rate == 0
+    return same and _common(given) in _DTYPES and plan.additive and given.drop.rate == 0
 
 
 def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bool:
@@ -59,7 +59,7 @@ def forward(frame: Frame) -> tuple[Tensor, Tensor]:
         (span, *_piece(frame, call, span, causal)) for span, causal in _pieces(frame, call.q.dtype)
     )
     span, out, lse = next(results)
-    if span.r1 < frame.sizes["T"]:
+    if span.r1 < frame.grid.T:
         first = (span, out, lse)
         out, lse = empty_heads(call.q, call.q.shape), empty_heads(lse, call.q.shape[:3])
         for span, part, part_lse in chain([first], results):
@@ -81,14 +81,14 @@ def backward(
     dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, given.qkv, strict=True))
     if frame.plan.sink is not None:
         # d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)
-        span = frame.whole()
+        span = frame.grid.whole()
         delta = (grad.to(frame.dtype) * out.to(frame.dtype)).sum(-1, keepdim=True)
         ds = -torch.exp(_sink(frame, frame.plan.sink) - lse.unsqueeze(-1)) * delta
         pull_back(frame, span, frame.plan.sink, ds, into, frame.tensors(span))
     elif frame.plan.program.empty == "uniform" and bool(dead.any()):
         spread = torch.where(dead.unsqueeze(-1), grad.to(frame.dtype), 0.0).sum(2)
         groups = spread.view(spread.shape[0], given.k.shape[1], -1, spread.shape[-1]).sum(2)
-        dv = dv + groups.unsqueeze(2) / frame.sizes["S"]
+        dv = dv + groups.unsqueeze(2) / frame.grid.S
     return dq, dk, dv
 
 
@@ -126,33 +126,24 @@ def _fit(x: Tensor, dtype: torch.dtype, width: int) -> Tensor:
 
 def _pieces(frame: Frame, dtype: torch.dtype) -> Iterator[tuple[Span, bool]]:
     """The calls: a block of rows each, and whether the structural mask is left to is_causal."""
-    plan, sizes = frame.plan, frame.sizes
-    free = frame.free()
-    causal = not free and frame.causal()
-    bias = plan.bias or NO_BIAS
-    rows = sizes["T"] if depends(bias, "q") or depends(plan.loose, "q") else 1
-    pairs = frame.spread(bias, plan.loose)
-    small = rows == 1 or pairs * rows * sizes["S"] <= _BIAS_BUDGET
+    grid, varies = frame.grid, frame.plan.varies
+    free = is_free(grid)
+    causal = not free and is_causal(grid)
+    pairs = (grid.B if "b" in varies else 1) * (grid.H if "h" in varies else 1)
+    small = "q" not in varies or pairs * grid.T * grid.S <= _BIAS_BUDGET
     if (free or causal) and (small or _in_place(frame, dtype)):
-        yield frame.whole(masked=False), causal
+        yield grid.whole(masked=False), causal
         return
-    for span in frame.spans(pairs, _BIAS_BUDGET, _ROWS if free else _SKIP_ROWS):
+    for span in spans(grid, pairs, _BIAS_BUDGET, _ROWS if free else _SKIP_ROWS):
         yield span, False
-
-
-def _one_read(frame: Frame) -> bool:
-    """Is the bias one slice of one tensor?"""
-    bias = frame.plan.local_bias
-    if isinstance(bias, Call) and bias.op == "float":
-        bias = bias.args[0]
-    return isinstance(bias, Read) and bias.slot >= frame.plan.base
 
 
 def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
     """Does the kernel take the bias as it lies in memory?"""
-    if frame.plan.loose != TRUE or not _one_read(frame):
+    plan = frame.plan
+    if plan.loose != TRUE or not plan.one_read:
         return False
-    return frame.value(frame.plan.local_bias, frame.whole()).dtype in (dtype, frame.dtype)
+    return frame.reads[min(plan.score_slots)].dtype in (dtype, frame.dtype)
 
 
 def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
@@ -160,9 +151,9 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
     tensors = frame.tensors(span)
     mask = frame.mask(span, tensors)
     bias = None
-    if frame.plan.bias != NO_BIAS:
-        found = tensors if _one_read(frame) else widened(tensors, frame.dtype)
-        bias = frame.value(frame.plan.local_bias, span, found)
+    if frame.plan.biased:
+        found = tensors if frame.plan.one_read else widened(tensors, frame.dtype)
+        bias = frame.value(frame.plan.bias, span, found)
         if bias.dtype not in (dtype, frame.dtype):
             bias = bias.to(frame.dtype)
     if mask is None:
@@ -215,7 +206,7 @@ def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
 
 def _sink(frame: Frame, sink: Expr) -> Tensor:
     """The logit of the extra column as [b, h, rows, 1]."""
-    whole = frame.whole()
+    whole = frame.grid.whole()
     tensors = widened(frame.tensors(whole), frame.dtype)
     return frame.value(sink, whole, tensors).to(frame.dtype)
 
@@ -238,7 +229,7 @@ def _sum_pieces(
 
     pieces = _pieces(frame, q.dtype)
     first, causal = next(pieces)
-    if first == frame.whole(first.masked):
+    if first == frame.grid.whole(first.masked):
         return piece(first, causal)
     dq = empty_heads(q, q.shape).zero_()
     dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in (k, v))

@@ -1,14 +1,13 @@
-"""One call of the operator, and how it is cut into blocks of rows.
+"""One call of the operator: its arguments, and what a block of rows sees of them.
 
-    for rows r0..r1:   keys lo..hi that the mask allows for these rows
-                       reads t0[b, h, q + n, k]  ->  the view  t0[:, :, r0 + n : r1 + n, lo:hi]
+    reads t0[b, h, q + n, k] of rows r0..r1 and keys lo..hi   ->   t0[:, :, r0 + n : r1 + n, lo:hi]
 
 B batch, H query heads, G kv heads, T query rows, S key rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -16,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import INDICES, TRUE, Const, Expr, Int, Var, evaluate, walk
-from attn_compiler.ir.mask import Causal, Tile
+from attn_compiler.ir.expr import TRUE, Expr, evaluate
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.plan import Slice, both, plan
-
-# fewer rows than this make slow matrix products
-LEAST_ROWS = 16
+from attn_compiler.kernels.grid import Grid, Span
+from attn_compiler.kernels.plan import Slice, plan
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -76,87 +72,59 @@ class Inputs:
         return self.q, self.k, self.v
 
     @property
-    def sizes(self) -> dict[str, int]:
-        batch, heads, rows, _ = self.q.shape
-        return {"B": batch, "H": heads, "T": rows, "S": self.k.shape[2]}
-
-    @property
     def dtype(self) -> torch.dtype:
         return accumulator(self.q, self.k, self.v)
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A block: rows r0..r1 of the batch items b0..b1, the keys lo..hi that they may see.
+class _Env(dict[str, Tensor | int]):
+    """Sizes, and the index tensors of a block, made when one is asked for."""
 
-    `masked` says that the structural mask still cuts inside.
-    """
+    def __init__(self, grid: Grid, span: Span, device: torch.device) -> None:
+        super().__init__(grid.sizes)
+        self._grid, self._span, self._device = grid, span, device
 
-    r0: int
-    r1: int
-    lo: int
-    hi: int
-    b0: int
-    b1: int
-    masked: bool
-
-    @property
-    def rows(self) -> tuple[slice, slice, slice]:
-        """Where a [B, heads, T, ...] tensor holds them."""
-        return slice(self.b0, self.b1), slice(None), slice(self.r0, self.r1)
-
-    @property
-    def keys(self) -> tuple[slice, slice, slice]:
-        """Where a [B, heads, S, ...] tensor holds them."""
-        return slice(self.b0, self.b1), slice(None), slice(self.lo, self.hi)
+    def __missing__(self, name: str) -> Tensor:
+        found = torch.arange(*self._span.ends(name, self._grid.H), device=self._device)
+        # b [B, 1, 1, 1], h [H, 1, 1], q [T, 1], k [S]
+        self[name] = found = found.view((-1,) + (1,) * "kqhb".index(name))
+        return found
 
 
 class Frame:
     """A plan together with the tensors and sizes of one call."""
 
     def __init__(self, given: Inputs) -> None:
-        self.given, self.sizes, self.dtype = given, given.sizes, given.dtype
-        self.reads, self.ints, self.device = list(given.reads), list(given.ints), given.q.device
+        (batch, heads, rows, _), ints = given.q.shape, tuple(given.ints)
+        self.given, self.dtype, self.device = given, given.dtype, given.q.device
+        self.grid = Grid(given.program, batch, heads, rows, given.k.shape[2], ints)
+        self.reads = list(given.reads)
         self.plan = plan(given.program)
         if not all(self._in_range(s) for s in self.plan.slices):
             self.plan = plan(given.program, sliced=False)
 
-    def number(self, expr: Expr) -> int:
-        if isinstance(expr, Const):
-            return int(expr.value)
-        if isinstance(expr, Int):
-            return int(self.ints[expr.slot])
-        return int(evaluate(expr, self.sizes, ints=self.ints).item())
-
     def _in_range(self, piece: Slice) -> bool:
         """A shift below zero wraps around in a gather and a slice cannot."""
         for (name, shift), size in zip(piece.dims, self.reads[piece.slot].shape, strict=True):
-            start = self.number(shift)
-            length = 1 if name is None else self.length(name)
-            if start < 0 or start + length > size:
+            start = self.grid.number(shift)
+            if start < 0 or start + (1 if name is None else self.grid.length(name)) > size:
                 return False
         return True
 
-    def length(self, name: str) -> int:
-        return self.sizes[{"b": "B", "h": "H", "q": "T", "k": "S"}[name]]
-
     def view(self, piece: Slice, tensor: Tensor, span: Span) -> Tensor:
         """The part of a tensor that a block reads, as [b, h, q, k], 1 where it does not vary."""
-        ends = {"b": (span.b0, span.b1), "q": (span.r0, span.r1), "k": (span.lo, span.hi)}
         axis = 0
         for name, shift in piece.dims:
-            start = self.number(shift)
+            start = self.grid.number(shift)
             if name is None:
                 tensor = tensor.select(axis, start)
                 continue
-            first, last = ends.get(name, (0, self.length(name)))
-            tensor = tensor.narrow(axis, first + start, last - first)
+            first, last = span.ends(name, self.grid.H)
+            if start + first > 0 or last - first < tensor.shape[axis]:
+                tensor = tensor.narrow(axis, first + start, last - first)
             axis += 1
         tensor = tensor.permute(piece.order)
-        present = {name for name, _ in piece.dims}
-        for position, name in enumerate(INDICES):
-            if name not in present:
-                tensor = tensor.unsqueeze(position)
+        for position in piece.missing:
+            tensor = tensor.unsqueeze(position)
         return tensor
 
     def tensors(self, span: Span) -> list[Tensor]:
@@ -164,90 +132,15 @@ class Frame:
         views = [self.view(s, self.reads[s.slot], span) for s in self.plan.slices]
         return self.reads[: self.plan.base] + views
 
-    def env(self, span: Span) -> dict[str, Tensor | int]:
-        def arange(first: int, last: int) -> Tensor:
-            return torch.arange(first, last, device=self.device)
-
-        return {
-            **self.sizes,
-            "b": arange(span.b0, span.b1).view(-1, 1, 1, 1),
-            "h": arange(0, self.sizes["H"]).view(-1, 1, 1),
-            "q": arange(span.r0, span.r1).view(-1, 1),
-            "k": arange(span.lo, span.hi),
-        }
-
     def value(
-        self,
-        expr: Expr,
-        span: Span,
-        tensors: Sequence[Tensor] | None = None,
-        dot: Tensor | None = None,
+        self, expr: Expr, span: Span, tensors: Sequence[Tensor], dot: Tensor | None = None
     ) -> Tensor:
         """An expression over one block as a 4-D tensor that broadcasts to [B, H, rows, keys]."""
-        found = self.tensors(span) if tensors is None else tensors
-        result = evaluate(expr, self.env(span), found, self.ints, dot, self.dtype)
+        env = _Env(self.grid, span, self.device)
+        result = evaluate(expr, env, tensors, self.grid.ints, dot, self.dtype)
         return result.to(self.device)[(None,) * (4 - result.dim())]
 
-    def mask(self, span: Span, tensors: Sequence[Tensor] | None = None) -> Tensor | None:
+    def mask(self, span: Span, tensors: Sequence[Tensor]) -> Tensor | None:
         """Which keys of the block are allowed, None for all."""
-        structural = self.plan.structural.expr if span.masked else TRUE
-        expr = both(structural, self.plan.local_loose)
+        expr = self.plan.mask if span.masked else self.plan.loose
         return None if expr == TRUE else self.value(expr, span, tensors).bool()
-
-    # ------------------------------------------------------------ blocks
-
-    def causal(self) -> bool:
-        """Is the structural mask exactly  k <= q ?"""
-        structural = self.plan.structural
-        if len(structural.terms) != 1 or not isinstance(structural.terms[0], Causal):
-            return False
-        return self.number(structural.terms[0].offset) == 0
-
-    def whole(self, masked: bool = True) -> Span:
-        return Span(0, self.sizes["T"], 0, self.sizes["S"], 0, self.sizes["B"], masked)
-
-    def free(self) -> bool:
-        """Does the structural mask allow everything here?"""
-        structural, rows, cols = self.plan.structural, (0, self.sizes["T"]), (0, self.sizes["S"])
-        return (
-            structural.expr == TRUE
-            or structural.tile(rows, cols, self.sizes, self.ints) is Tile.FULL
-        )
-
-    def spans(
-        self, pairs: int, budget: int, most: int, batch: tuple[int, int] | None = None
-    ) -> Iterator[Span]:
-        """Blocks of rows, as tall as the budget allows, with the keys that the mask leaves them.
-
-        Args:
-            pairs: elements that one row and one key cost.
-            budget: elements of a block.
-            most: rows of a block.
-            batch: first and last + 1 batch item, all by default.
-        """
-        structural, sizes, free = self.plan.structural, self.sizes, self.free()
-        items = batch or (0, sizes["B"])
-
-        def keys(first: int, last: int) -> tuple[int, int]:
-            if free:
-                return 0, sizes["S"]
-            lo, hi = structural.key_range((first, last), sizes, self.ints)
-            return lo, max(lo, hi)
-
-        def full(rows: tuple[int, int], cols: tuple[int, int]) -> bool:
-            found = structural.tile(rows, cols, sizes, self.ints) if cols[0] < cols[1] else None
-            return found is Tile.FULL
-
-        r0 = 0
-        while r0 < sizes["T"]:
-            lo, hi = keys(r0, min(r0 + LEAST_ROWS, sizes["T"]))
-            step = min(budget // max(1, pairs * (hi - lo)), most)
-            r1 = min(r0 + max(LEAST_ROWS, step), sizes["T"])
-            lo, hi = keys(r0, r1)
-            yield Span(r0, r1, lo, hi, *items, not (free or full((r0, r1), (lo, hi))))
-            r0 = r1
-
-    def spread(self, *exprs: Expr) -> int:
-        """How many (batch, head) pairs these expressions differ over."""
-        over = {n.name for e in exprs for n in walk(e) if isinstance(n, Var)}
-        return (self.sizes["B"] if "b" in over else 1) * (self.sizes["H"] if "h" in over else 1)

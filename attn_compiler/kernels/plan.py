@@ -36,16 +36,19 @@ NO_BIAS = Const(0.0)
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A read that is a view: per dimension the variable (None for a number) and its shift."""
+    """A read that is a view of its tensor, laid out as [b, h, q, k].
+
+    Attributes:
+        slot: the tensor.
+        dims: per dimension of it the variable (None for a number) and its shift.
+        order: positions of the variables of `dims` in the order b h q k.
+        missing: which of b h q k do not occur.
+    """
 
     slot: int
     dims: tuple[tuple[str | None, Expr], ...]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Positions of the variables of `dims` in the order b h q k."""
-        names = [name for name, _ in self.dims if name is not None]
-        return tuple(names.index(i) for i in INDICES if i in names)
+    order: tuple[int, ...]
+    missing: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +57,32 @@ class Plan:
 
     Attributes:
         program: the program as written.
-        bias: what is added to the dot product when the score is a sum, else None.
+        additive: is the score a sum of the dot product and `bias`?
+        biased: is there such a bias?
+        one_read: is it one slice of one tensor?
+        varies: indices that the bias and the mask beyond `structural` vary with.
         structural: the part of the mask over rows and columns alone.
-        loose: the rest of the mask.
-        score, sink, local_bias, local_loose: the same with slots from `base` on for sliced reads.
+        score, sink, bias, loose, mask: as the program has them (loose: the mask beyond
+            `structural`), with slots from `base` on for sliced reads.
         slices: the views behind these slots.
         base: first slot that is a view.
+        score_slots: tensors that the score reads.
     """
 
     program: Program
-    bias: Expr | None
+    additive: bool
+    biased: bool
+    one_read: bool
+    varies: frozenset[str]
     structural: Mask
-    loose: Expr
     score: Expr
     sink: Expr | None
-    local_bias: Expr
-    local_loose: Expr
+    bias: Expr
+    loose: Expr
+    mask: Expr
     slices: tuple[Slice, ...]
     base: int
-
-    @property
-    def score_slots(self) -> frozenset[int]:
-        return frozenset(slots(self.program.score))
+    score_slots: frozenset[int]
 
 
 @lru_cache(maxsize=512)
@@ -83,34 +90,36 @@ def plan(text: str, sliced: bool = True) -> Plan:
     """Analyse a program's text; `sliced=False` leaves every read a gather."""
     program = Program.parse(text)
     structural, key_only, other = classify(program.mask).split()
-    loose = both(key_only, other)
-    bias = _addend(program.score)
-    parts = [program.score, bias or NO_BIAS, loose, program.sink or NO_BIAS]
+    loose, addend = _both(key_only, other), _addend(program.score)
+    parts = [program.score, addend or NO_BIAS, loose, program.sink or NO_BIAS]
     reads = list(dict.fromkeys(n for part in parts for n in walk(part) if isinstance(n, Read)))
     base = 1 + max((n.slot for n in reads), default=-1)
-    table: dict[Expr, Expr] = {}
-    slices: list[Slice] = []
-    for read in reads:
-        found = _as_slice(read) if sliced else None
-        if found is not None:
-            table[read] = Read(base + len(slices), ())
-            slices.append(found)
-    score, local_bias, local_loose, sink = (substitute(part, table) for part in parts)
+    found = {read: piece for read in reads if sliced and (piece := _as_slice(read)) is not None}
+    table: dict[Expr, Expr] = {read: Read(base + i, ()) for i, read in enumerate(found)}
+    score, bias, local_loose, sink = (substitute(part, table) for part in parts)
     return Plan(
         program=program,
-        bias=bias,
+        additive=addend is not None,
+        biased=bias != NO_BIAS,
+        one_read=isinstance(_uncast(bias), Read) and _uncast(bias) in table.values(),
+        varies=frozenset(i for i in INDICES if depends(parts[1], i) or depends(loose, i)),
         structural=classify(structural),
-        loose=loose,
         score=score,
         sink=None if program.sink is None else sink,
-        local_bias=local_bias,
-        local_loose=local_loose,
-        slices=tuple(slices),
+        bias=bias,
+        loose=local_loose,
+        mask=_both(structural, local_loose),
+        slices=tuple(found.values()),
         base=base,
+        score_slots=frozenset(slots(program.score)),
     )
 
 
-def both(left: Expr, right: Expr) -> Expr:
+def _uncast(expr: Expr) -> Expr:
+    return expr.args[0] if isinstance(expr, Call) and expr.op == "float" else expr
+
+
+def _both(left: Expr, right: Expr) -> Expr:
     return right if left == TRUE else left if right == TRUE else call("and", left, right)
 
 
@@ -142,7 +151,9 @@ def _as_slice(read: Read) -> Slice | None:
     names = [d[0] for d in dims if d is not None and d[0] is not None]
     if not dims or None in dims or len(set(names)) < len(names):
         return None
-    return Slice(read.slot, tuple(d for d in dims if d is not None))
+    order = tuple(names.index(i) for i in INDICES if i in names)
+    missing = tuple(n for n, i in enumerate(INDICES) if i not in names)
+    return Slice(read.slot, tuple(d for d in dims if d is not None), order, missing)
 
 
 def _affine(index: Expr) -> tuple[str | None, Expr] | None:

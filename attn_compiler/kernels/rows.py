@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import DOT, Expr, Read, walk
-from attn_compiler.kernels.frame import Frame, Span, empty_heads, widened
+from attn_compiler.ir.expr import DOT, Expr, Read, inside, walk
+from attn_compiler.kernels.frame import Frame, empty_heads, widened
+from attn_compiler.kernels.grid import Span, spans
 from attn_compiler.kernels.plan import has_dot
 from attn_compiler.kernels.slope import slope
 
@@ -127,7 +128,7 @@ def _query(frame: Frame, x: Tensor, span: Span, scale: float) -> Tensor:
 
 
 def _dropped(frame: Frame, span: Span) -> Tensor | None:
-    shape = (frame.sizes["H"], frame.sizes["T"])
+    shape = (frame.grid.H, frame.grid.T)
     return frame.given.drop.dropped(
         shape, (span.b0, span.b1), (span.r0, span.r1), (span.lo, span.hi)
     )
@@ -135,18 +136,18 @@ def _dropped(frame: Frame, span: Span) -> Tensor | None:
 
 def _spans(frame: Frame) -> Iterator[Span]:
     """Blocks of few batch items rather than of few rows, large enough for every thread."""
-    batch, heads, keys = frame.sizes["B"], frame.sizes["H"], frame.sizes["S"]
+    grid = frame.grid
     budget = _CPU_BUDGET * torch.get_num_threads() if frame.device.type == "cpu" else _BUDGET
-    items = min(batch, max(1, budget // (heads * keys * _GOOD_ROWS)))
-    for first in range(0, batch, items):
-        last = min(first + items, batch)
-        yield from frame.spans((last - first) * heads, budget, 512, (first, last))
+    items = min(grid.B, max(1, budget // (grid.H * grid.S * _GOOD_ROWS)))
+    for first in range(0, grid.B, items):
+        last = min(first + items, grid.B)
+        yield from spans(grid, (last - first) * grid.H, budget, 512, (first, last))
 
 
 def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     """`query` [B, G, R * rows, d] of the span's rows, times the scale; `key` [B, G, S, d]."""
-    plan, sizes = frame.plan, frame.sizes
-    shape = (span.b1 - span.b0, sizes["H"], span.r1 - span.r0, span.hi - span.lo)
+    plan, grid = frame.plan, frame.grid
+    shape = (span.b1 - span.b0, grid.H, span.r1 - span.r0, span.hi - span.lo)
     dot = (query @ key[span.keys].transpose(-1, -2)).view(shape)
     tensors = widened(frame.tensors(span), frame.dtype)
     s = _masked_scores(frame, span, tensors, dot)
@@ -156,15 +157,15 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     dead = top == -INF
     top = top.masked_fill(dead, 0.0)
     policy = plan.program.empty
-    if policy in ("uniform", "nan") and shape[3] < sizes["S"] and bool(dead.any()):
+    if policy in ("uniform", "nan") and shape[3] < grid.S and bool(dead.any()):
         # such a row reaches all keys, not only those that the span kept
-        return _block(frame, replace(span, lo=0, hi=sizes["S"], masked=True), query, key)
+        return _block(frame, replace(span, lo=0, hi=grid.S, masked=True), query, key)
     e = s.sub_(top).exp_()
     extra = None if sink is None else torch.exp(sink - top)
     total = e.sum(-1, keepdim=True) if extra is None else e.sum(-1, keepdim=True) + extra
     lse = (top + torch.log(total)).squeeze(-1)
     if policy == "uniform":
-        e.masked_fill_(dead, 1 / sizes["S"])
+        e.masked_fill_(dead, 1 / grid.S)
     # an empty row stays 0 / 0 where the program says so
     total = total if policy == "nan" else total.masked_fill(dead, 1.0)
     return Block(span, tensors, dot, e, total, extra, lse, dead)
@@ -206,4 +207,5 @@ def pull_back(
             into[slot].add_(part.sum())
         else:
             index = torch.broadcast_tensors(*(frame.value(i, span, tensors) for i in read.index))
+            index = inside(into[slot], index)
             into[slot].index_put_(index, part.sum_to_size(index[0].shape), accumulate=True)

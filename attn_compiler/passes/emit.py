@@ -133,9 +133,10 @@ class Emitter:
         node, where = self._source(operand)
         dims = [_runs(w.resolved(), groups) for w in where]
         present = [axis for runs in dims for run in runs for axis in run]
-        x = self.host(node)
+        x = self._sliced(self.host(node), where)
         x, atoms = self._unflatten(x, dims)
-        x, atoms = self._drop_units(x, atoms)
+        fixed = [w.const for w in where if not w.resolved().terms]
+        x, atoms = self._drop_units(x, atoms, fixed)
         target = [run for group in groups for run in _atoms_of(group, atoms)]
         x = self._permute(x, [atoms.index(run) for run in target])
         return self._grouped(x, target, groups, present)
@@ -172,12 +173,22 @@ class Emitter:
             return [-1 if position == symbolic[0] else size for position, size in enumerate(sizes)]
         return [self.size(size) for size in sizes]
 
+    def _sliced(self, x: fx.Node, where: Sequence[Index]) -> fx.Node:
+        """Keep of each dimension the part that is read."""
+        for dimension, (index, size) in enumerate(zip(where, ops.value(x).shape, strict=True)):
+            length = _extent(axis for axis, _ in index.terms)
+            if index.terms and not ax.equal(length, ax.size_of(size)):
+                start, stop = self.size(index.const), self.size(ax.simple(index.const + length))
+                x = self.call(aten.slice.Tensor, x, dimension, start, stop)
+        return x
+
     def _drop_units(
-        self, x: fx.Node, atoms: list[tuple[Axis, ...]]
+        self, x: fx.Node, atoms: list[tuple[Axis, ...]], fixed: Sequence[ax.Size]
     ) -> tuple[fx.Node, list[tuple[Axis, ...]]]:
+        chosen = list(fixed)
         for position in reversed(range(len(atoms))):
             if not atoms[position]:
-                x = self.call(aten.select.int, x, position, 0)
+                x = self.call(aten.select.int, x, position, self.size(chosen.pop()))
         return x, [run for run in atoms if run]
 
     def _permute(self, x: fx.Node, order: list[int]) -> fx.Node:
@@ -244,7 +255,7 @@ class Emitter:
                     aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs])
                 )
             atoms += runs if runs else [()]
-        x, atoms = self._drop_units(x, atoms)
+        x, atoms = self._drop_units(x, atoms, [0] * atoms.count(()))
         x = self._permute(x, [atoms.index(run) for run in wanted])
         for position, runs in enumerate(dims):
             if len(runs) > 1:
@@ -263,11 +274,12 @@ def _real(where: Iterable[Index]) -> frozenset[Axis]:
 
 
 def _covers(where: Sequence[Index], node: fx.Node) -> bool:
-    """Is every element of the node read exactly once?"""
+    """Is every element that is read read once, in one piece of each dimension?"""
     seen: set[Axis] = set()
     for index, size in zip(where, node.meta["val"].shape, strict=True):
         found = index.resolved()
-        if found.const != 0 or not ax.equal(_extent(a for a, _ in found.terms), ax.size_of(size)):
+        whole = ax.equal(_extent(a for a, _ in found.terms), ax.size_of(size))
+        if not isinstance(found.const, int) or (whole and found.const != 0 and found.terms):
             return False
         stride: ax.Size = 1
         for axis, coefficient in reversed(found.terms):

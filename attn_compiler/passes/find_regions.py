@@ -77,7 +77,7 @@ def _ends(anchor: fx.Node) -> Iterator[fx.Node]:
                     continue
                 seen.add(user)
                 called = ops.name(user)
-                if called in ops.CONTRACTION or (called == "sum" and multiplied):
+                if ops.is_contraction(user) or (called == "sum" and multiplied):
                     yield user
                 elif not is_boundary(user) and called not in ops.SOFTMAX:
                     following.append((user, multiplied or called in ("mul", "__mul__", "multiply")))

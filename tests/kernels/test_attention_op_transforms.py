@@ -1,4 +1,4 @@
-"""attn_compiler::attention under compile, export, checkpoint, autocast, torch.func, forward mode."""
+"""attn_compiler::attention under compile, export, checkpoint, autocast, torch.func."""
 
 from __future__ import annotations
 

@@ -1,0 +1,196 @@
+"""`rewrite(model)`: find who owns each attention, specialise its forward, swap its class, verify.
+
+The owner is the lowest module out of which no score and no probability escapes: `LlamaDecoderLayer`, whose attention
+module returns the weights as well, but `nn.MultiheadAttention` itself where `need_weights=False`. Owners are found by
+running the example once: modules are known by their calls, not by their names.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from attn_compiler.config import CompileConfig
+from attn_compiler.installed import Variant, base_of, install, names_of, restore
+from attn_compiler.ir.site import Decision, Missed, Reason
+from attn_compiler.report import Report
+from attn_compiler.specialise import Plan, specialise
+from attn_compiler.symbols import CaptureError
+from attn_compiler.verify import verify_owner
+from attn_compiler.watch import Example, watch
+
+log = logging.getLogger("attn_compiler")
+# how far above the attention its owner may stand, and how many attentions one owner may hold
+_HIGHEST = 4
+_MOST_ANCHORS = 4
+# kinds of calls that one owner is specialised for, and analyses that may fail before it is left alone
+_MOST_VARIANTS = 12
+_MOST_FAILURES = 4
+
+
+# ---------------------------------------------------------------- finding owners
+
+
+@dataclass
+class _Search:
+    """The state of one `rewrite`."""
+
+    model: nn.Module
+    config: CompileConfig
+    verify: bool
+    example: Example
+    owners: list[str] = field(default_factory=list)
+    levels: dict[type, int] = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list)
+
+    def run(self) -> Report:
+        for anchor in self.example.stacks:
+            if not any(_within(anchor, owner) for owner in self.owners):
+                self._place(anchor)
+        return sum(self.reports, Report())
+
+    def _place(self, anchor: str) -> None:
+        """Install at the lowest module that keeps the inner tensors to itself."""
+        best: tuple[int, _Attempt] | None = None
+        refusal: CaptureError | None = None
+        for level, path in self._candidates(anchor):
+            try:
+                attempt = self._attempt(path)
+            except CaptureError as error:
+                refusal = refusal or error
+                continue
+            if best is None or attempt.report.rewritten > best[1].report.rewritten:
+                best = level, attempt
+            if attempt.complete:
+                break
+        if best is not None and best[1].report.rewritten:
+            self.levels[type(self.model.get_submodule(anchor))] = best[0]
+            self._install(best[1])
+        elif best is not None:
+            self.reports.append(best[1].report)
+        elif refusal is not None:
+            log.info("%s: %s: %s", anchor, refusal.code, refusal.text)
+            missed = Missed("", refusal.code, refusal.text, anchor)
+            self.reports.append(Report(missed=(missed,)))
+
+    def _candidates(self, anchor: str) -> list[tuple[int, str]]:
+        stack = self.example.stacks[anchor][::-1][:_HIGHEST]
+        found = [
+            (level, path)
+            for level, path in enumerate(stack)
+            if path in self.example.calls and sum(_within(a, path) for a in self.example.stacks) <= _MOST_ANCHORS
+        ]
+        first = self.levels.get(type(self.model.get_submodule(anchor)))
+        return sorted(found, key=lambda pair: (pair[0] != first, pair[0]))
+
+    def _attempt(self, path: str) -> _Attempt:
+        owner = self.model.get_submodule(path)
+        if isinstance(owner, torch.jit.ScriptModule) or "forward" in owner.__dict__:
+            raise CaptureError("owner.instance_forward", f"{path} has a forward of its own")
+        inner = [s[s.index(path) + 1 :] for s in self.example.stacks.values() if path in s]
+        spine = {_relative(p, path) for stack in inner for p in stack}
+        plan = Plan(path, frozenset(spine), self.config)
+        base, values = base_of(owner), self.example.calls[path]
+        variant, report = specialise(owner, base, values, plan)
+        return _Attempt(path, owner, plan, variant, report)
+
+    def _install(self, attempt: _Attempt) -> None:
+        owner, path, report = attempt.owner, attempt.path, attempt.report
+        base, values = base_of(owner), self.example.calls[path]
+        variants = [attempt.variant]
+        if attempt.variant.asks_training:
+            with _other_mode(owner), suppress(CaptureError):
+                variants.append(specialise(owner, base, values, attempt.plan)[0])
+        install(owner, variants, attempt.plan)
+        problem = verify_owner(owner, values) if self.verify else None
+        if problem is not None:
+            restore(owner)
+            report = _refused(report, problem)
+        else:
+            self.owners.append(path)
+        self.reports.append(report)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    path: str
+    owner: nn.Module
+    plan: Plan
+    variant: Variant
+    report: Report
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.report.sites) and self.report.rewritten == len(self.report.sites)
+
+
+def rewrite_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig, verify: bool
+) -> Report:
+    """Rewrite the attention of a living model in place."""
+    return _Search(model, config, verify, watch(model, args, kwargs)).run()
+
+
+def _within(path: str, owner: str) -> bool:
+    return path == owner or not owner or path.startswith(f"{owner}.")
+
+
+def _relative(path: str, owner: str) -> str:
+    return path[len(owner) :].lstrip(".") if owner else path
+
+
+@contextmanager
+def _other_mode(owner: nn.Module) -> Iterator[None]:
+    """The owner in training mode if it is in evaluation mode, and the other way round."""
+    modes = [(module, module.training) for module in owner.modules()]
+    other = not owner.training
+    try:
+        for module, _ in modes:
+            module.training = other
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _refused(report: Report, text: str) -> Report:
+    sites = (
+        replace(s, decision=Decision(False, reasons=(Reason("verify.failed", text, s.location),)))
+        if s.decision.accepted
+        else s
+        for s in report.sites
+    )
+    return replace(report, sites=tuple(sites))
+
+
+# ---------------------------------------------------------------- calls unlike the example
+
+
+def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
+    """Analyse a call that no variant covers; None if the original code is to run."""
+    plan: Plan = owner._attn_plan
+    where = plan.prefix or "the root"
+    if len(owner._attn_variants) >= _MOST_VARIANTS or owner._attn_failures >= _MOST_FAILURES:
+        return None
+    if _get_current_dispatch_mode() is not None or torch.jit.is_tracing():
+        return None
+    try:
+        variant, report = specialise(owner, base_of(owner), values, plan)
+    except CaptureError as refusal:
+        problem = f"{refusal.code}: {refusal.text}"
+    else:
+        problem = "" if report.rewritten else "no attention was found in it"
+    if problem:
+        owner.__dict__["_attn_failures"] += 1
+        log.warning("%s: a call unlike the example runs the original code: %s", where, problem)
+        return None
+    log.info("%s: a call unlike the example was analysed", where)
+    owner._attn_variants.append(variant)
+    return variant

@@ -1,0 +1,103 @@
+"""Does a rewritten owner compute what the original does? Both are judged by their error to float64.
+
+    err(ours, f64)  <=  4 err(original, f64) + 8 ulps of the largest output
+
+A fixed tolerance would be too strict for half precision and too loose for float32; the original's own error is the scale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from attn_compiler.installed import base_of, parameters_of, restore
+from attn_compiler.watch import copied, tensors_of, untouched
+
+_FACTOR = 4.0
+_ULPS = 8.0
+
+
+def verify_owner(owner: nn.Module, values: tuple[Any, ...]) -> str | None:
+    """Compare on the recorded arguments; None if it agrees, else what does not."""
+    modes = [(module, module.training) for module in owner.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False  # dropout has no value to compare
+        with untouched(owner):
+            return _compare(owner, values)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _compare(owner: nn.Module, values: tuple[Any, ...]) -> str | None:
+    base = base_of(owner)
+    ours = _outputs(type(owner).forward, owner, copied(values))
+    theirs = _outputs(base.forward, owner, copied(values))
+    exact = _exact(owner, values) or theirs
+    if len(ours) != len(theirs):
+        return f"{len(ours)} tensors come out instead of {len(theirs)}"
+    for position, triple in enumerate(zip(ours, theirs, exact, strict=True)):
+        problem = disagreement(*triple)
+        if problem:
+            return f"output {position}: {problem}"
+    return None
+
+
+def _exact(owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor] | None:
+    """The original in float64; None where its code insists on another dtype."""
+    try:
+        double = copy.deepcopy(owner)
+        restore(double)
+        double = double.double()
+        return _outputs(base_of(owner).forward, double, copied(values, _double))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+
+def _outputs(forward: Callable[..., Any], owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Tensors that come out, and those in the arguments afterwards: a cache is an output too."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for p, value in zip(parameters_of(base_of(owner).forward), values, strict=True):
+        if p.kind is p.VAR_POSITIONAL:
+            args += value
+        elif p.kind is p.VAR_KEYWORD:
+            kwargs |= value
+        elif p.kind is p.KEYWORD_ONLY:
+            kwargs[p.name] = value
+        else:
+            args.append(value)
+    result = forward(owner, *args, **kwargs)
+    found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return [*found, *tensors_of(values, 0)]
+
+
+def disagreement(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> str:
+    """Why `ours` is not as good as `theirs`; "" if it is."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"{tuple(ours.shape)} {ours.dtype} instead of {tuple(theirs.shape)} {theirs.dtype}"
+    if not ours.is_floating_point():
+        return "" if torch.equal(ours, theirs) else "other numbers"
+    if ours.numel() == 0:
+        return ""
+    wide = [x.detach().double() for x in (ours, theirs, exact)]
+    finite = torch.isfinite(wide[1])
+    if not torch.equal(finite, torch.isfinite(wide[0])):
+        return "infinite or undefined numbers in other places"
+    mine, other, truth = (x[finite & torch.isfinite(wide[2])] for x in wide)
+    if mine.numel() == 0:
+        return ""
+    allowed = _FACTOR * float((other - truth).abs().max())
+    allowed += _ULPS * torch.finfo(ours.dtype).eps * float(truth.abs().max())
+    error = float((mine - truth).abs().max())
+    return "" if error <= allowed else f"error {error:.3g} to float64, allowed are {allowed:.3g}"

@@ -1,0 +1,128 @@
+"""The example run of `rewrite`: which modules attend, and what they were given.
+
+Modules are known by their calls: the stack of running modules when a softmax or a fused attention is called. Nothing of
+the run stays in the model: buffers and random numbers are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from attn_compiler.installed import base_of, names_of
+from attn_compiler.ir import ops
+from attn_compiler.record import calls_through
+
+_ANCHORS = ops.SOFTMAX | ops.SDPA | ops.MHA | ops.FLEX | ops.EXPONENTIAL
+_DEEPEST = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the example run showed.
+
+    Attributes:
+        stacks: for each module that called an anchor, the paths of all running modules, outermost first.
+        calls: copies of the arguments of the first call, for every module in a stack.
+    """
+
+    stacks: dict[str, tuple[str, ...]]
+    calls: dict[str, tuple[Any, ...]]
+
+
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """Run the model twice: once to find the modules, once to copy their arguments."""
+    names = {id(module): path for path, module in model.named_modules()}
+    stacks = _Stacks(names)
+    with untouched(model), calls_through(stacks.call), stacks:
+        model(*copied(args), **copied(kwargs))
+    calls = _Calls(names, frozenset(path for stack in stacks.found.values() for path in stack))
+    with untouched(model), calls_through(calls.call):
+        model(*copied(args), **copied(kwargs))
+    return Example(stacks.found, calls.found)
+
+
+class _Stacks(TorchFunctionMode):
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found: dict[str, tuple[str, ...]] = {}
+        self.running: list[str] = []
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        path = self.names.get(id(module))
+        if path is None:
+            return module._call_impl(*args, **kwargs)
+        self.running.append(path)
+        try:
+            return module._call_impl(*args, **kwargs)
+        finally:
+            self.running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ANCHORS and self.running:
+            self.found.setdefault(self.running[-1], tuple(self.running))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Calls:
+    """Copies of the arguments of the first call of some modules."""
+
+    names: dict[int, str]
+    wanted: frozenset[str]
+    found: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        path = self.names.get(id(module))
+        if path in self.wanted and path not in self.found:
+            self.found[path] = copied(bound(base_of(module), args, kwargs))
+        return module._call_impl(*args, **kwargs)
+
+
+def bound(base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments by parameter, in the order of `names_of`."""
+    signature = inspect.signature(base.forward)
+    call = signature.bind(None, *args, **kwargs)
+    call.apply_defaults()
+    return tuple(call.arguments[name] for name in names_of(base.forward))
+
+
+def copied(value: Any, change: Callable[[torch.Tensor], torch.Tensor] = torch.clone) -> Any:
+    """Arguments that nothing done to the copy changes; a tensor given twice stays one tensor."""
+    memo: dict[int, Any] = {}
+    for tensor in tensors_of(value, 0):
+        memo[id(tensor)] = change(tensor.detach()).requires_grad_(tensor.requires_grad)
+    return copy.deepcopy(value, memo)
+
+
+def tensors_of(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Tensors in an argument, also within objects."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth < _DEEPEST and not isinstance(value, type | str | int | float | nn.Module):
+        held = value.values() if isinstance(value, dict) else value
+        items = list(held) if isinstance(value, dict | list | tuple | set) else []
+        for child in (*items, *getattr(value, "__dict__", {}).values()):
+            yield from tensors_of(child, depth + 1)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the model without a trace in its buffers or in the random numbers."""
+    held = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for name, buffer in model.named_buffers():
+                if name in held and buffer.shape == held[name].shape:
+                    buffer.copy_(held[name])
