@@ -12,5 +12,5 @@ from attn_compiler.install import rewrite_module
 def rewrite(model: Any, args=(), kwargs=None, *, to="fastest", hardware=None, on_reject="keep", verify=True, calibration=None, inplace=False):
     config = make_config({"to": to, "hardware": hardware, "on_reject": on_reject})
     new = model if inplace else copy.deepcopy(model)
-    _reports.graphs.append(rewrite_module(new, args, kwargs or {}, config, verify))
+    _reports.clear(); _reports.graphs.append(rewrite_module(new, args, kwargs or {}, config, verify))
     return new

@@ -61,7 +61,7 @@ def shadow(value: Any, symbols: Symbols) -> Any:
     """
     memo: dict[int, Any] = {}
     for tensor in _tensors(value, 0):
-        memo[id(tensor)] = symbols.tensor(tensor)
+        memo[id(tensor)] = symbols.fixed(tensor)
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:  # runs the object's own code
@@ -173,7 +173,8 @@ class _Method:
         recorder = self.owner._attn_recorder
         before = _state(self.owner._attn_value)
         with recorder.paused():
-            value = self.function(*unwrap(args), **unwrap(kwargs))
+            fixed = recorder.symbols.fixed
+            value = self.function(*unwrap(args, fixed), **unwrap(kwargs, fixed))
         pure = before == _state(self.owner._attn_value)
         plain = not kwargs and all(isinstance(a, int | str | bool | None) for a in args)
         text = f"{self.text}({', '.join(map(repr, args))})" if self.text and pure and plain else ""
@@ -183,18 +184,20 @@ class _Method:
         return _wrap(recorder, value, node, text)
 
 
-def unwrap(value: Any) -> Any:
-    """Arguments with the copies that opaque objects stand for."""
-    if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return type(value)(unwrap(item) for item in value)
+def unwrap(value: Any, fixed: Callable[[Any], Any] = lambda value: value) -> Any:
+    """Arguments with the copies that opaque objects stand for, tensors and sizes changed by `fixed`."""
+    if type(value) in (tuple, list):
+        return type(value)(unwrap(item, fixed) for item in value)
     if type(value) is dict:
-        return {key: unwrap(item) for key, item in value.items()}
-    return object.__getattribute__(value, "_attn_value") if type(value) is Opaque else value
+        return {key: unwrap(item, fixed) for key, item in value.items()}
+    if type(value) is Opaque:
+        return object.__getattribute__(value, "_attn_value")
+    return fixed(value)
 
 
 def _effect(owner: Opaque, write: Callable[..., None], key: Any, value: Any) -> None:
     recorder = owner._attn_recorder
-    write(owner._attn_value, key, unwrap(value))
+    write(owner._attn_value, key, unwrap(value, recorder.symbols.fixed))
     recorder.graph.call_function(
         write, (owner._attn_node, recorder.argument(key), recorder.argument(value))
     )
@@ -211,7 +214,9 @@ def _result(
 def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
     """What the traced code gets: a fake tensor, a symbol, a constant with an assumption, or an opaque object."""
     if isinstance(value, torch.Tensor):
-        found = recorder.symbols.fresh(value, everything=True)
+        with torch._C.DisableTorchFunction():
+            token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
+        found = recorder.symbols.produce(token, lambda: recorder.symbols.fresh(value, everything=True))
         recorder.learn(found, read_later(recorder.graph, node))
         return found
     if type(value) is tuple:

@@ -23,7 +23,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from attn_compiler.opaque import CONSTANTS, Assumption, Opaque, unwrap
-from attn_compiler.symbols import CaptureError, Symbols, oblivious
+from attn_compiler.symbols import CaptureError, Mismatch, Symbols, oblivious
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 _SETTERS = (torch._C._set_grad_enabled,)
@@ -45,13 +45,20 @@ class Recorder(TorchFunctionMode):
         grad_read: did it ask whether gradients are enabled?
     """
 
-    def __init__(self, root: nn.Module, inline: Callable[[str, nn.Module], bool], prefix: str = "") -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        inline: Callable[[str, nn.Module], bool],
+        prefix: str = "",
+        guide: Recorder | None = None,
+    ) -> None:
         super().__init__()
         self.root = root
         self.inline = inline
         self.prefix = prefix
         self.graph = fx.Graph()
-        self.symbols = Symbols(self.graph)
+        self.symbols = Symbols(self.graph) if guide is None else guide.symbols.follow(self.graph)
+        self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
         self.kinds: dict[str, type[nn.Module]] = {}
@@ -86,7 +93,8 @@ class Recorder(TorchFunctionMode):
                 self._ambient = _ambient()
                 stack.enter_context(self)
                 result = forward(self.root, *args, **kwargs)
-        except CaptureError:
+            self.symbols.arrive()
+        except (CaptureError, Mismatch):
             raise
         except Exception as error:  # the trace runs the user's code
             text = (str(error).strip() or "no message").splitlines()[0]
@@ -113,6 +121,8 @@ class Recorder(TorchFunctionMode):
             value = evaluate(expr, *args, **kwargs)
             if not self._inside and not self._busy and isinstance(expr, sympy.Basic):
                 self._asked.append(_answered(expr, value))
+                if self._guide is not None and self._asked[-1] not in self._guide._asked:
+                    raise Mismatch
             return value
 
         env.evaluate_expr = evaluate_expr  # type: ignore[method-assign]
@@ -150,13 +160,28 @@ class Recorder(TorchFunctionMode):
             return func(*args)
         self._check(func)
         value = self._execute(func, args, kwargs)
-        if not _holds_tensor(value) and not (value is None and _holds_tensor(args)):
+        if not self._is_written(args, value):
             return value
         self._write(func, args, kwargs, value)
         return value
 
     def _execute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run one operation on fakes. It often asks whether a size is 1 though nothing hangs on it."""
+        """Run one operation on fakes, or take its result from the call that is followed."""
+        token = ("call", func, self._key(args), self._key(kwargs))
+        if self.symbols.following:
+            if self.symbols.next_token() == token:
+                return self.symbols.produce(token, lambda: None)
+            value = func(*self._fakes(args), **self._fakes(kwargs))
+            if self._is_written(args, value):
+                raise Mismatch
+            return value
+        value = self._compute(func, args, kwargs)
+        if self._is_written(args, value):
+            self.symbols.produce(token, lambda: value)
+        return value
+
+    def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run it. An operation often asks whether a size is 1 though nothing hangs on it."""
         before = len(self.symbols.env.guards)
         self._inside = True
         try:
@@ -168,8 +193,29 @@ class Recorder(TorchFunctionMode):
             self._idle |= {g.expr for g in asked if isinstance(g.expr, sympy.Ne)}
         return value
 
+    def _is_written(self, args: Any, value: Any) -> bool:
+        """Does a call with this result become a node?"""
+        return _holds_tensor(value) or (value is None and _holds_tensor(args))
+
+    def _key(self, value: Any) -> Any:
+        """Arguments by value: fakes by identity, parameters by path and type."""
+        if isinstance(value, torch.Tensor):
+            path = self._paths.get(id(value))
+            return id(value) if path is None else (path, value.shape, value.dtype, value.device)
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            return value.node._expr  # as it was then, whatever was learnt later
+        if isinstance(value, tuple | list):
+            return type(value), tuple(self._key(item) for item in value)
+        if isinstance(value, dict):
+            return tuple((key, self._key(item)) for key, item in value.items())
+        if isinstance(value, slice):
+            return self._key((value.start, value.stop, value.step))
+        return type(value), value
+
     def demands(self) -> list[sympy.Basic]:
         """What the sizes must fulfil for the trace to hold: of the operations, and of the code's own questions."""
+        if self._guide is not None:
+            return self._guide.demands()
         found = [guard for guard in self.symbols.guards() if guard not in self._idle]
         return [guard for guard in dict.fromkeys((*found, *self._asked)) if guard is not sympy.true]
 
@@ -219,6 +265,11 @@ class Recorder(TorchFunctionMode):
         self._alive.append(value)
         node.meta["example_value"] = value
         self.symbols.bind(value, node, text)
+
+    def forget(self) -> None:
+        """Let go of the module: what is left can guide the traces of others."""
+        del self.root
+        self._modules.clear()
 
     # ------------------------------------------------------------ arguments
 
@@ -292,13 +343,17 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_module(path, self.argument(args), self.argument(kwargs))
         self._provenance(node)
         self.leaves.append(path)
-        with self.paused():
-            value = module.forward(*self._fakes(unwrap(args)), **self._fakes(unwrap(kwargs)))
-            value = self._known_sizes(value)
+        token = ("module", path, _likeness(module), self._key(unwrap(args)), self._key(unwrap(kwargs)))
+        value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
             raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}")
         self._results(value, node)
         return value
+
+    def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.paused():
+            value = module.forward(*self._fakes(unwrap(args)), **self._fakes(unwrap(kwargs)))
+            return self._known_sizes(value)
 
     def _known_sizes(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -318,6 +373,18 @@ def plain_module(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _likeness(root: nn.Module) -> Any:
+    """Equal for modules that give results of the same type and shape."""
+    found = []
+    for path, module in root.named_modules():
+        owned = [(n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None]
+        simple = [(n, v) for n, v in module.__dict__.items() if type(v) in _SIMPLE]
+        if type(module).__module__.startswith("torch.nn."):
+            simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
+        found.append((path, type(module), owned, simple))
+    return found
 
 
 def _watching(kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]) -> type[nn.Module]:

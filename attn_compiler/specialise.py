@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import operator
 import re
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import isfinite
 from types import ModuleType
 from typing import Any
@@ -25,9 +28,13 @@ from attn_compiler.opaque import CONSTANTS, Opaque, settle, shadow
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder
 from attn_compiler.report import Report
-from attn_compiler.symbols import CaptureError, oblivious
+from attn_compiler.symbols import CaptureError, Mismatch, oblivious
 
 _SMALL = 4096
+# the layers of a model follow the first of them
+_MOST_GUIDES = 8
+_guides: dict[type[nn.Module], list[_Guide]] = {}
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -67,23 +74,128 @@ def specialise(
         CaptureError: it cannot be traced.
         NoLegalVariant: with `on_reject="raise"`.
     """
+    with _LOCK:
+        for guide in reversed(_guides.get(base, [])):
+            try:
+                return _follow(guide, owner, values, plan)
+            except (Mismatch, CaptureError):
+                continue
+        guide, variant = _trace(owner, base, values, plan)
+        _guides[base] = [*_guides.get(base, []), guide][-_MOST_GUIDES:]
+        return variant, guide.report
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """A finished specialisation that others of the same kind may follow."""
+
+    base: type[nn.Module]
+    plan: Plan
+    recorder: Recorder
+    recorded: dict[str, tuple[Any, ...]]
+    demands: list[sympy.Basic]
+    module: fx.GraphModule
+    report: Report
+
+
+def _trace(
+    owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
+) -> tuple[_Guide, Variant]:
     recorder = Recorder(owner, plan.inline, plan.prefix)
     call = _Call(recorder)
-    names = names_of(base.forward)
     with oblivious():
-        fakes = {n: call.leaf(n, v) for n, v in zip(names, values, strict=True)}
-        recorder.run(base.forward, *_as_call(base, fakes))
+        call.record(base, values)
+        recorded = _constants(recorder.graph)
         gm = fx.GraphModule(owner, recorder.graph)
-        recorder.graph = recorder.symbols.graph = gm.graph
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         report = compile_graph(gm, plan.config)
         demands += _late(recorder.symbols.guards()[traced:])
-    call.module_checks(plan)
-    call.guard_checks(demands, gm.graph)
+    call.module_checks()
+    call.guard_checks(demands)
+    call.guard_nodes(demands, gm.graph)
     settle(gm.graph)
     _spell_constants(gm)
     _sweep(gm.graph)
-    return Variant(_text(names, call, gm.graph), call.names), report
+    recorder.forget()
+    guide = _Guide(base, plan, recorder, recorded, demands, gm, report)
+    return guide, Variant(_text(names_of(base.forward), call, gm.graph), call.names)
+
+
+def _follow(
+    guide: _Guide, owner: nn.Module, values: tuple[Any, ...], plan: Plan
+) -> tuple[Variant, Report]:
+    """The variant of a module that does what another one of its class did.
+
+    Raises:
+        Mismatch: it does something else.
+    """
+    if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
+        raise Mismatch
+    recorder = Recorder(owner, plan.inline, plan.prefix, guide.recorder)
+    call = _Call(recorder)
+    with oblivious():
+        call.record(guide.base, values)
+    call.module_checks()
+    call.guard_checks(guide.demands)
+    report = _moved(guide, plan)
+    graph = guide.module.graph
+    with _patched(graph, guide.recorded, _constants(recorder.graph)):
+        return Variant(_text(names_of(guide.base.forward), call, graph), call.names), report
+
+
+def _constants(graph: fx.Graph) -> dict[str, Any]:
+    """What the calls on opaque objects are given, by the name of the node."""
+    return {
+        node.name: (node.args, node.kwargs)
+        for node in graph.nodes
+        if node.op in ("call_method", "call_function") and "example_value" not in node.meta
+    }
+
+
+@contextmanager
+def _patched(graph: fx.Graph, old: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
+    """Put other constants (the number of the layer) into the calls on opaque objects.
+
+    Raises:
+        Mismatch: the calls are others.
+    """
+    if old.keys() != new.keys():
+        raise Mismatch
+    nodes = {node.name: node for node in graph.nodes}
+    before = {name: (nodes[name].args, nodes[name].kwargs) for name in old if name in nodes}
+    try:
+        for name, arguments in before.items():
+            nodes[name].args, nodes[name].kwargs = _merged(arguments, old[name], new[name])
+        yield
+    finally:
+        for name, arguments in before.items():
+            nodes[name].args, nodes[name].kwargs = arguments
+
+
+def _merged(now: Any, old: Any, new: Any) -> Any:
+    if isinstance(old, tuple | list):
+        return type(old)(_merged(*items) for items in zip(now, old, new, strict=True))
+    if isinstance(old, dict):
+        return {key: _merged(now[key], old[key], new[key]) for key in old}
+    return now if isinstance(old, fx.Node) or old == new else new
+
+
+def _moved(guide: _Guide, plan: Plan) -> Report:
+    """The report of the followed module, at another path.
+
+    Raises:
+        Mismatch: something else is wanted there.
+    """
+    sites, start = [], len(guide.plan.prefix)
+    for site in guide.report.sites:
+        path = (plan.prefix + site.path[start:]).lstrip(".")
+        if plan.config.wanted(path) != plan.config.wanted(site.path):
+            raise Mismatch
+        sites.append(replace(site, path=path))
+    missed = [
+        replace(m, path=(plan.prefix + m.path[start:]).lstrip(".")) for m in guide.report.missed
+    ]
+    return replace(guide.report, sites=tuple(sites), missed=tuple(missed))
 
 
 def _as_call(
@@ -136,6 +248,12 @@ class _Call:
 
     # ------------------------------------------------------------ arguments
 
+    def record(self, base: type[nn.Module], values: tuple[Any, ...]) -> None:
+        """Trace the call."""
+        names = names_of(base.forward)
+        fakes = {n: self.leaf(n, v) for n, v in zip(names, values, strict=True)}
+        self.recorder.run(base.forward, *_as_call(base, fakes))
+
     def leaf(self, text: str, value: Any) -> Any:
         """The fake for one argument, or a container of fakes."""
         if isinstance(value, torch.Tensor):
@@ -183,7 +301,7 @@ class _Call:
 
     # ------------------------------------------------------------ modules, attributes, state
 
-    def module_checks(self, plan: Plan) -> None:
+    def module_checks(self) -> None:
         """The modules that were traced through, what was read of them, and the ambient state."""
         recorder = self.recorder
         for path, kind in recorder.kinds.items():
@@ -195,13 +313,10 @@ class _Call:
             else:
                 self.check(f"{_path(path)}.{name} == {self.name(value)}")
         for path in dict.fromkeys(recorder.leaves):
-            weight = next(iter(recorder.root.get_submodule(path)._parameters), None)
-            if (
-                weight is not None
-                and getattr(recorder.root.get_submodule(path), weight) is not None
-            ):
-                found = getattr(recorder.root.get_submodule(path), weight)
-                self.check(f"{_path(path)}.{weight}.dtype is {found.dtype}")
+            weights = recorder.root.get_submodule(path)._parameters
+            name, weight = next(iter(weights.items()), ("", None))
+            if weight is not None:
+                self.check(f"{_path(path)}.{name}.dtype is {weight.dtype}")
         for node in recorder.graph.nodes:
             if node.op == "get_attr" and isinstance(node.meta.get("example_value"), torch.Tensor):
                 found = node.meta["example_value"]
@@ -225,26 +340,32 @@ class _Call:
 
     # ------------------------------------------------------------ sizes and branches
 
-    def guard_checks(self, guards: list[sympy.Basic], graph: fx.Graph) -> None:
-        """Check before the call what can be, and the rest at the end of the graph."""
-        symbols = self.recorder.symbols
-        with graph.inserting_before(graph.output_node()):
-            for guard in guards:
-                text = symbols.text(guard)
-                if text is not None:
-                    self.check(text)
-                else:
-                    graph.call_function(require, (symbols.expression(guard), str(guard)))
+    def guard_checks(self, demands: list[sympy.Basic]) -> None:
+        """Check before the call what can be checked then."""
+        for demand in demands:
+            text = self.recorder.symbols.text(demand)
+            if text is not None:
+                self.check(text)
         for assumption in self.recorder.assumptions:
             constant = isinstance(assumption.value, bool | None)
-            same = operator.is_ if constant else operator.eq
             if assumption.text:
-                spelled = repr(assumption.value) if constant else self.name(assumption.value)
-                self.check(f"{assumption.text} {'is' if constant else '=='} {spelled}")
+                same = "is" if constant else "=="
+                self.check(f"{assumption.text} {same} {self.name(assumption.value)}")
+
+    def guard_nodes(self, demands: list[sympy.Basic], graph: fx.Graph) -> None:
+        """Check while the graph runs what was not known before it."""
+        symbols = self.recorder.symbols
+        with graph.inserting_before(graph.output_node()):
+            for demand in demands:
+                if symbols.text(demand) is None:
+                    graph.call_function(require, (symbols.expression(demand), str(demand)))
+        for assumption in self.recorder.assumptions:
+            same = operator.is_ if isinstance(assumption.value, bool | None) else operator.eq
             with graph.inserting_after(assumption.node):
                 found = graph.call_function(same, (assumption.node, assumption.value))
             with graph.inserting_after(found):
-                graph.call_function(require, (found, f"{assumption.node} is {assumption.value!r}"))
+                text = f"{assumption.text or assumption.node} is {assumption.value!r}"
+                graph.call_function(require, (found, text))
 
 
 def _path(path: str) -> str:

@@ -8,6 +8,8 @@ in the ShapeEnv; a guard becomes Python text to check before a call, or a node t
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +53,24 @@ class Origin:
     text: str = ""
 
 
+class Mismatch(Exception):
+    """A call does not take the same steps as the one it is compared with."""
+
+
 class Symbols:
-    """One ShapeEnv, its fake mode, and the origin of each symbol."""
+    """One ShapeEnv, its fake mode, and the origin of each symbol.
+
+    Every value that is made while a call is traced is a step. A second call that takes the same steps gets the same
+    values without any computation: the layers of a model are alike.
+
+    Attributes:
+        steps: what was asked for and what was given, in order.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self.steps: list[tuple[Any, Any]] = []
+        self._guide: list[tuple[Any, Any]] | None = None
         self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
         self.mode.cache_enabled = False  # with symbolic sizes the cache costs more than it saves
@@ -63,12 +78,55 @@ class Symbols:
         self._nodes: dict[sympy.Expr, fx.Node] = {}
         self._count = 0
 
+    def follow(self, graph: fx.Graph) -> Symbols:
+        """The same symbols for the trace of another call, which must take the same steps."""
+        found = copy.copy(self)
+        found.graph, found.origins, found._nodes = graph, {}, {}
+        found.steps, found._guide = [], self.steps
+        return found
+
+    @property
+    def following(self) -> bool:
+        return self._guide is not None
+
+    def produce(self, token: Any, make: Callable[[], Any]) -> Any:
+        """A value: made, or taken from the call that is followed.
+
+        Raises:
+            Mismatch: that call made something else at this point.
+        """
+        if self._guide is None:
+            value = make()
+        elif len(self.steps) < len(self._guide) and self._guide[len(self.steps)][0] == token:
+            value = self._guide[len(self.steps)][1]
+        else:
+            raise Mismatch
+        self.steps.append((token, value))
+        return value
+
+    def next_token(self) -> Any:
+        """What the call that is followed asked for next."""
+        assert self._guide is not None
+        return self._guide[len(self.steps)][0] if len(self.steps) < len(self._guide) else None
+
+    def arrive(self) -> None:
+        """Raise Mismatch unless every step of the call that is followed was taken."""
+        if self._guide is not None and len(self.steps) != len(self._guide):
+            raise Mismatch
+
     # ------------------------------------------------------------ values
 
     def tensor(self, real: torch.Tensor, dynamic: bool = True) -> FakeTensor:
         """A fake of a real tensor; its symbols have no origin before `bind`."""
+        token = (
+            *("tensor", tuple(real.shape), real.stride(), real.dtype, real.device),
+            *(real.requires_grad, dynamic),
+        )
+        return self.produce(token, lambda: self._tensor(real, dynamic))  # type: ignore[no-any-return]
+
+    def _tensor(self, real: torch.Tensor, dynamic: bool = True) -> FakeTensor:
         if _is_dense(real):
-            numbers = [self.integer(n) if dynamic and n > 1 else n for n in real.shape]
+            numbers = [self._integer(n) if dynamic and n > 1 else n for n in real.shape]
             return self._dense(numbers, real)
         source = self._source()
         kinds = [
@@ -98,6 +156,9 @@ class Symbols:
 
     def integer(self, value: int) -> torch.SymInt:
         """A symbolic integer with this value as its hint."""
+        return self.produce(("integer", value), lambda: self._integer(value))  # type: ignore[no-any-return]
+
+    def _integer(self, value: int) -> torch.SymInt:
         source = self._source()
         symbol = self.env.create_symbol(
             value, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
@@ -105,6 +166,17 @@ class Symbols:
         node = self.env.create_symintnode(symbol, hint=value, source=source)
         assert isinstance(node, torch.SymInt)
         return node
+
+    def fixed(self, value: Any) -> Any:
+        """The value with the sizes of the example: what opaque objects compute with has no symbols."""
+        if isinstance(value, torch.SymInt):
+            return hint(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        with self.mode, torch._C.DisableTorchFunction():
+            sizes, strides = ([hint(n) for n in numbers] for numbers in (value.size(), value.stride()))
+            found = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+            return found.requires_grad_(value.requires_grad)
 
     def _source(self) -> ConstantSource:
         self._count += 1
@@ -147,8 +219,8 @@ class Symbols:
             return value
         sizes: list[Any] = []
         for number in shape:
-            renew = isinstance(number, torch.SymInt) and (everything or not self.known(number))
-            sizes.append(self.integer(hint(number)) if renew else number)
+            renew = hint(number) > 1 if everything else not self.known(number)
+            sizes.append(self._integer(hint(number)) if renew else number)
         return self._dense(sizes, value)
 
     # ------------------------------------------------------------ numbers as nodes and text

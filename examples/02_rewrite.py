@@ -23,7 +23,13 @@ def main() -> None:
     print(f"a {type(new).__name__} with the same {len(new.state_dict())} entries in its state_dict")
     assert new.state_dict().keys() == model.state_dict().keys()
 
-    # an ordinary module: the copy has weights of its own, and trains
+    # an ordinary module: an export holds what it computes
+    exported = torch.export.export(new, (x,))
+    operator = torch.ops.attn_compiler.attention.default
+    count = sum(node.target is operator for node in exported.graph.nodes)
+    print(f"attention operators in its export: {count}")
+
+    # the copy has weights of its own, and trains
     twin = copy.deepcopy(new)
     twin(x).square().mean().backward()
     difference = (new(x) - model(x)).abs().max().item()

@@ -32,12 +32,17 @@ def test_example_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 <= difference < 1e-5
 
 
+def test_rewritten_model_holds_the_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    _load(EXAMPLES / "02_rewrite.py").main()
+    assert "attention operators in its export: 2" in capsys.readouterr().out
+
+
 def test_inspection_shows_the_graph_that_the_pass_made(capsys: pytest.CaptureFixture[str]) -> None:
     _load(EXAMPLES / "03_inspect.py").main()
     printed = capsys.readouterr().out
     assert "modified: True" in printed
-    assert "window(8)" in printed
-    assert "torch.ops.attn_compiler" in printed
+    assert "local(7)" in printed
+    assert "attn_compiler.attention" in printed
 
 
 def test_texts_of_the_main_job() -> None:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,24 @@ OURS: Way = ("eager", "attn_compiler")
 SDPA: Way = ("sdpa", "inductor")
 WAYS = {"stock": STOCK, "ours": OURS, "sdpa": SDPA}
 FAMILIES = ("gpt2", "llama")
-WIDTH, HEADS, KV_HEADS, VOCABULARY = 768, 12, 4, 1000
+WIDTH, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 768, 12, 4, 1000, 16384
 
 
-def build(family: str, attention: str, layers: int = 4, length: int = 4096) -> nn.Module:
+def build(family: str, attention: str, layers: int = 4) -> nn.Module:
     """A random model; the same seed gives both attention paths the same weights."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     if family == "gpt2":
         config = GPT2Config(
-            n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=length, vocab_size=VOCABULARY,
-            attn_implementation=attention,
+            n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=POSITIONS,
+            vocab_size=VOCABULARY, attn_implementation=attention,
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     llama = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=layers,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY,
-        max_position_embeddings=length, attn_implementation=attention,
+        max_position_embeddings=POSITIONS, attn_implementation=attention,
     )  # fmt: skip
     return LlamaForCausalLM(llama).eval()
 
@@ -106,12 +107,11 @@ def compare(family: str, length: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def in_fresh_process(*arguments: str) -> float:
-    """One number from this file run anew, with an empty compile cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def in_fresh_process(cache: str, *arguments: str) -> float:
+    """One number from this file run anew, with this folder as the compile cache."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
@@ -136,7 +136,7 @@ def peak_mebibytes(family: str, way: str, length: int) -> float:
     graph, and the kernel's high-water mark is reset before the call that counts.
     """
     attention, backend = WAYS[way]
-    model = build(family, attention, layers=1, length=2 * length).base_model
+    model = build(family, attention, layers=1).base_model
     forward = torch.compile(model, backend=backend, dynamic=True)
     for warm in (96, 128):
         seconds_of(forward, tokens(warm))
@@ -153,14 +153,6 @@ def _status(field: str) -> int:
 
 
 MEASURES = {"compile": compile_seconds, "memory": peak_mebibytes}
-
-
-def in_turns(measure: str, ways: Sequence[str], family: str, length: int, times: int) -> Any:
-    found: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(times):
-        for way in ways:
-            found[way].append(in_fresh_process("--measure", measure, family, way, str(length)))
-    return {way: spread(values) for way, values in found.items()}
 
 
 def versions() -> dict[str, str]:
@@ -207,9 +199,15 @@ def _ratio(found: dict[str, float]) -> str:
 
 
 def cold_compile(options: argparse.Namespace) -> Any:
+    """Stock and ours in turns, each time with an empty cache."""
     found = []
     for family in FAMILIES:
-        row = in_turns("compile", ("stock", "ours"), family, 1024, options.processes)
+        seconds: dict[str, list[float]] = {"stock": [], "ours": []}
+        for way in ("stock", "ours") * options.processes:
+            with tempfile.TemporaryDirectory() as cache:
+                taken = in_fresh_process(cache, "--measure", "compile", family, way, "1024")
+            seconds[way].append(taken)
+        row = {way: spread(values) for way, values in seconds.items()}
         ratio = row["ours"]["median"] / row["stock"]["median"]
         found.append({"family": family, "seconds": row, "ours_over_stock": ratio})
         say(
@@ -220,11 +218,15 @@ def cold_compile(options: argparse.Namespace) -> Any:
 
 
 def memory(options: argparse.Namespace) -> Any:
+    """One graph serves all lengths, so the cache is kept between the processes."""
     found = []
-    for family in FAMILIES:
-        for length in (*options.lengths, 2 * options.lengths[-1]):
-            row = in_turns("memory", tuple(WAYS), family, length, 1)
-            mebibytes = {way: values["median"] for way, values in row.items()}
+    lengths = (*options.lengths, 2 * options.lengths[-1])
+    with tempfile.TemporaryDirectory() as cache:
+        for family, length in product(FAMILIES, lengths):
+            mebibytes = {
+                way: in_fresh_process(cache, "--measure", "memory", family, way, str(length))
+                for way in WAYS
+            }
             found.append({"family": family, "length": length, "mebibytes": mebibytes})
             text = "  ".join(f"{way} {mib:.0f} MiB" for way, mib in mebibytes.items())
             say(f"{family} T={length} peak of one layer: {text}")

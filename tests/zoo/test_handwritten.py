@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import claims
 import pytest
 import torch
@@ -30,12 +32,17 @@ DYNAMIC = (
 )  # fmt: skip
 
 
+def alternately(names: list[str]) -> list[Any]:
+    """Every second name now, the others in the slow tier."""
+    return [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(names)]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_inference(name: str) -> None:
     expect(ENTRIES[name], check(ENTRIES[name]).report)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", alternately(TRAINED))
 def test_training(name: str) -> None:
     expect(ENTRIES[name], check(ENTRIES[name], training=True).report)
 
@@ -45,7 +52,14 @@ def test_dynamic_shapes(name: str) -> None:
     expect(ENTRIES[name], check(ENTRIES[name], dynamic=True).report)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", TYPED)
 def test_types(name: str, dtype: torch.dtype) -> None:
     entry: Entry = low_precision(ENTRIES[name], dtype)

@@ -19,14 +19,6 @@ def test_is_left_alone(row: Lookalike, training: bool) -> None:
     report = attn_compiler.last_report()
     if row.name not in MAY_BE_REWRITTEN:
         assert not claims.accepted(report), f"{row.why}:\n{claims.decisions(report)}"
-
-
-@pytest.mark.parametrize("row", [r for r in LOOKALIKES if r.name not in MAY_BE_REWRITTEN], ids=str)
-def test_a_miss_says_where_and_why(row: Lookalike) -> None:
-    """Whatever is reported as missed carries a code, a sentence and a place."""
-    import attn_compiler
-
-    module = row.module()
-    claims.run(compiled(module, dynamic=False), row.arguments(), {}, module, False)
-    for miss in attn_compiler.last_report().missed:
+    # whatever is reported as missed carries a code, a sentence and a place
+    for miss in report.missed:
         assert miss.code and miss.text and miss.location, (miss.code, miss.text, miss.location)
