@@ -8,7 +8,7 @@ running the example once: modules are known by their calls, not by their names.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, base_of, install, names_of, restore
-from attn_compiler.ir.site import Decision, Missed, Reason
+from attn_compiler.ir.site import Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
 from attn_compiler.symbols import CaptureError
-from attn_compiler.verify import verify_owner
+from attn_compiler.verify import refused, verify_owner
 from attn_compiler.watch import Example, watch
 
 log = logging.getLogger("attn_compiler")
@@ -85,7 +85,8 @@ class _Search:
         found = [
             (level, path)
             for level, path in enumerate(stack)
-            if path in self.example.calls and sum(_within(a, path) for a in self.example.stacks) <= _MOST_ANCHORS
+            if path in self.example.calls
+            and sum(_within(a, path) for a in self.example.stacks) <= _MOST_ANCHORS
         ]
         first = self.levels.get(type(self.model.get_submodule(anchor)))
         return sorted(found, key=lambda pair: (pair[0] != first, pair[0]))
@@ -112,7 +113,7 @@ class _Search:
         problem = verify_owner(owner, values) if self.verify else None
         if problem is not None:
             restore(owner)
-            report = _refused(report, problem)
+            report = refused(report, problem)
         else:
             self.owners.append(path)
         self.reports.append(report)
@@ -132,10 +133,24 @@ class _Attempt:
 
 
 def rewrite_module(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig, verify: bool
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: CompileConfig,
+    verify: bool,
+    check: Callable[[Report], None],
 ) -> Report:
-    """Rewrite the attention of a living model in place."""
-    return _Search(model, config, verify, watch(model, args, kwargs)).run()
+    """Rewrite the attention of a living model in place; if `check` raises, it is as before."""
+    # a refusal at one module is no refusal: its parent may do
+    search = _Search(model, replace(config, on_reject="keep"), verify, watch(model, args, kwargs))
+    try:
+        report = search.run()
+        check(report)
+    except Exception:
+        for path in search.owners:
+            restore(model.get_submodule(path))
+        raise
+    return report
 
 
 def _within(path: str, owner: str) -> bool:
@@ -158,16 +173,6 @@ def _other_mode(owner: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _refused(report: Report, text: str) -> Report:
-    sites = (
-        replace(s, decision=Decision(False, reasons=(Reason("verify.failed", text, s.location),)))
-        if s.decision.accepted
-        else s
-        for s in report.sites
-    )
-    return replace(report, sites=tuple(sites))
 
 
 # ---------------------------------------------------------------- calls unlike the example

@@ -105,6 +105,19 @@ def require(condition: Any, text: str) -> None:
         )
 
 
+def require_mode(module: nn.Module, training: bool) -> None:
+    """Check that a module of a rewritten graph is in the mode in which the graph was rewritten.
+
+    Raises:
+        UnsupportedCall: it is in the other mode, and its dropout would be wrong.
+    """
+    if module.training is not training:
+        raise UnsupportedCall(
+            f"a graph that was rewritten in {'training' if training else 'evaluation'} mode runs in the other",
+            do="rewrite the original graph again after train() or eval()",
+        )
+
+
 # ---------------------------------------------------------------- the class
 
 
@@ -121,7 +134,9 @@ def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 def rewritten_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an owner's class whose forward tries the variants first; always the same one."""
     if base not in _classes:
-        space = _execute(_forward_source(base), {"base": base, "unlike": unlike, "defaults": _defaults(base)})
+        space = _execute(
+            _forward_source(base), {"base": base, "unlike": unlike, "defaults": _defaults(base)}
+        )
         forward = space["forward"]
         forward.__wrapped__ = inspect.unwrap(base.forward)
         body = {
@@ -189,7 +204,9 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
     return _restore, (type(self)._attn_base, function, arguments[1:]), *rest
 
 
-def _restore(base: type[nn.Module], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _restore(
+    base: type[nn.Module], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Any:
     return function(rewritten_class(base), *arguments)
 
 

@@ -216,7 +216,9 @@ def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
     if isinstance(value, torch.Tensor):
         with torch._C.DisableTorchFunction():
             token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
-        found = recorder.symbols.produce(token, lambda: recorder.symbols.fresh(value, everything=True))
+        found = recorder.symbols.produce(
+            token, lambda: recorder.symbols.fresh(value, everything=True)
+        )
         recorder.learn(found, read_later(recorder.graph, node))
         return found
     if type(value) is tuple:

@@ -51,13 +51,19 @@ class Recorder(TorchFunctionMode):
         inline: Callable[[str, nn.Module], bool],
         prefix: str = "",
         guide: Recorder | None = None,
+        into: tuple[Symbols, str] | None = None,
     ) -> None:
         super().__init__()
         self.root = root
         self.inline = inline
         self.prefix = prefix
-        self.graph = fx.Graph()
-        self.symbols = Symbols(self.graph) if guide is None else guide.symbols.follow(self.graph)
+        self.home = ""
+        if into is not None:
+            self.symbols, self.home = into
+            self.graph = self.symbols.graph
+        else:
+            self.graph = fx.Graph()
+            self.symbols = guide.symbols.follow(self.graph) if guide else Symbols(self.graph)
         self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
@@ -73,12 +79,14 @@ class Recorder(TorchFunctionMode):
         self._busy = 0
         self._inside = False
         self._idle: set[sympy.Basic] = set()
-        self._asked: list[sympy.Basic] = []
+        self.asked: list[sympy.Basic] = []
 
     # ------------------------------------------------------------ running
 
-    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Trace `forward(root, *args, **kwargs)` on fakes whose placeholders exist already.
+    def run(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace `forward(root, *args, **kwargs)` on fakes whose nodes exist already.
 
         Raises:
             CaptureError: why it cannot be traced.
@@ -98,8 +106,10 @@ class Recorder(TorchFunctionMode):
             raise
         except Exception as error:  # the trace runs the user's code
             text = (str(error).strip() or "no message").splitlines()[0]
-            raise CaptureError("owner.untraceable", f"{type(error).__name__}: {text[:160]}") from error
-        self.graph.output(self.argument(result))
+            raise CaptureError(
+                "owner.untraceable", f"{type(error).__name__}: {text[:160]}"
+            ) from error
+        return result
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -120,8 +130,8 @@ class Recorder(TorchFunctionMode):
         def evaluate_expr(expr: Any, *args: Any, **kwargs: Any) -> Any:
             value = evaluate(expr, *args, **kwargs)
             if not self._inside and not self._busy and isinstance(expr, sympy.Basic):
-                self._asked.append(_answered(expr, value))
-                if self._guide is not None and self._asked[-1] not in self._guide._asked:
+                self.asked.append(_answered(expr, value))
+                if self._guide is not None and self.asked[-1] not in self._guide.asked:
                     raise Mismatch
             return value
 
@@ -150,7 +160,11 @@ class Recorder(TorchFunctionMode):
     # ------------------------------------------------------------ functions
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if self._busy:
@@ -217,7 +231,7 @@ class Recorder(TorchFunctionMode):
         if self._guide is not None:
             return self._guide.demands()
         found = [guard for guard in self.symbols.guards() if guard not in self._idle]
-        return [guard for guard in dict.fromkeys((*found, *self._asked)) if guard is not sympy.true]
+        return [guard for guard in dict.fromkeys((*found, *self.asked)) if guard is not sympy.true]
 
     def _check(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")
@@ -253,16 +267,18 @@ class Recorder(TorchFunctionMode):
                     self._provenance(piece)
                     self._results(item, piece)
 
+    def _at(self, path: str) -> str:
+        return f"{self.home}.{path}" if self.home else path
+
     def _provenance(self, node: fx.Node) -> None:
         path, module = self._stack[-1]
-        full = ".".join(filter(None, (self.prefix, path)))
+        full = ".".join(filter(None, (self.prefix or self.home, path)))
         node.meta["nn_module_stack"] = {full: (full, type(module).__name__)}
         node.meta["stack_trace"] = _user_frames()
 
     def learn(self, value: torch.Tensor, node: fx.Node, text: str = "") -> None:
         """This node holds this tensor."""
-        self._known[id(value)] = node
-        self._alive.append(value)
+        self.know(value, node)
         node.meta["example_value"] = value
         self.symbols.bind(value, node, text)
 
@@ -272,6 +288,11 @@ class Recorder(TorchFunctionMode):
         self._modules.clear()
 
     # ------------------------------------------------------------ arguments
+
+    def know(self, value: torch.Tensor, node: fx.Node) -> None:
+        """This node, made elsewhere, holds this tensor."""
+        self._known[id(value)] = node
+        self._alive.append(value)
 
     def argument(self, value: Any) -> Any:
         """The value as an argument of a node.
@@ -296,14 +317,19 @@ class Recorder(TorchFunctionMode):
             return slice(*(self.argument(item) for item in (value.start, value.stop, value.step)))
         if isinstance(value, (*CONSTANTS, int, type(...), torch.layout, torch.memory_format)):
             return value
-        raise CaptureError("owner.value", f"a value of type {type(value).__name__} cannot be written down")
+        raise CaptureError(
+            "owner.value", f"a value of type {type(value).__name__} cannot be written down"
+        )
 
     def _tensor_node(self, value: torch.Tensor) -> fx.Node:
         if id(value) not in self._known:
             path = self._paths.get(id(value))
             if path is None:
-                raise CaptureError("owner.not_pure", "it reads a tensor that is neither an argument nor a parameter")
-            node = self.graph.get_attr(path)
+                raise CaptureError(
+                    "owner.not_pure",
+                    "it reads a tensor that is neither an argument nor a parameter",
+                )
+            node = self.graph.get_attr(self._at(path))
             self._known[id(value)] = node
             node.meta["example_value"] = self.symbols.mode.from_tensor(value, static_shapes=True)
             self._known[id(node.meta["example_value"])] = node
@@ -313,7 +339,11 @@ class Recorder(TorchFunctionMode):
     def _fakes(self, value: Any) -> Any:
         """Parameters as fakes, everything else as it is."""
         if isinstance(value, torch.Tensor):
-            return value if id(value) not in self._paths else self._tensor_node(value).meta["example_value"]
+            return (
+                value
+                if id(value) not in self._paths
+                else self._tensor_node(value).meta["example_value"]
+            )
         if isinstance(value, tuple | list) and type(value) in (tuple, list):
             return type(value)(self._fakes(item) for item in value)
         if type(value) is dict:
@@ -327,7 +357,10 @@ class Recorder(TorchFunctionMode):
         path = self._modules.get(id(module))
         if self._busy or path is None:
             if not self._busy:
-                raise CaptureError("owner.not_pure", f"it calls a {type(module).__name__} that is not its submodule")
+                raise CaptureError(
+                    "owner.not_pure",
+                    f"it calls a {type(module).__name__} that is not its submodule",
+                )
             return module.forward(*args, **kwargs)
         if path in self.kinds:
             if not plain_module(module):
@@ -339,11 +372,19 @@ class Recorder(TorchFunctionMode):
                 self._stack.pop()
         return self._leaf(path, module, args, kwargs)
 
-    def _leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = self.graph.call_module(path, self.argument(args), self.argument(kwargs))
+    def _leaf(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        node = self.graph.call_module(self._at(path), self.argument(args), self.argument(kwargs))
         self._provenance(node)
         self.leaves.append(path)
-        token = ("module", path, _likeness(module), self._key(unwrap(args)), self._key(unwrap(kwargs)))
+        token = (
+            "module",
+            path,
+            _likeness(module),
+            self._key(unwrap(args)),
+            self._key(unwrap(kwargs)),
+        )
         value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
             raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}")
@@ -364,6 +405,11 @@ class Recorder(TorchFunctionMode):
 # ---------------------------------------------------------------- what the trace may read
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Has it nothing of its own: a dropout, a softmax, a reshape?"""
+    return not module._parameters and not module._buffers and not module._modules
+
+
 def plain_module(module: nn.Module) -> bool:
     """Does calling the module run its class's forward and nothing else?"""
     return not (
@@ -379,7 +425,9 @@ def _likeness(root: nn.Module) -> Any:
     """Equal for modules that give results of the same type and shape."""
     found = []
     for path, module in root.named_modules():
-        owned = [(n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None]
+        owned = [
+            (n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None
+        ]
         simple = [(n, v) for n, v in module.__dict__.items() if type(v) in _SIMPLE]
         if type(module).__module__.startswith("torch.nn."):
             simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
@@ -387,14 +435,20 @@ def _likeness(root: nn.Module) -> Any:
     return found
 
 
-def _watching(kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]) -> type[nn.Module]:
+def _watching(
+    kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]
+) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
         if type(value) in _SIMPLE and not name.startswith("__"):
             reads[path, name] = value
         return value
 
-    return type(kind)(kind.__name__, (kind,), {"__getattribute__": __getattribute__, "__module__": kind.__module__})
+    return type(kind)(
+        kind.__name__,
+        (kind,),
+        {"__getattribute__": __getattribute__, "__module__": kind.__module__},
+    )
 
 
 def _tensor_paths(root: nn.Module) -> dict[int, str]:
@@ -408,7 +462,9 @@ def _tensor_paths(root: nn.Module) -> dict[int, str]:
 
 
 def _ambient() -> Any:
-    return tuple((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda"))
+    return tuple(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
+    )
 
 
 @contextmanager
@@ -443,7 +499,9 @@ def _patched(recorder: Recorder) -> Iterator[None]:
     def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != thread or recorder._busy:
             return apply.__get__(None, cls)(*args, **kwargs)
-        raise CaptureError("owner.autograd_function", f"it applies the autograd function {cls.__name__}")
+        raise CaptureError(
+            "owner.autograd_function", f"it applies the autograd function {cls.__name__}"
+        )
 
     with calls_through(recorder.call_module):
         torch.is_grad_enabled = is_grad_enabled
@@ -460,7 +518,9 @@ def _patched(recorder: Recorder) -> Iterator[None]:
 
 def _answered(question: sympy.Basic, answer: Any) -> sympy.Basic:
     """The question and its answer as a condition."""
-    if answer in (sympy.true, sympy.false, True, False) and isinstance(question, Boolean | BooleanAtom):
+    if answer in (sympy.true, sympy.false, True, False) and isinstance(
+        question, Boolean | BooleanAtom
+    ):
         return question if answer else sympy.Not(question)
     return sympy.Eq(question, answer)
 
@@ -485,7 +545,9 @@ def _user_frames() -> str:
     """The frames of the traced code, outermost first, as a traceback prints them."""
     frame, lines = sys._getframe(3), []
     while frame is not None and frame.f_code.co_name != "run":
-        if frame.f_globals.get("__name__") != __name__:
-            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        if frame.f_globals.get("__name__") not in (__name__, "torch.overrides"):
+            lines.append(
+                f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+            )
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))

@@ -26,7 +26,7 @@ from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of, parameters_of, require
 from attn_compiler.opaque import CONSTANTS, Opaque, settle, shadow
 from attn_compiler.pipeline import compile_graph
-from attn_compiler.record import Recorder
+from attn_compiler.record import Recorder, is_bare
 from attn_compiler.report import Report
 from attn_compiler.symbols import CaptureError, Mismatch, oblivious
 
@@ -55,8 +55,7 @@ class Plan:
         """Modules on the way to the attention, and the dropouts and activations beside it."""
         if path in self.spine:
             return True
-        bare = not module._parameters and not module._buffers and not module._modules
-        return bare and path.rpartition(".")[0] in self.spine
+        return is_bare(module) and path.rpartition(".")[0] in self.spine
 
 
 def specialise(
@@ -233,7 +232,11 @@ class _Call:
 
     def name(self, value: Any) -> str:
         """Text for a constant or a class: a literal where there is one."""
-        if type(value) in (int, str, bool, type(None), torch.dtype) or type(value) is float and isfinite(value):
+        if (
+            type(value) in (int, str, bool, type(None), torch.dtype)
+            or type(value) is float
+            and isfinite(value)
+        ):
             return repr(value)
         for name, known in self.names.items():
             if known is value or (type(known) is type(value) is torch.device and known == value):
@@ -252,7 +255,8 @@ class _Call:
         """Trace the call."""
         names = names_of(base.forward)
         fakes = {n: self.leaf(n, v) for n, v in zip(names, values, strict=True)}
-        self.recorder.run(base.forward, *_as_call(base, fakes))
+        result = self.recorder.run(base.forward, *_as_call(base, fakes))
+        self.recorder.graph.output(self.recorder.argument(result))
 
     def leaf(self, text: str, value: Any) -> Any:
         """The fake for one argument, or a container of fakes."""

@@ -174,7 +174,9 @@ class Symbols:
         if not isinstance(value, torch.Tensor):
             return value
         with self.mode, torch._C.DisableTorchFunction():
-            sizes, strides = ([hint(n) for n in numbers] for numbers in (value.size(), value.stride()))
+            sizes, strides = (
+                [hint(n) for n in numbers] for numbers in (value.size(), value.stride())
+            )
             found = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
             return found.requires_grad_(value.requires_grad)
 
@@ -292,7 +294,9 @@ def hint(number: int | torch.SymInt) -> int:
 
 def _is_dense(tensor: torch.Tensor) -> bool:
     expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+    for stride, size in sorted(
+        (s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1
+    ):
         if stride != expected:
             return False
         expected *= size

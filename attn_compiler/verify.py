@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_compiler.installed import base_of, parameters_of, restore
+from attn_compiler.ir.site import Decision, Reason
+from attn_compiler.report import Report
 from attn_compiler.watch import copied, tensors_of, untouched
 
 _FACTOR = 4.0
@@ -40,13 +44,7 @@ def _compare(owner: nn.Module, values: tuple[Any, ...]) -> str | None:
     ours = _outputs(type(owner).forward, owner, copied(values))
     theirs = _outputs(base.forward, owner, copied(values))
     exact = _exact(owner, values) or theirs
-    if len(ours) != len(theirs):
-        return f"{len(ours)} tensors come out instead of {len(theirs)}"
-    for position, triple in enumerate(zip(ours, theirs, exact, strict=True)):
-        problem = disagreement(*triple)
-        if problem:
-            return f"output {position}: {problem}"
-    return None
+    return _disagreements(ours, theirs, exact)
 
 
 def _exact(owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor] | None:
@@ -55,16 +53,31 @@ def _exact(owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor] | No
         double = copy.deepcopy(owner)
         restore(double)
         double = double.double()
-        return _outputs(base_of(owner).forward, double, copied(values, _double))
+        with _Wide():
+            return _outputs(base_of(owner).forward, double, copied(values, _double))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None
+
+
+class _Wide(TorchDispatchMode):
+    """Casts that the code spells itself (`softmax(x, dtype=torch.float32)`) go to float64 too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*pytree.tree_map(_wide, args), **pytree.tree_map(_wide, kwargs or {}))
+
+
+def _wide(value: Any) -> Any:
+    narrow = isinstance(value, torch.dtype) and value.is_floating_point
+    return torch.float64 if narrow else value
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
-def _outputs(forward: Callable[..., Any], owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor]:
+def _outputs(
+    forward: Callable[..., Any], owner: nn.Module, values: tuple[Any, ...]
+) -> list[torch.Tensor]:
     """Tensors that come out, and those in the arguments afterwards: a cache is an output too."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -78,8 +91,50 @@ def _outputs(forward: Callable[..., Any], owner: nn.Module, values: tuple[Any, .
         else:
             args.append(value)
     result = forward(owner, *args, **kwargs)
-    found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    return [*found, *tensors_of(values, 0)]
+    return [*_tensors(result), *tensors_of(values, 0)]
+
+
+def verify_graph(
+    original: Callable[..., Any], ours: Callable[..., Any], args: tuple[Any, ...]
+) -> str | None:
+    """Compare two graph modules on an example; None if they agree."""
+    with torch.random.fork_rng(), torch.no_grad():
+        mine = _tensors(ours(*copied(args)))
+        other = _tensors(original(*copied(args)))
+        try:
+            with _Wide():
+                exact = _tensors(copy.deepcopy(original).double()(*copied(args, _double)))  # type: ignore[attr-defined]
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            exact = other
+    return _disagreements(mine, other, exact)
+
+
+def refused(report: Report, text: str) -> Report:
+    """The report of a rewrite that was taken back."""
+    reasons = tuple(Reason("verify.failed", text, site.location) for site in report.sites)
+    sites = (
+        replace(site, decision=Decision(False, reasons=(reason,)))
+        if site.decision.accepted
+        else site
+        for site, reason in zip(report.sites, reasons, strict=True)
+    )
+    return replace(report, sites=tuple(sites))
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _disagreements(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], exact: list[torch.Tensor]
+) -> str | None:
+    if len(ours) != len(theirs):
+        return f"{len(ours)} tensors come out instead of {len(theirs)}"
+    for position, triple in enumerate(zip(ours, theirs, exact, strict=True)):
+        problem = disagreement(*triple)
+        if problem:
+            return f"output {position}: {problem}"
+    return None
 
 
 def disagreement(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> str:

@@ -116,13 +116,15 @@ def tensors_of(value: Any, depth: int) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: Any, grad: bool = False) -> Iterator[None]:
     """Run the model without a trace in its buffers or in the random numbers."""
-    held = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.random.fork_rng(), torch.no_grad():
+    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
+    held = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    with torch.random.fork_rng(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         try:
             yield
         finally:
-            for name, buffer in model.named_buffers():
-                if name in held and buffer.shape == held[name].shape:
-                    buffer.copy_(held[name])
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    if buffer.shape == held[name].shape:
+                        buffer.copy_(held[name])

@@ -41,6 +41,8 @@ class _Found:
     mask: list[Expr]
     fills: set[float]
     added: int = 0  # how many finite fills are added rather than set
+    infinite_added: bool = False
+    summed: bool = False  # a fill is added to what another fill has set
 
 
 def split(
@@ -65,9 +67,9 @@ def split(
     if never_empty(mask) and _fills_forbid(found, score, bounded):
         return Split(score, mask, "any")
     if found.fills == {-math.inf}:
-        return Split(score, mask, "nan")
+        return Split(score, mask, "nan_added" if found.infinite_added else "nan")
     if len(found.fills) == 1 and _uniform(found, score, dtype, bounded):
-        return Split(score, mask, "uniform")
+        return Split(score, mask, "absorbed" if found.added else "uniform")
     return Split(logits, TRUE, "any")
 
 
@@ -82,7 +84,7 @@ def _uniform(
     (fill,) = found.fills
     absorbing = fill <= _ABSORBING or fill == torch.finfo(dtype).min
     alike = found.added == 0 or (found.added == 1 and absorbing)
-    return alike and all_bounded(score, bounded)
+    return alike and not found.summed and all_bounded(score, bounded)
 
 
 def all_bounded(score: Expr, bounded: Callable[[Expr], bool]) -> bool:
@@ -149,6 +151,7 @@ def _strip_where(logits: Call, found: _Found, dtype: torch.dtype) -> Expr | None
             assert isinstance(fill, Const)
             found.mask.append(keep)
             found.fills.add(float(fill.value))
+            found.summed |= found.added > 0 and not math.isinf(fill.value)
             return inner
     return None
 
@@ -173,6 +176,7 @@ def _strip_sum(
         found.mask.append(keep)
         found.fills |= fills
         found.added += not math.isinf(next(iter(fills)))
+        found.infinite_added |= math.isinf(next(iter(fills)))
         taken = True
     if not taken or not kept:
         return None

@@ -142,7 +142,7 @@ class Puller:
     def step(self, node: fx.Node, where: Coordinates) -> tuple[fx.Node, Coordinates] | None:
         """One view further back, or None if `node` is no view."""
         rule = VIEWS.get(op(node))
-        if rule is None:
+        if rule is None or node.meta.get("no_grad"):
             return None
         try:
             return rule(self, node, arguments(node), where)
@@ -178,7 +178,7 @@ class Puller:
         further = self.step(node, where)
         if further is not None:
             return self.expr(*further)
-        rule = VALUES.get(op(node))
+        rule = None if node.meta.get("no_grad") else VALUES.get(op(node))
         try:
             result = rule(self, node, arguments(node), where) if rule is not None else None
         except CannotSplit:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from attn_compiler.ir import ops
 
 LARGEST = 1500
+NO_GRAD = ("no_grad",)
 
 
 class RegionError(Exception):
@@ -185,10 +186,11 @@ def _mutated(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> Iterable[fx
 
 
 def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
-    """For each node, the autocast regions it runs in: argument tuples of `torch.autocast`, the
-    outermost first.
+    """For each node, the state it runs in: argument tuples of `torch.autocast`, the outermost first,
+    and NO_GRAD.
     """
     stack: list[tuple[fx.Node, Any]] = []
+    without = False
     found: dict[fx.Node, tuple[Any, ...]] = {}
     for node in graph.nodes:
         called = ops.name(node)
@@ -196,14 +198,16 @@ def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
             stack.append((node, tuple(node.args)))
         elif called == "_exit_autocast":
             stack = [entry for entry in stack if entry[0] is not node.args[0]]
-        if stack:
-            found[node] = tuple(arguments for _, arguments in stack)
+        elif called == "_set_grad_enabled":
+            without = node.args[0] is False
+        if stack or without:
+            found[node] = (*(a for _, a in stack), *((NO_GRAD,) if without else ()))
     return found
 
 
 def _autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
     stack = ExitStack()
-    for device, dtype, enabled, cache in arguments:
+    for device, dtype, enabled, cache in (a for a in arguments if a != NO_GRAD):
         stack.enter_context(
             torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
         )
@@ -233,10 +237,22 @@ def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> F
     of_host = {
         host: node for host, node in zip(keep, results, strict=True) if isinstance(node, fx.Node)
     }
+    _mark_cut(of_host, region, state)
     for placeholder, host in read.items():
         if host not in region.mutated:
             of_host.setdefault(host, placeholder)
     return FunctionalRegion(graph, of_host, of_host[region.end], read, module)
+
+
+def _mark_cut(
+    of_host: Mapping[fx.Node, fx.Node], region: Region, state: Mapping[fx.Node, tuple[Any, ...]]
+) -> None:
+    """Mark values made without gradients where the region's end has them: nobody reads past them."""
+    if NO_GRAD in state.get(region.end, ()):
+        return
+    for host, node in of_host.items():
+        if NO_GRAD in state.get(host, ()) and node.meta["val"].dtype.is_floating_point:
+            node.meta["no_grad"] = True
 
 
 def _mark_bounded(graph: fx.Graph, read: Mapping[fx.Node, fx.Node]) -> None:

@@ -86,7 +86,7 @@ def assign(
     rows = [a for a in free if a in in_q and a not in in_k and a not in in_v]
     query = _query(weights, rows)
     outer = [a for a in free if a not in rows]
-    if any(a.extent != 1 and (a in in_k) != (a in in_v) for a in outer):
+    if any(a.extent != 1 and a not in in_q and (a in in_k) != (a in in_v) for a in outer):
         raise NotAttention(
             "not_attention.kv_axes", "keys and values do not run along the same batches and heads"
         )

@@ -6,9 +6,13 @@
     out  = dropout(p) . v
 
 `empty` says what a row gets whose mask allows no key, because the spellings differ there:
-"nan" (adding -inf), "zero" (a boolean mask of scaled_dot_product_attention), "uniform" (adding
-finfo.min: all
-keys alike, also those that the mask forbids), "any" (no such row exists, or nobody can tell).
+
+    nan        all scores were set to -inf, which cuts their gradients
+    nan_added  -inf was added, and the gradients are NaN as well
+    zero       a boolean mask of scaled_dot_product_attention
+    uniform    all scores were set to one finite number: all keys count alike, also forbidden ones
+    absorbed   finfo.min was added: the same values, but the scores still have gradients
+    any        no such row exists
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from typing import Literal
 
 from attn_compiler.ir.expr import DOT, TRUE, Expr, parse
 
-Empty = Literal["nan", "zero", "uniform", "any"]
+Empty = Literal["nan", "nan_added", "zero", "uniform", "absorbed", "any"]
+_POLICIES = ("nan", "nan_added", "zero", "uniform", "absorbed", "any")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class Program:
 def _parse(text: str) -> Program:
     fields = dict(part.split(": ", 1) for part in text.split("; ") if ": " in part)
     empty = fields.get("empty", "any")
-    if not {"score", "mask"} <= fields.keys() or empty not in ("nan", "zero", "uniform", "any"):
+    if not {"score", "mask"} <= fields.keys() or empty not in _POLICIES:
         raise ValueError(f"not an attention program: {text!r}")
     sink = parse(fields["sink"]) if "sink" in fields else None
     return Program(parse(fields["score"]), parse(fields["mask"]), sink, empty)  # type: ignore[arg-type]

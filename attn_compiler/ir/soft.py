@@ -18,7 +18,16 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import Const, Expr, call
-from attn_compiler.ir.pull import Coordinate, Coordinates, Puller, arguments, broadcast, op, shape, val
+from attn_compiler.ir.pull import (
+    Coordinate,
+    Coordinates,
+    Puller,
+    arguments,
+    broadcast,
+    op,
+    shape,
+    val,
+)
 
 CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})

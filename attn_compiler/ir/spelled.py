@@ -58,7 +58,9 @@ def _from_softmax(
     refusals: list[NotAttention] = []
     for product in _scores(logits, key):
         try:
-            return _from_scores(puller, Operand(end, where), soft, key, product, logits, sink, values)
+            return _from_scores(
+                puller, Operand(end, where), soft, key, product, logits, sink, values
+            )
         except NotAttention as refusal:
             refusals.append(refusal)
     raise refusals[0]

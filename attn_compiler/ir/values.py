@@ -191,6 +191,12 @@ def _to(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
     return cast(puller.expr(inner, where), val(inner).dtype, val(node).dtype)
 
 
+@rule(VALUES, "detach")
+def _detach(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    # numbers that have gradients must not be read past the point where those are cut
+    return None if val(node).dtype.is_floating_point else puller.expr(args["self"], where)
+
+
 @rule(VALUES, "fill")
 def _fill(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
     return puller.expr(args["value"], ())

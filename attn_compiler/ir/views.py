@@ -200,7 +200,7 @@ def _repeat_interleave(puller: Puller, node: fx.Node, args: Args, where: Coordin
 
 
 @rule(
-    VIEWS, "clone", "contiguous", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift",
+    VIEWS, "clone", "contiguous", "alias", "lift_fresh", "lift_fresh_copy", "lift",
     "positive", "_conj", "resolve_conj", "resolve_neg", "pin_memory",
 )  # fmt: skip
 def _same(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Step:

@@ -56,12 +56,13 @@ def reference(
     env |= {n: torch.arange(m, device=q.device) for n, m in zip("bhqk", shape, strict=True)}
     env |= {n: env[n].view((-1,) + (1,) * i) for n, i in (("b", 3), ("h", 2), ("q", 1))}  # type: ignore[union-attr]
     s = evaluate(program.score, env, reads, ints, dot, dtype).to(dtype).expand(shape)
+    plain = s
     if program.mask != TRUE:
         allowed = evaluate(program.mask, env, reads, ints).to(q.device).bool()
-        # "nan" stands for adding -inf, whose derivative is NaN in such a row too
+        # the derivative of adding -inf is NaN in such a row too
         s = (
             s + torch.zeros_like(s).masked_fill(~allowed, -INF)
-            if program.empty == "nan"
+            if program.empty == "nan_added"
             else torch.where(allowed, s, -INF)
         )
     if program.sink is not None:
@@ -69,7 +70,10 @@ def reference(
         s = torch.cat([s, sink.expand(*shape[:3], 1)], -1)
     empty = (s == -INF).all(-1, keepdim=True)
     lse = torch.logsumexp(s, -1)
-    if program.empty != "nan":
+    if program.empty == "absorbed":
+        # finfo.min swallows the scores but not their gradients
+        s = torch.where(empty, plain - plain.detach(), s)
+    elif program.empty not in ("nan", "nan_added"):
         s = s.masked_fill(empty, 0.0)
     p = torch.softmax(s, -1)[..., : shape[3]]
     if program.empty in ("zero", "any"):

@@ -46,10 +46,12 @@ def fits(frame: Frame) -> bool:
 
 
 def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bool:
-    """The kernel gives no gradient of its bias, and none that is NaN."""
+    """The kernel gives no gradient of its bias, none that is NaN, none of a row without keys."""
     if not fits(frame) or frame.plan.score_slots & wanted.keys():
         return False
-    return frame.plan.program.empty != "nan" or not bool((lse == -INF).any())
+    return frame.plan.program.empty not in ("nan", "nan_added", "absorbed") or not bool(
+        (lse == -INF).any()
+    )
 
 
 def forward(frame: Frame) -> tuple[Tensor, Tensor]:
@@ -181,9 +183,9 @@ def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor,
         empty = _rows_without_keys(bias, causal, span).expand(lse.shape)
     lse.masked_fill_(empty, -INF)
     policy = "zero" if frame.plan.sink is not None else frame.plan.program.empty
-    if policy == "nan":
+    if policy in ("nan", "nan_added"):
         out.masked_fill_(empty.unsqueeze(-1), float("nan"))
-    elif policy == "uniform":
+    elif policy in ("uniform", "absorbed"):
         mean = call.v.mean(2, keepdim=True, dtype=frame.dtype)
         mean = mean.repeat_interleave(out.shape[1] // mean.shape[1], 1)
         out.copy_(torch.where(empty.unsqueeze(-1), mean.to(out.dtype), out))

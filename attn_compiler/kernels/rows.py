@@ -104,7 +104,7 @@ def _score_gradient(
     """The gradient of the scaled products, written over `dp`; those of the reads go to `into`."""
     plan, span, tensors = frame.plan, block.span, block.tensors
     ds = dp.sub_(delta).mul_(p)
-    if plan.program.empty == "uniform":
+    if plan.program.empty in ("uniform", "nan"):
         ds = ds.masked_fill_(block.empty, 0.0)
     if plan.sink is not None and block.sink is not None:
         dsink = -(block.sink / block.total) * delta
@@ -157,17 +157,21 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     dead = top == -INF
     top = top.masked_fill(dead, 0.0)
     policy = plan.program.empty
-    if policy in ("uniform", "nan") and shape[3] < grid.S and bool(dead.any()):
+    if (
+        policy in ("uniform", "absorbed", "nan", "nan_added")
+        and shape[3] < grid.S
+        and bool(dead.any())
+    ):
         # such a row reaches all keys, not only those that the span kept
         return _block(frame, replace(span, lo=0, hi=grid.S, masked=True), query, key)
     e = s.sub_(top).exp_()
     extra = None if sink is None else torch.exp(sink - top)
     total = e.sum(-1, keepdim=True) if extra is None else e.sum(-1, keepdim=True) + extra
     lse = (top + torch.log(total)).squeeze(-1)
-    if policy == "uniform":
+    if policy in ("uniform", "absorbed"):
         e.masked_fill_(dead, 1 / grid.S)
     # an empty row stays 0 / 0 where the program says so
-    total = total if policy == "nan" else total.masked_fill(dead, 1.0)
+    total = total if policy in ("nan", "nan_added") else total.masked_fill(dead, 1.0)
     return Block(span, tensors, dot, e, total, extra, lse, dead)
 
 

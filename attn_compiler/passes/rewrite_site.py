@@ -73,6 +73,8 @@ def _emit(emitter: Emitter, core: Core) -> fx.Node:
     k = emitter.canonical(core.k, (outer, roles.heads, roles.key, roles.feature))
     v = emitter.canonical(core.v, (outer, roles.heads, roles.key, roles.value))
     q, k, v = (_as_dtype(emitter, x, core.dtype) for x in (q, k, v))
+    later = _written_later(emitter.region.end)
+    q, k, v = (_protected(emitter, x, later) for x in (q, k, v))
     for operation, factor in core.factors:
         target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
         q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
@@ -85,7 +87,7 @@ def _emit(emitter: Emitter, core: Core) -> fx.Node:
         q,
         k,
         v,
-        [_read(emitter, node, q) for node in core.reads],
+        [_protected(emitter, _read(emitter, node, q), later) for node in core.reads],
         [emitter.size(size) for size in core.ints],
         seed,
         program=str(core.program),
@@ -96,7 +98,29 @@ def _emit(emitter: Emitter, core: Core) -> fx.Node:
     groups = (outer, roles.query_heads, rows, roles.value)
     restored = emitter.restore(out, core.end, groups)
     restored = _as_dtype(emitter, restored, ops.value(emitter.region.end).dtype)
-    return _laid_out(emitter, restored)
+    return _protected(
+        emitter, _laid_out(emitter, restored), later, ops.storages(emitter.region.end)
+    )
+
+
+def _written_later(end: fx.Node) -> frozenset[int]:
+    """Storages that operations after the attention write to."""
+    found: set[int] = set()
+    node = end.next
+    while node.op != "root":
+        for target in ops.written(node):
+            found |= ops.storages(target)
+        node = node.next
+    return frozenset(found)
+
+
+def _protected(
+    emitter: Emitter, node: fx.Node, later: frozenset[int], stands_for: frozenset[int] = frozenset()
+) -> fx.Node:
+    """A copy where the tensor is written later on: the operator keeps it for its backward."""
+    if not later & (ops.storages(node) | stands_for):
+        return node
+    return emitter.call(aten.clone.default, node)
 
 
 def _as_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

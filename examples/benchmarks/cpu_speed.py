@@ -51,6 +51,7 @@ def build(family: str, attention: str, layers: int = 4) -> nn.Module:
         config = GPT2Config(
             n_embd=WIDTH, n_layer=layers, n_head=HEADS, n_positions=POSITIONS,
             vocab_size=VOCABULARY, attn_implementation=attention,
+            bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         return GPT2LMHeadModel(config).eval()
     llama = LlamaConfig(

@@ -226,12 +226,17 @@ def _whole() -> nn.Module:
 
 MEMORY = normal(B, S, WIDTH)
 
+# without gradients torch itself runs these layers in one native call
+NATIVE, NATIVELY = ("region.native",), "it is fused already, in one native call of PyTorch"
+
 _TRANSFORMER = (
-    Entry("encoder_layer", _encoder_layer, hidden()),
+    Entry("encoder_layer", _encoder_layer, hidden(), refused=NATIVE, why=NATIVELY),
     Entry(
         "encoder_layer_norm_first",
         lambda: _encoder_layer(norm_first=True, activation="gelu"),
         hidden(),
+        refused=NATIVE,
+        why=NATIVELY,
     ),
     Entry("encoder_layer_no_bias", lambda: _encoder_layer(bias=False), hidden()),
     Entry(
@@ -239,6 +244,8 @@ _TRANSFORMER = (
         lambda: Masked(_encoder_layer(), src_key_padding_mask=_padding()),
         hidden(),
         mask=None,
+        refused=NATIVE,
+        why=NATIVELY,
     ),
     Entry(
         "encoder_layer_causal",
@@ -249,13 +256,15 @@ _TRANSFORMER = (
         ),
         hidden(),
         mask=None,
+        refused=NATIVE,
+        why=NATIVELY,
     ),
-    Entry("encoder_stack", _stack, hidden(), mask=None, sites=2),
+    Entry("encoder_stack", _stack, hidden(), mask=None, sites=2, refused=NATIVE, why=NATIVELY),
     Entry("decoder_layer", _decoder(), hidden(MEMORY), mask=None, sites=2),
     Entry(
         "decoder_layer_norm_first", _decoder(norm_first=True), hidden(MEMORY), mask=None, sites=2
     ),
-    Entry("transformer", _whole, hidden(MEMORY), sites=3),
+    Entry("transformer", _whole, hidden(MEMORY), sites=3, refused=NATIVE, why=NATIVELY),
 )
 
 
