@@ -11,11 +11,13 @@ see an ordinary module. A variant is a text of Python; pickling stores the text.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
+import itertools
 import linecache
 import logging
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
 from attn_compiler.errors import UnsupportedCall
 
 log = logging.getLogger("attn_compiler")
+_numbers = itertools.count()
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -59,12 +62,15 @@ class Variant:
 
 
 def _execute(source: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run generated source so that tracebacks and `inspect` show it."""
-    file = f"<attn_compiler {hashlib.sha256(source.encode()).hexdigest()[:12]}>"
+    """Run generated source as a module of its own: tracebacks, `inspect` and Dynamo find it."""
+    name = f"attn_compiler.generated_{next(_numbers)}"
+    file = f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space = {"__name__": __name__, **names}
-    exec(compile(source, file, "exec"), space)
-    return space
+    module = ModuleType(name)
+    module.__dict__.update(names)
+    sys.modules[name] = module
+    exec(compile(source, file, "exec"), module.__dict__)
+    return module.__dict__
 
 
 def intact(module: nn.Module, kind: type[nn.Module]) -> bool:

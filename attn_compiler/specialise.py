@@ -398,7 +398,9 @@ def _spell_constants(gm: fx.GraphModule) -> None:
 
 
 def _sweep(graph: fx.Graph) -> None:
-    """Erase reads of sizes and pieces that nothing needs."""
+    """Erase reads of sizes and pieces that nothing needs; read the others as Python does."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
+        node.op, node.target = "call_method", "size"  # torch.func has no rule for the operator
     free = ("size", "stride", "getitem", "add", "mul", "sub", "floordiv", "eq")
     for node in reversed(list(graph.nodes)):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -168,7 +168,7 @@ def _strided(g: torch.Generator) -> tuple[Tensor, ...]:
 
 def _large(g: torch.Generator) -> tuple[Tensor, ...]:
     q, k, v = (torch.randn(B, 4, n, D, generator=g) for n in (T, S, S))
-    return (q * 10).requires_grad_(), (k * 10).requires_grad_(), v.requires_grad_()
+    return (q * 5).requires_grad_(), (k * 5).requires_grad_(), v.requires_grad_()
 
 
 def _bthd(g: torch.Generator) -> tuple[Tensor, ...]:
