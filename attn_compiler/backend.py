@@ -8,7 +8,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -50,7 +50,7 @@ def attn_compiler(
     config = make_config({**(options or {}), **({"mode": mode} if mode is not None else {})})
     _reports.graphs.append(compile_graph(gm, config))
     if config.then == "eager":
-        return gm.forward  # type: ignore[no-any-return]
+        return gm.forward
     return _inductor(gm, example_inputs, config)
 
 
@@ -63,10 +63,12 @@ def _inductor(
     patches = {**(list_mode_options(config.mode) if config.mode else {}), **dict(config.inductor)}
     # AOTAutograd's cache does not see the autograd formula of an operator: a tag makes it see our
     # sources
-    with torch.compiler.config.patch(
+    with torch.compiler.config.patch(  # type: ignore[attr-defined]
         cache_key_tag=f"{torch.compiler.config.cache_key_tag}{source_hash()}"
     ):
-        return compile_fx(gm, list(example_inputs), config_patches=patches or None)  # type: ignore[no-any-return]
+        return cast(
+            Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=patches or None)
+        )
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attn_compiler.config import CompileConfig
-from attn_compiler.installed import Variant, base_of, install, names_of, restore
+from attn_compiler.installed import Variant, base_of, install, restore
 from attn_compiler.ir.site import Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise

@@ -40,8 +40,8 @@ class Report:
         )
 
     def __str__(self) -> str:
-        head = f"{len(self.sites)} attention sites, {self.rewritten} rewritten, {len(self.missed)} look-alikes left alone"
-        lines = [head]
+        counts = (len(self.sites), self.rewritten, len(self.missed))
+        lines = ["%d attention sites, %d rewritten, %d look-alikes left alone" % counts]
         for sites in _alike(self.sites):
             lines += _site_lines(sites)
         for missed in self.missed:
@@ -66,12 +66,17 @@ class Report:
         )
 
 
+_SAME = (
+    "location", "owner", "mask", "score", "query_heads", "kv_heads", "head_dim", "dropout",
+    "kind", "phases", "decision",
+)  # fmt: skip
+
+
 def _alike(sites: tuple[AttentionSite, ...]) -> list[list[AttentionSite]]:
     """Repeated layers folded: sites that differ in nothing but their path."""
     groups: dict[Any, list[AttentionSite]] = {}
     for site in sites:
-        key = (site.location, site.owner, str(site.mask), site.score, site.query_heads, site.kv_heads, site.head_dim,
-               site.dropout, site.kind, site.phases, site.decision)  # fmt: skip
+        key = tuple(str(getattr(site, name)) for name in _SAME)
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 
@@ -83,13 +88,17 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     heads = f"{first.query_heads or '?'} heads"
     if first.kv_heads != first.query_heads:
         heads += f" over {first.kv_heads or '?'} kv heads"
+    verdict = "rewritten" if first.decision.accepted else "kept"
     phases = "/".join(str(p) for p in first.phases)
     lines = [
-        f"  {'rewritten' if first.decision.accepted else 'kept'}  {where} ({first.location or 'no source line'})",
-        f"      {first.kind} attention, {phases}, {heads} of {first.head_dim or '?'}, mask {first.mask}",
+        f"  {verdict}  {where} ({first.location or 'no source line'})",
+        f"      {first.kind} attention, {phases}, {heads} of {first.head_dim or '?'}",
+        f"      mask {first.mask}",
     ]
     if first.score != "dot":
         lines.append(f"      score {first.score}")
+    if first.program.sink is not None:
+        lines.append(f"      sink {first.program.sink}")
     if first.dropout:
         lines.append(f"      dropout {first.dropout}")
     lines.append(f"      {first.decision}")

@@ -55,7 +55,7 @@ class Plan:
         """Modules on the way to the attention, and the dropouts and activations beside it."""
         if path in self.spine:
             return True
-        return is_bare(module) and path.rpartition(".")[0] in self.spine
+        return is_bare(module) and path.rpartition(".")[0] in (*self.spine, "")
 
 
 def specialise(
@@ -232,10 +232,8 @@ class _Call:
 
     def name(self, value: Any) -> str:
         """Text for a constant or a class: a literal where there is one."""
-        if (
-            type(value) in (int, str, bool, type(None), torch.dtype)
-            or type(value) is float
-            and isfinite(value)
+        if type(value) in (int, str, bool, type(None), torch.dtype) or (
+            type(value) is float and isfinite(value)
         ):
             return repr(value)
         for name, known in self.names.items():

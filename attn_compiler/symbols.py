@@ -9,7 +9,8 @@ in the ShapeEnv; a guard becomes Python text to check before a call, or a node t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.functions import Min
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -264,7 +266,7 @@ class Symbols:
 
     def guards(self) -> list[sympy.Basic]:
         """What was demanded of the symbols so far."""
-        return [guard.expr for guard in self.env.guards if guard.expr is not sympy.true]
+        return [plainer(g.expr) for g in self.env.guards if g.expr is not sympy.true]
 
     def text(self, expr: sympy.Basic) -> str | None:
         """A guard as Python text over the arguments of the call, None if a symbol is only known later."""
@@ -287,6 +289,15 @@ class _Printer(PythonPrinter):
         return self.texts[expr]
 
 
+def plainer(guard: sympy.Basic) -> sympy.Basic:
+    """min(a, b) == a as a <= b: what reads a slice demands, in a form that a solver understands."""
+    if isinstance(guard, sympy.Eq):
+        for least, side in (guard.args, guard.args[::-1]):
+            if isinstance(least, Min | sympy.Min) and side in least.args:
+                return sympy.And(*(side <= other for other in least.args if other != side))
+    return guard
+
+
 def hint(number: int | torch.SymInt) -> int:
     """The value a size had in the example."""
     return number if isinstance(number, int) else int(number.node.hint)
@@ -303,6 +314,17 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def oblivious() -> Any:
-    """Within this context a size is never specialised because it might be 0 or 1."""
-    return fx_config.patch(backed_size_oblivious=True)
+@contextmanager
+def oblivious() -> Iterator[None]:
+    """The state in which calls are traced.
+
+    No size is specialised because it might be 0 or 1; and autocast keeps no copies of weights, which
+    would be fakes here and stay when the real computation goes on.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with fx_config.patch(backed_size_oblivious=True):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)

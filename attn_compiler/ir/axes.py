@@ -253,7 +253,8 @@ def reshape(index: Sequence[Index], new: Sequence[Size], old: Sequence[Size]) ->
     result: list[Index] = []
     i = j = 0
     while i < len(new) or j < len(old):
-        group_new, group_old = [], []
+        group_new: list[int] = []
+        group_old: list[int] = []
         i, j = _aligned(new, old, i, j, group_new, group_old)
         flat = ZERO
         for position in group_new:

@@ -1,4 +1,4 @@
-"""Value rules of the contractions: matmul, bmm, baddbmm, einsum, and multiply-and-sum, as one `Product`."""
+"""Value rules of the contractions: each becomes one `Product`, however it was written."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ Args = dict[str, Any]
 @rule(VALUES, "matmul", "bmm", "mm")
 def _matmul(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     left, right = args["self"], args.get("other", args.get("mat2"))
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
     return product(puller, node, left, right, where)
 
 
@@ -76,12 +77,15 @@ def _einsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
     if scalars:
         terms, arrow, out = args["equation"].replace(" ", "").partition("->")
         kept = ",".join(term for term in terms.split(",") if term)
-        found = _einsum(
+        found: Expr | None = _einsum(
             puller, node, {"equation": f"{kept}{arrow}{out}", "tensors": tensors}, where
         )
-        for scalar in scalars if found is not None else ():
-            found = call("mul", found, puller.expr(scalar, ()))
-        return found
+        if found is None:
+            return None
+        result: Expr = found
+        for scalar in scalars:
+            result = call("mul", result, puller.expr(scalar, ()))
+        return result
     labels = einsum_labels(args["equation"], [len(shape(t)) for t in tensors])
     if labels is None or len(tensors) != 2:
         return None

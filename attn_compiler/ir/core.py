@@ -253,10 +253,10 @@ def _dtype(product: fx.Node, q: Operand, k: Operand, v: Operand) -> torch.dtype:
     """The narrowest dtype that loses nothing: that of the operands, or of the product under
     autocast.
     """
-    widest = val(q.node).dtype
+    widest: torch.dtype = val(q.node).dtype
     for operand in (k, v):
         widest = torch.promote_types(widest, val(operand.node).dtype)
-    computed = val(product).dtype
+    computed: torch.dtype = val(product).dtype
     return computed if computed.itemsize < widest.itemsize else widest
 
 

@@ -32,11 +32,9 @@ def recognise_flex(node: fx.Node) -> tuple[Region, FunctionalRegion, Core]:
     """
     end = _output(node)
     query, key, value, score_mod, block_mask, scale, _, score_reads, mask_reads = node.args[:9]
-    inputs = tuple(
-        dict.fromkeys(
-            n for n in (query, key, value, *score_reads, *mask_reads) if isinstance(n, fx.Node)
-        )
-    )  # type: ignore[misc]
+    buffers = [*score_reads, *mask_reads]  # type: ignore[misc]
+    listed = [n for n in (query, key, value, *buffers) if isinstance(n, fx.Node)]
+    inputs = tuple(dict.fromkeys(listed))
     region = Region(end=end, nodes=(node, end), inputs=inputs, mutated=frozenset())
     functional = _placeholders(region)
     given = functional.of_host

@@ -15,7 +15,16 @@ from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.core import Core, Found, Operand, Scaling, assemble, operand, program_of
 from attn_compiler.ir.expr import DOT, TRUE, Expr, call
 from attn_compiler.ir.mask import normalise
-from attn_compiler.ir.pull import Coordinates, Puller, arguments, broadcast, shape, to_expr, val
+from attn_compiler.ir.pull import (
+    Coordinates,
+    Puller,
+    arguments,
+    broadcast,
+    indices,
+    shape,
+    to_expr,
+    val,
+)
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.soft import NotAttention, Softmax
 
@@ -50,7 +59,7 @@ def from_sdpa(
         masked,
         float(args["dropout_p"]),
     )
-    return from_fused(puller, Operand(end, where), at, fused)
+    return from_fused(puller, Operand(end, indices(where)), at, fused)
 
 
 @dataclass(frozen=True)

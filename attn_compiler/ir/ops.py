@@ -41,7 +41,8 @@ BOUNDARY = frozenset(
 _INPLACE_OPERATORS = frozenset(
     {
         operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
-        operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
+        operator.ifloordiv, operator.iand, operator.ior, operator.ixor, operator.ipow,
+        operator.imod, operator.imatmul,
     }
 )  # fmt: skip
 

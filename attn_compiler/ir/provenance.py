@@ -72,15 +72,7 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
             (given,) = node.all_input_nodes
             return given, Projection(f"{node.target}.weight", f"{node.target}.bias", given.name)
         if called == "addmm":
-            bias, given, weight = node.args[:3]
-            assert (
-                isinstance(given, fx.Node)
-                and isinstance(weight, fx.Node)
-                and isinstance(bias, fx.Node)
-            )
-            return _unviewed(given), Projection(
-                display_path(weight), display_path(bias), given.name
-            )
+            return _addmm(node)
         if node.op in ("placeholder", "get_attr") or node in seen or called in ops.BOUNDARY:
             break
         seen.add(node)
@@ -95,6 +87,14 @@ def _elements(node: fx.Node) -> int:
     found = ops.value(node)
     tensors = found if isinstance(found, tuple | list) else (found,)
     return sum(math.prod(map(hint, t.shape)) for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _addmm(node: fx.Node) -> tuple[fx.Node, Projection | None]:
+    operands = [argument for argument in node.args[:3] if isinstance(argument, fx.Node)]
+    if len(operands) < 3:
+        return node, None
+    bias, given, weight = operands
+    return _unviewed(given), Projection(display_path(weight), display_path(bias), given.name)
 
 
 def _linear(node: fx.Node) -> tuple[fx.Node, Projection | None]:

@@ -118,6 +118,18 @@ def shifted(coordinate: Coordinate, offset: ax.Size) -> Coordinate:
     return coordinate if offset == 0 else call("add", coordinate, number(offset))
 
 
+def indices(where: Coordinates) -> tuple[Index, ...]:
+    """The coordinates, all of which must be affine.
+
+    Raises:
+        CannotSplit: a tensor decides one of them.
+    """
+    found = tuple(w for w in where if isinstance(w, Index))
+    if len(found) != len(where):
+        raise CannotSplit("an index that a tensor decides")
+    return found
+
+
 class Puller:
     """Pulls elements of one functional graph; keeps what it has already expanded.
 
@@ -145,7 +157,8 @@ class Puller:
         if rule is None or node.meta.get("no_grad"):
             return None
         try:
-            return rule(self, node, arguments(node), where)
+            found: tuple[fx.Node, Coordinates] | None = rule(self, node, arguments(node), where)
+            return found
         except CannotSplit:
             return None
 

@@ -186,9 +186,7 @@ def _mutated(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node]) -> Iterable[fx
 
 
 def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
-    """For each node, the state it runs in: argument tuples of `torch.autocast`, the outermost first,
-    and NO_GRAD.
-    """
+    """For each node, the state it runs in: arguments of `torch.autocast`, and NO_GRAD."""
     stack: list[tuple[fx.Node, Any]] = []
     without = False
     found: dict[fx.Node, tuple[Any, ...]] = {}
@@ -247,7 +245,7 @@ def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> F
 def _mark_cut(
     of_host: Mapping[fx.Node, fx.Node], region: Region, state: Mapping[fx.Node, tuple[Any, ...]]
 ) -> None:
-    """Mark values made without gradients where the region's end has them: nobody reads past them."""
+    """Mark values made without gradients where the end has them: nobody reads past them."""
     if NO_GRAD in state.get(region.end, ()):
         return
     for host, node in of_host.items():

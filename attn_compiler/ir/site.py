@@ -16,14 +16,16 @@ class Kind(enum.Enum):
     SELF = "self"
     CROSS = "cross"
 
-    __str__ = lambda self: self.value  # noqa: E731
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 class Phase(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
 
-    __str__ = lambda self: self.value  # noqa: E731
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True)

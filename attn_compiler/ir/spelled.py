@@ -21,7 +21,7 @@ from attn_compiler.ir.core import (
     program_of,
 )
 from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
-from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, shape, to_expr, val
+from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, indices, shape, to_expr, val
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax
 
@@ -59,7 +59,7 @@ def _from_softmax(
     for product in _scores(logits, key):
         try:
             return _from_scores(
-                puller, Operand(end, where), soft, key, product, logits, sink, values
+                puller, Operand(end, indices(where)), soft, key, product, logits, sink, values
             )
         except NotAttention as refusal:
             refusals.append(refusal)

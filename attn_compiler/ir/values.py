@@ -62,7 +62,8 @@ _COMPARE = {
 }  # fmt: skip
 _LOGIC = {
     "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "__and__": "and",
-    "__or__": "or", "__xor__": "xor", "bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor",
+    "__or__": "or", "__xor__": "xor", "bitwise_and": "and", "bitwise_or": "or",
+    "bitwise_xor": "xor",
 }  # fmt: skip
 
 
@@ -265,7 +266,7 @@ def _triangle(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> 
 @rule(VALUES, "cat", "concat", "concatenate")
 def _cat(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     tensors = [t for t in args["tensors"] if not _is_empty_vector(t)]
-    at = args.get("dim", args.get("axis", 0)) % len(where)
+    at = (args["dim"] if "dim" in args else args["axis"]) % len(where)
     sizes = [shape(t)[at] for t in tensors]
     if piece(where[at], sizes) is None and _too_wide(node):
         return None
@@ -278,7 +279,7 @@ def _is_empty_vector(node: fx.Node) -> bool:
 
 def _too_wide(node: fx.Node) -> bool:
     # features are joined by rotary embeddings; as expressions they would only grow
-    return val(node).dtype.is_floating_point
+    return bool(val(node).dtype.is_floating_point)
 
 
 def _joined(

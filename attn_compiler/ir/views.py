@@ -8,13 +8,14 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import axes as ax
-from attn_compiler.ir.axes import CannotSplit, Index
+from attn_compiler.ir.axes import Index
 from attn_compiler.ir.pull import (
     VIEWS,
     Coordinate,
     Coordinates,
     Puller,
     arguments,
+    indices,
     op,
     rule,
     shape,
@@ -30,12 +31,6 @@ def source(args: Args) -> fx.Node:
     node = args.get("self", args.get("input"))
     assert isinstance(node, fx.Node)
     return node
-
-
-def indices(where: Coordinates) -> list[Index]:
-    if not all(isinstance(w, Index) for w in where):
-        raise CannotSplit("an index that a tensor decides")
-    return [w for w in where if isinstance(w, Index)]
 
 
 def placed(where: Coordinates, at: int, coordinate: Coordinate) -> Coordinates:
@@ -92,12 +87,12 @@ def _transpose(puller: Puller, node: fx.Node, args: Args, where: Coordinates) ->
     rank = len(where)
     if rank < 2:
         return source(args), where
-    first = args.get("dim0", args.get("axis0"))
-    second = args.get("dim1", args.get("axis1"))
-    if first is None:
-        if rank > 2 and "numpy" in str(node.target):
-            return source(args), tuple(reversed(where))
-        first, second = -2, -1
+    if op(node) == "numpy_T":
+        return source(args), tuple(reversed(where))
+    first, second = (
+        next((args[name] for name in names if name in args), last)
+        for names, last in ((("dim0", "axis0"), -2), (("dim1", "axis1"), -1))
+    )
     back = list(where)
     back[first], back[second] = where[second], where[first]
     return source(args), tuple(back)

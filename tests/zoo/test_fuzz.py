@@ -12,7 +12,7 @@ from zoo.fuzz import draw
 from zoo.library import compiled
 
 CHUNK = 100
-REMEMBERED = (151, 201, 1027, 1118, 1127, 1144, 1191)
+REMEMBERED = (151, 201, 263, 342, 349, 363, 1027, 1118, 1127, 1144, 1191)
 
 
 def _try(seed: int) -> int:
