@@ -45,7 +45,7 @@ class Variant:
     def __init__(self, source: str, names: dict[str, Any]) -> None:
         self.source = source
         self.names = names
-        space = _execute(source, {**names, "intact": intact, "plain": plain, "require": require})
+        space = _execute(source, {**names, "intact": intact, "keeps": keeps, "plain": plain})
         self.covers: Callable[..., bool] = space["covers"]
         self.run: Callable[..., Any] = space["run"]
 
@@ -83,6 +83,12 @@ def intact(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
     )
+
+
+def keeps(module: nn.Module | None, name: str, dtype: torch.dtype) -> bool:
+    """Does the module still hold a parameter of this name and dtype?"""
+    weight = module._parameters.get(name) if module is not None else None
+    return weight is not None and weight.dtype is dtype
 
 
 def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> bool:

@@ -25,6 +25,7 @@ from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
     FunctionalRegion,
+    Memo,
     Region,
     RegionError,
     ambient,
@@ -55,6 +56,7 @@ class _Work:
     missed: list[Missed] = field(default_factory=list)
     touched: set[fx.Node] = field(default_factory=set)
     done: set[fx.Node] = field(default_factory=set)
+    memo: Memo = field(default_factory=dict)
 
 
 def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = True) -> Report:
@@ -170,7 +172,7 @@ def _raise(
     if ops.name(end) in ops.FLEX:
         return recognise_flex(end)
     region = cut(end, position, writers)
-    functional = functionalise(region, work.state)
+    functional = functionalise(region, work.state, work.memo)
     return region, functional, recognise(functional)
 
 

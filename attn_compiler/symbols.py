@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental import _config as fx_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.functions import Min
@@ -189,7 +190,11 @@ class Symbols:
     # ------------------------------------------------------------ origins
 
     def bind(self, value: Any, node: fx.Node, text: str = "") -> None:
-        """Remember that this node holds the value; a symbol keeps its first origin."""
+        """Remember that this node holds the value; a symbol keeps its first origin.
+
+        Args:
+            text: of the number itself or, for a tensor, of its shape.
+        """
         if isinstance(value, torch.SymInt):
             self._bind_one(Origin(value, node, text=text))
         if not isinstance(value, torch.Tensor):
@@ -199,9 +204,8 @@ class Symbols:
         for method, numbers in read.items():
             for dim, number in enumerate(numbers):
                 if isinstance(number, torch.SymInt):
-                    self._bind_one(
-                        Origin(number, node, method, dim, f"{text}.{method}({dim})" if text else "")
-                    )
+                    spelled = f"{text}[{dim}]" if text and method == "size" else ""
+                    self._bind_one(Origin(number, node, method, dim, spelled))
 
     def _bind_one(self, origin: Origin) -> None:
         symbol = origin.value.node._expr
@@ -314,17 +318,22 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @contextmanager
 def oblivious() -> Iterator[None]:
     """The state in which calls are traced.
 
-    No size is specialised because it might be 0 or 1; and autocast keeps no copies of weights, which
-    would be fakes here and stay when the real computation goes on.
+    No size is specialised because it might be 0 or 1; autocast keeps no copies of weights, which
+    would be fakes here and stay when the real computation goes on; and a checkpoint around the call
+    does not see what the fakes save for backward.
     """
     keeps = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with fx_config.patch(backed_size_oblivious=True):
+        with fx_config.patch(backed_size_oblivious=True), saved_tensors_hooks(_same, _same):
             yield
     finally:
         torch.set_autocast_cache_enabled(keeps)

@@ -1,6 +1,8 @@
 """Doors 3 and 4: look without touching, and the bare FX pass for a pipeline of your own.
 
-report = ac.explain(model, (x,))            result = ac.fx_pass()(torch.fx.symbolic_trace(model))
+    report = ac.explain(model, (x,))        result = ac.fx_pass()(symbolic_trace(model), x)
+
+A graph by symbolic_trace knows no shapes: the pass is given the example beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def main() -> None:
 
     traced = fx.symbolic_trace(model)
     expected = traced(x)
-    result = ac.fx_pass()(traced)
+    result = ac.fx_pass()(traced, x)
     print(f"modified: {result.modified}")
     print(result.graph_module.code)
     print(f"largest difference: {(result.graph_module(x) - expected).abs().max().item():.1e}")

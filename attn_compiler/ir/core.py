@@ -27,7 +27,7 @@ from attn_compiler.ir.expr import (
     substitute,
     walk,
 )
-from attn_compiler.ir.filling import never_empty, split
+from attn_compiler.ir.filling import all_bounded, never_empty, split
 from attn_compiler.ir.mask import normalise
 from attn_compiler.ir.pull import (
     Coordinates,
@@ -220,9 +220,12 @@ def program_of(
     allowed = found.mask if mask == TRUE else normalise(call("and", mask, found.mask))
     empty = found.empty if found.mask != TRUE else "any"
     if never_empty(allowed):
-        return Program(found.score, allowed, sink), _unzeroed(naming, soft, allowed)
-    if soft.safe and allowed != TRUE and (empty != "any" or mask != TRUE):
+        empty = "any"
+    elif soft.safe and (empty != "any" or mask != TRUE):
         empty = "zero"
+    if empty == "any" and not all_bounded(found.score, bounded):
+        # the score itself may be -inf in a whole row
+        empty = "zero" if soft.safe else "nan_added"
     if soft.zeroed:
         empty = "zero"
     return Program(found.score, allowed, sink, empty), _unzeroed(naming, soft, allowed)

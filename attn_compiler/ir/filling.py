@@ -26,6 +26,8 @@ from attn_compiler.ir.score import Empty
 _FORBIDDING = -1e8
 _ABSORBING = -1e30
 
+_ONE_ZERO = (Const(1.0), Const(0.0))
+_ZERO_ONE = (Const(0.0), Const(1.0))
 _BOOLEAN = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "bool"})
 
 
@@ -252,6 +254,9 @@ def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
             return expression
         if expression.op in ("float", "int"):
             return _truth(expression.args[0], is_bool)
+        if expression.op == "where" and expression.args[1:] in (_ONE_ZERO, _ZERO_ONE):
+            condition = expression.args[0]
+            return condition if expression.args[1:] == _ONE_ZERO else call("not", condition)
         if (
             expression.op == "sub"
             and isinstance(expression.args[0], Const)

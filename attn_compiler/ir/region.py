@@ -215,14 +215,29 @@ def _autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
 # ---------------------------------------------------------------- functionalise
 
 
-def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> FunctionalRegion:
+Memo = dict[Any, fx.GraphModule]
+
+
+def functionalise(
+    region: Region, state: Mapping[fx.Node, tuple[Any, ...]], memo: Memo | None = None
+) -> FunctionalRegion:
     """Trace the region alone, on its fake inputs, to functional pre-dispatch ATen.
+
+    Args:
+        region: what to trace.
+        state: `ambient(graph)`.
+        memo: traces of equal regions: the layers of a model are alike.
 
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace.
     """
     keep = [n for n in region.nodes if isinstance(ops.value(n), torch.Tensor)]
-    module = trace_region(region, keep, state)
+    key = None if memo is None or region.mutated else _signature(region, state)
+    module = memo.get(key) if memo is not None and key is not None else None
+    if module is None:
+        module = trace_region(region, keep, state)
+        if memo is not None and key is not None:
+            memo[key] = module
     graph = module.graph
     leaves = iter(n for n in graph.nodes if n.op == "placeholder")
     spread = {
@@ -240,6 +255,38 @@ def functionalise(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> F
         if host not in region.mutated:
             of_host.setdefault(host, placeholder)
     return FunctionalRegion(graph, of_host, of_host[region.end], read, module)
+
+
+def _signature(region: Region, state: Mapping[fx.Node, tuple[Any, ...]]) -> Any:
+    """What a trace depends on: operations, how they are connected, and what the inputs are."""
+    number = {node: position for position, node in enumerate((*region.inputs, *region.nodes))}
+    calls = tuple(
+        (
+            node.op,
+            str(node.target) if node.op == "call_method" else node.target,
+            str(fx.map_arg((node.args, node.kwargs), lambda n: _Place(number[n]))),
+            str(state.get(node, ())),
+        )
+        for node in region.nodes
+    )
+    return calls, tuple(_kind(node) for node in region.inputs)
+
+
+class _Place(int):
+    """Stands for a node in a signature, where a plain number would be a constant."""
+
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+
+def _kind(node: fx.Node) -> Any:
+    value = ops.value(node)
+    if isinstance(value, torch.Tensor):
+        layout = (str(tuple(value.shape)), str(value.stride()), str(value.storage_offset()))
+        made = (isinstance(value, torch.nn.Parameter), node.op, value.requires_grad)
+        return (*layout, value.dtype, str(value.device), *made)
+    # a number that is only known later is the same symbol nowhere, and nothing depends on which
+    return "later" if isinstance(value, torch.SymFloat) else (type(value), str(value))
 
 
 def _mark_cut(

@@ -5,6 +5,8 @@ softmax(mask(scale * (q @ k.T) + bias)) @ v
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from attn_compiler.ir import axes as ax
@@ -150,7 +152,7 @@ def _without_row_constants(logits: Expr, sink: Expr | None, key: Index) -> tuple
         left, right = logits.args
         if logits.op == "add" and not _varies(left, names):
             left, right = right, left
-        if _varies(right, names) or _has_product(right):
+        if _varies(right, names) or not _made_of_scores(right, logits):
             return logits, sink
         if sink is not None:
             sink = _same_shift(logits.op, left, right, sink)
@@ -188,8 +190,24 @@ def _named(expression: Expr, names: set[str]) -> bool:
     return False
 
 
-def _has_product(expression: Expr) -> bool:
-    return any(isinstance(node, Product) for node in walk(expression))
+def _made_of_scores(constant: Expr, logits: Expr) -> bool:
+    """Is it a number, or a reduction of the scores? Anything else may be infinite or learned."""
+    if isinstance(constant, Const):
+        return math.isfinite(constant.value)
+    products = {node.node for node in walk(logits) if isinstance(node, Product)}
+    leaves = [node.node for node in walk(constant) if isinstance(node, Leaf)]
+    return bool(leaves) and all(_ancestors(leaf) & products for leaf in leaves)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        for argument in stack.pop().all_input_nodes:
+            if argument not in found:
+                found.add(argument)
+                stack.append(argument)
+    return found
 
 
 def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:

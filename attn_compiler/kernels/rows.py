@@ -112,7 +112,12 @@ def _score_gradient(
     pull_back(frame, span, plan.score, ds, into, tensors, block.dot)
     if plan.score == DOT:
         return ds
-    return ds.mul_(frame.value(slope(plan.score, DOT), span, tensors, block.dot))
+    return _through(ds, frame.value(slope(plan.score, DOT), span, tensors, block.dot))
+
+
+def _through(grad: Tensor, derivative: Tensor) -> Tensor:
+    """The chain rule, written over `grad`; where nothing depends on anything, NaN does not pass."""
+    return grad.mul_(derivative).masked_fill_(derivative == 0, 0.0)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:
@@ -203,7 +208,7 @@ def pull_back(
         slot = read.slot if piece is None else piece.slot
         if slot not in into:
             continue
-        part = grad * frame.value(slope(expr, read), span, tensors, dot)
+        part = _through(grad.clone(), frame.value(slope(expr, read), span, tensors, dot))
         if piece is not None:
             target = frame.view(piece, into[slot], span)
             target.add_(part.sum_to_size(target.shape))

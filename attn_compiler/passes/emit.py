@@ -115,6 +115,9 @@ class Emitter:
             for dimension, length in enumerate(value.shape):
                 if ax.equal(ax.size_of(length), size):
                     return self.call(aten.sym_size.int, node, dimension)
+        found = self._size_before(size)
+        if found is not None:
+            return found
         if isinstance(size, sympy.Mul | sympy.Add):
             combine = operator.mul if isinstance(size, sympy.Mul) else operator.add
             parts = [self.size(ax.simple(part)) for part in size.args]
@@ -123,6 +126,21 @@ class Emitter:
                 result = self.call(combine, result, part)
             return result  # type: ignore[no-any-return]
         raise RegionError("region.symbolic_size", f"no node of the graph holds the size {size}")
+
+    def _size_before(self, size: sympy.Expr) -> fx.Node | None:
+        """Anything earlier in the graph that has this size."""
+        node = self.region.end.prev
+        while node.op != "root":
+            value = ops.value(node)
+            if isinstance(value, torch.SymInt) and ax.equal(ax.size_of(value), size):
+                return node
+            for dimension, length in enumerate(
+                value.shape if isinstance(value, torch.Tensor) else ()
+            ):
+                if not isinstance(length, int) and ax.equal(ax.size_of(length), size):
+                    return self.call(aten.sym_size.int, node, dimension)
+            node = node.prev
+        return None
 
     # ------------------------------------------------------------ layouts
 
@@ -135,7 +153,7 @@ class Emitter:
         present = [axis for runs in dims for run in runs for axis in run]
         x = self._sliced(self.host(node), where)
         x, atoms = self._unflatten(x, dims)
-        fixed = [w.const for w in where if not w.resolved().terms]
+        fixed = [w.const for w, runs in zip(where, dims, strict=True) if not runs]
         x, atoms = self._drop_units(x, atoms, fixed)
         target = [run for group in groups for run in _atoms_of(group, atoms)]
         x = self._permute(x, [atoms.index(run) for run in target])
@@ -293,8 +311,11 @@ def _covers(where: Sequence[Index], node: fx.Node) -> bool:
 def _runs(index: Index, groups: Groups) -> list[tuple[Axis, ...]]:
     """The axes of one dimension, cut where two neighbours are not neighbours in a group."""
     following = {pair[0]: pair[1] for group in groups for pair in itertools.pairwise(group)}
+    members = {axis for group in groups for axis in group}
     runs: list[tuple[Axis, ...]] = []
     for axis, _ in index.terms:
+        if axis not in members and axis.extent == 1:
+            continue
         if runs and following.get(runs[-1][-1]) is axis:
             runs[-1] = (*runs[-1], axis)
         else:
