@@ -151,7 +151,8 @@ class Call:
             if node.op == "get_attr" and isinstance(node.meta.get("example_value"), torch.Tensor):
                 found = node.meta["example_value"]
                 device = self.name(found.device)
-                text = attribute(str(node.target))
+                home, _, name = str(node.target).rpartition(".")
+                text = f"{self._module(home)}.{name}"
                 self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
         self._state_checks()
 
@@ -208,11 +209,3 @@ class Call:
             with graph.inserting_after(found):
                 text = f"{assumption.text or assumption.node} is {assumption.value!r}"
                 graph.call_function(require, (found, text))
-
-
-def attribute(path: str) -> str:
-    """Python text for an attribute of `self`."""
-    text = "self"
-    for piece in filter(None, path.split(".")):
-        text = f"{text}.{piece}" if piece.isidentifier() else f"getattr({text}, {piece!r})"
-    return text

@@ -378,10 +378,12 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_module(self._at(path), self.argument(args), self.argument(kwargs))
         self._provenance(node)
         self.leaves.append(path)
+        with torch._C.DisableTorchFunction():
+            likeness = _likeness(module)
         token = (
             "module",
             path,
-            _likeness(module),
+            likeness,
             self._key(unwrap(args)),
             self._key(unwrap(kwargs)),
         )

@@ -245,6 +245,6 @@ def _text(names: tuple[str, ...], call: Call, graph: fx.Graph) -> str:
     checks, leaves = "".join(call.lines), ", ".join(("self", *call.leaves))
     return (
         "".join(f"import {name}\n" for name in sorted(imports)) + "\n\n"
-        f"def covers({parameters}):\n{''.join(call.lines)}    return True\n\n\n{body}\n\n\n"
+        f"def covers({parameters}):\n{checks}    return True\n\n\n{body}\n\n\n"
         f"def run({parameters}):\n    return body({leaves})\n"
     )

@@ -41,6 +41,8 @@ _ROWS = 1024
 
 def fits(frame: Frame) -> bool:
     given, plan = frame.given, frame.plan
+    if given.scale <= 0:  # the kernel multiplies its -inf by it
+        return False
     same = given.q.device.type == given.k.device.type == given.v.device.type == "cpu"
     return same and _common(given) in _DTYPES and plan.additive and given.drop.rate == 0
 

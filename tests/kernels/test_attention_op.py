@@ -112,3 +112,15 @@ def test_gradcheck(name: str, dropout: float) -> None:
 
     leaves = [*tensors(s, torch.float64), *(reads[i] for i in case.grads)]
     assert torch.autograd.gradcheck(fn, [x.detach().requires_grad_() for x in leaves])
+
+
+@pytest.mark.parametrize("scale", [-0.75, 0.0])
+@pytest.mark.parametrize("mask", ["True", "k <= q"])
+def test_a_scale_that_is_not_positive(scale: float, mask: str) -> None:
+    """PyTorch's flash kernel gives NaN here beside is_causal."""
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    program = f"score: dot; mask: {mask}; empty: any"
+    out, _ = torch.ops.attn_compiler.attention(
+        q, k, v, [], [], None, program=program, scale=scale, dropout=0.0
+    )
+    torch.testing.assert_close(out, reference(q, k, v, [], [], program, scale)[0])
