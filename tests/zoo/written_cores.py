@@ -332,7 +332,7 @@ _BHTD = (
     keys_in_rows, result_transposed, values_first, over_time_major, scale_on_q, scale_on_k,
     scale_split, scale_in_a_tensor, scale_absent, scale_in_the_einsum, scale_negative_and_twice,
     stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax,
-    divided_at_the_end, powers_of_two, softmin, over_a_positive_axis, in_float32, cast_before,
+    powers_of_two, softmin, over_a_positive_axis, in_float32, cast_before,
     everything_in_float32, dropout_of_nothing, ScaleAttribute, Temperature,
 )  # fmt: skip
 _GROUPED = (interleaved, expanded, grouped, grouped_einsum)
@@ -342,6 +342,12 @@ ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f, layout="bthd") for f in (time_first, flax_like)),
     *(site(f.__name__, f, kv=G) for f in _GROUPED),
     site("softmax_module", SoftmaxModule, training=False),
+    site(
+        "divided_at_the_end",
+        divided_at_the_end,
+        refused=("not_attention.no_softmax",),
+        why="the sum with the values comes before the division",
+    ),
     # repeated in a way that leaves no trace of the groups: any number of kv heads is right
     *(site(f.__name__, f, kv=G, found=None) for f in (tiled, stacked, indexed)),
     Entry(

@@ -146,6 +146,9 @@ PLACES = (
     multiplied, in_place, through_a_view, by_setitem, added_in_place, by_triu_of_scores,
 )  # fmt: skip
 
+# -1e4 forbids nothing as surely as -inf does: it stays arithmetic
+FINITE = (added_product, multiplied)
+
 
 def _attend(
     condition: Callable[[int], Tensor], place: Callable[[Tensor, Tensor], Tensor]
@@ -305,8 +308,17 @@ LONGER = normal(B, 17, WIDTH)
 
 ENTRIES: tuple[Entry, ...] = (
     *(site(f"causal_{c.__name__}", _attend(c, filled), mask="causal") for c in CONDITIONS),
-    *(site(f"causal_{p.__name__}", _attend(tril, p), mask="causal") for p in PLACES),
-    site("causal_through_a_slice", _attend(tril, through_a_slice), mask=None),
+    *(
+        site(f"causal_{p.__name__}", _attend(tril, p), mask="none" if p in FINITE else "causal")
+        for p in PLACES
+    ),
+    site(
+        "causal_through_a_slice",
+        _attend(tril, through_a_slice),
+        mask=None,
+        refused=("attention.scores_twice",),
+        why="row after row is written: no expression over all rows",
+    ),
     site("causal_counted", _attend(counted, filled), mask=None),
     site("causal_by_indices", _attend(by_indices, filled), mask=None),
     site("causal_buffer", Buffer, mask=None),
@@ -329,7 +341,8 @@ ENTRIES: tuple[Entry, ...] = (
         "bert_padding",
         bert_padding,
         constant((torch.arange(T) < torch.tensor([[T], [6]])).long()),
-        mask="padding(",
+        # an integer could be more than 0 or 1: what is added stays arithmetic
+        mask="none",
     ),
     site(
         "padding_filled",
@@ -337,7 +350,8 @@ ENTRIES: tuple[Entry, ...] = (
         constant((torch.arange(T) < torch.tensor([[T], [6]])).int()),
         mask="padding(",
     ),
-    site("two_masks", two_masks, _keep(T, 6), mask="causal & padding("),
+    # -inf and finfo.min in one row without keys are neither uniform nor NaN: both stay arithmetic
+    site("two_masks", two_masks, _keep(T, 6), mask="none"),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),
     site("top_left", top_left, LONGER, cross=True, mask="causal"),
@@ -358,7 +372,13 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     site("empty_rows_sdpa", sdpa_empty_rows, _left(0, 3), mask="causal & padding("),
     site("first_key_forbidden", first_key_forbidden, mask=None),
-    site("weights_masked_by_hand", weights_masked_by_hand, mask=None),
+    site(
+        "weights_masked_by_hand",
+        weights_masked_by_hand,
+        mask=None,
+        refused=("not_attention.no_softmax",),
+        why="the exponentials are masked, not the scores",
+    ),
     Entry(
         "buffer_and_cross",
         lambda: Site(Buffer(), cross=True),
