@@ -98,19 +98,20 @@ class _Search:
         inner = [s[s.index(path) + 1 :] for s in self.example.stacks.values() if path in s]
         spine = {_relative(p, path) for stack in inner for p in stack}
         plan = Plan(path, frozenset(spine), self.config)
-        base, values = base_of(owner), self.example.calls[path]
-        variant, report = specialise(owner, base, values, plan)
+        call = self.example.calls[path]
+        with call.state():
+            variant, report = specialise(owner, base_of(owner), call.values, plan)
         return _Attempt(path, owner, plan, variant, report)
 
     def _install(self, attempt: _Attempt) -> None:
         owner, path, report = attempt.owner, attempt.path, attempt.report
-        base, values = base_of(owner), self.example.calls[path]
+        base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
         if attempt.variant.asks_training:
-            with _other_mode(owner), suppress(CaptureError):
-                variants.append(specialise(owner, base, values, attempt.plan)[0])
+            with call.state(), _other_mode(owner), suppress(CaptureError):
+                variants.append(specialise(owner, base, call.values, attempt.plan)[0])
         install(owner, variants, attempt.plan)
-        problem = verify_owner(owner, values) if self.verify else None
+        problem = verify_owner(owner, call) if self.verify else None
         if problem is not None:
             restore(owner)
             report = refused(report, problem)

@@ -20,19 +20,19 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
 from attn_compiler.opaque import CONSTANTS, Assumption, Opaque, unwrap
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, oblivious
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
-_SETTERS = (torch._C._set_grad_enabled,)
 # of the layout, not of the sizes: the trace may have branched on them
 _LAYOUT = frozenset({"is_contiguous", "stride", "storage_offset", "data_ptr", "is_set_to"})
 _PATCHING = threading.RLock()
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(PreDispatchTorchFunctionMode):
     """The trace of one call.
 
     Attributes:
@@ -53,7 +53,7 @@ class Recorder(TorchFunctionMode):
         guide: Recorder | None = None,
         into: tuple[Symbols, str] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(None)  # type: ignore[arg-type]  # the class by which autocast knows a trace
         self.root = root
         self.inline = inline
         self.prefix = prefix
@@ -77,6 +77,7 @@ class Recorder(TorchFunctionMode):
         self._modules = {id(m): path for path, m in root.named_modules(remove_duplicate=True)}
         self._stack: list[tuple[str, nn.Module]] = [("", root)]
         self._busy = 0
+        self._entered: list[fx.Node] = []
         self._inside = False
         self._idle: set[sympy.Basic] = set()
         self.asked: list[sympy.Basic] = []
@@ -97,6 +98,7 @@ class Recorder(TorchFunctionMode):
                 stack.enter_context(_patched(self))
                 stack.enter_context(self._watched())
                 stack.enter_context(self._listening())
+                stack.enter_context(enable_python_dispatcher())
                 stack.enter_context(self.symbols.mode)
                 self._ambient = _ambient()
                 stack.enter_context(self)
@@ -169,7 +171,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._busy:
             return func(*args, **kwargs)
-        if func in _SETTERS:
+        if func in (torch.amp._enter_autocast, torch.amp._exit_autocast):
+            return self._autocast(func, args)
+        if func is torch._C._set_grad_enabled:
+            self.symbols.produce((func, args), lambda: None)
             self.graph.call_function(func, args)
             return func(*args)
         self._check(func)
@@ -182,16 +187,11 @@ class Recorder(TorchFunctionMode):
     def _execute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run one operation on fakes, or take its result from the call that is followed."""
         token = ("call", func, self._key(args), self._key(kwargs))
-        if self.symbols.following:
-            if self.symbols.next_token() == token:
-                return self.symbols.produce(token, lambda: None)
-            value = func(*self._fakes(args), **self._fakes(kwargs))
-            if self._is_written(args, value):
-                raise Mismatch
-            return value
+        if self.symbols.following and self.symbols.next_token() == token:
+            return self.symbols.produce(token, lambda: None)
         value = self._compute(func, args, kwargs)
         if self._is_written(args, value):
-            self.symbols.produce(token, lambda: value)
+            self.symbols.produce(token, lambda: value)  # Mismatch, if another call is followed
         return value
 
     def _compute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -232,6 +232,17 @@ class Recorder(TorchFunctionMode):
             return self._guide.demands()
         found = [guard for guard in self.symbols.guards() if guard not in self._idle]
         return [guard for guard in dict.fromkeys((*found, *self.asked)) if guard is not sympy.true]
+
+    def _autocast(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """autocast has been entered or left; keeping copies of weights is off only in the trace."""
+        self.symbols.produce((func, args), lambda: None)
+        self._ambient = _ambient()
+        if func is torch.amp._enter_autocast:
+            self._entered.append(self.graph.call_function(func, (*args[:3], True)))
+        elif self._entered:
+            self.graph.call_function(func, (self._entered.pop(),))
+        else:
+            raise CaptureError("owner.autocast", "it leaves an autocast that it did not enter")
 
     def _check(self, func: Callable[..., Any]) -> None:
         name = getattr(func, "__name__", "")

@@ -103,6 +103,7 @@ def _trace(
     call = Call(recorder)
     with oblivious():
         call.record(base, values)
+        _sweep(recorder.graph)
         recorded = _constants(recorder.graph)
         gm = fx.GraphModule(owner, recorder.graph)
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
@@ -133,6 +134,7 @@ def _follow(
     call = Call(recorder)
     with oblivious():
         call.record(guide.base, values)
+        _sweep(recorder.graph)
     call.module_checks()
     call.guard_checks(guide.demands)
     report = _moved(guide, plan)

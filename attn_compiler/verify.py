@@ -20,20 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attn_compiler.installed import base_of, parameters_of, restore
 from attn_compiler.ir.site import Decision, Reason
 from attn_compiler.report import Report
-from attn_compiler.watch import copied, tensors_of, untouched
+from attn_compiler.watch import Recorded, copied, tensors_of, untouched
 
 _FACTOR = 4.0
 _ULPS = 8.0
 
 
-def verify_owner(owner: nn.Module, values: tuple[Any, ...]) -> str | None:
+def verify_owner(owner: nn.Module, call: Recorded) -> str | None:
     """Compare on the recorded arguments; None if it agrees, else what does not."""
     modes = [(module, module.training) for module in owner.modules()]
     try:
         for module, _ in modes:
             module.training = False  # dropout has no value to compare
-        with untouched(owner):
-            return _compare(owner, values)
+        with untouched(owner), call.state():
+            return _compare(owner, call.values)
     finally:
         for module, mode in modes:
             module.training = mode

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +31,32 @@ class Example:
 
     Attributes:
         stacks: for each module that called an anchor, the paths of all running modules, outermost first.
-        calls: copies of the arguments of the first call, for every module in a stack.
+        calls: the first call of every module in a stack.
     """
 
     stacks: dict[str, tuple[str, ...]]
-    calls: dict[str, tuple[Any, ...]]
+    calls: dict[str, Recorded]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One call of a module.
+
+    Attributes:
+        values: copies of its arguments, by parameter.
+        autocast: device, enabled and dtype of the autocast modes around it.
+    """
+
+    values: tuple[Any, ...]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @contextmanager
+    def state(self) -> Iterator[None]:
+        """The state in which it was called."""
+        with ExitStack() as stack:
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
 
 
 def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
@@ -79,13 +100,20 @@ class _Calls:
 
     names: dict[int, str]
     wanted: frozenset[str]
-    found: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    found: dict[str, Recorded] = field(default_factory=dict)
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         path = self.names.get(id(module))
         if path in self.wanted and path not in self.found:
-            self.found[path] = copied(bound(base_of(module), args, kwargs))
+            values = copied(bound(base_of(module), args, kwargs))
+            self.found[path] = Recorded(values, tuple(_autocast()))
         return module._call_impl(*args, **kwargs)
+
+
+def _autocast() -> Iterator[tuple[str, bool, torch.dtype]]:
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            yield device, True, torch.get_autocast_dtype(device)
 
 
 def bound(base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ Advance = Callable[[str], None]
 
 EAGER, STOCK, OURS = "eager", "torch.compile", "attn_compiler"
 PARAGRAPH_TOKENS = 512
-PATIENCE = 35.0  # seconds for the timing of one workload
+PATIENCE = 25.0  # seconds for the timing of one workload
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ CASES: dict[str, Case] = {
     "offset": Case(text(mask=OFFSET)),
     "window": Case(text(mask=WINDOW), ints=(7,)),
     "no keys at all": Case(text(mask="(k <= q) & (k > q)", empty="uniform")),
-    "keys absorbed": Case(text(mask=f"{CAUSAL} & t0[b, k]", empty="absorbed"), lambda s: [padding(s)]),
+    "keys absorbed": Case(
+        text(mask=f"{CAUSAL} & t0[b, k]", empty="absorbed"), lambda s: [padding(s)]
+    ),
     "padding": Case(text(mask="t0[b, k]", empty="zero"), lambda s: [padding(s)]),
     "tensor mask": Case(
         text(mask="t0[b, 0, q, k]", empty="zero"), lambda s: [draw(B, 1, s.T, s.S) > -0.5]

@@ -195,7 +195,9 @@ def _to(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
 @rule(VALUES, "detach")
 def _detach(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     # numbers that have gradients must not be read past the point where those are cut
-    return None if val(node).dtype.is_floating_point else puller.expr(args["self"], where)
+    inner = puller.expr(args["self"], where)
+    bare = all(isinstance(n, Call | Const | Var) for n in walk(inner))
+    return inner if bare or not val(node).dtype.is_floating_point else None
 
 
 @rule(VALUES, "fill")
