@@ -32,7 +32,7 @@ from attn_compiler.verify import refused, verify_graph
 from attn_compiler.watch import copied, untouched
 
 
-def rewrite(
+def rewrite(  # noqa: PLR0913  (the public signature)
     model: Any,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,

@@ -1,8 +1,10 @@
 """The arguments of one traced call, and the checks that another call must pass to be treated alike.
 
-    plain(x, torch.float32, cpu, 3) and type(past) is DynamicCache and self.attn.training is False ...
+    plain(x, torch.float32, cpu, 3) and type(past) is DynamicCache and self.attn.training is False
+    ...
 
-Everything that the trace relied on is written down as a line of Python, except sizes that nothing depended on.
+Everything that the trace relied on is written down as a line of Python, except sizes that nothing
+depended on.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Call:
         for name, known in self.names.items():
             if known is value or (type(known) is type(value) is torch.device and known == value):
                 return name
-        name = f"{type(value).__name__ if not isinstance(value, type) else value.__name__}_{len(self.names)}"
+        kind = value if isinstance(value, type) else type(value)
+        name = f"{kind.__name__}_{len(self.names)}"
         self.names[name] = value
         return name
 

@@ -1,4 +1,5 @@
-"""The doors' graphs, made ready for the pipeline: a fake value on every node, and no module where an
+"""The doors' graphs, made ready for the pipeline: a fake value on every node, and no module where
+an
 idea should stand.
 
     Dynamo            every graph of a call, breaks allowed; the values are there
@@ -46,7 +47,7 @@ def each_graph(
 
     def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         visit(copy.deepcopy(gm))
-        return gm.forward  # type: ignore[no-any-return]
+        return gm.forward
 
     torch.compile(model, backend=collect)(*args, **kwargs)
 
@@ -282,7 +283,7 @@ class _Values:
         for user in list(node.users):
             user.args, user.kwargs = _substituted((user.args, user.kwargs), node, result)
             if user.target is operator.getitem and isinstance(user.args[0], tuple):
-                piece = user.args[0][user.args[1]]
+                piece = user.args[0][user.args[1]]  # type: ignore[index]
                 if isinstance(piece, fx.Node):
                     user.replace_all_uses_with(piece)
         self.graph.erase_node(node)

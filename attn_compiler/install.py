@@ -1,7 +1,9 @@
 """`rewrite(model)`: find who owns each attention, specialise its forward, swap its class, verify.
 
-The owner is the lowest module out of which no score and no probability escapes: `LlamaDecoderLayer`, whose attention
-module returns the weights as well, but `nn.MultiheadAttention` itself where `need_weights=False`. Owners are found by
+The owner is the lowest module out of which no score and no probability escapes:
+    `LlamaDecoderLayer`, whose attention
+module returns the weights as well, but `nn.MultiheadAttention` itself where `need_weights=False`.
+Owners are found by
 running the example once: modules are known by their calls, not by their names.
 """
 
@@ -30,7 +32,8 @@ log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
 _HIGHEST = 4
 _MOST_ANCHORS = 4
-# kinds of calls that one owner is specialised for, and analyses that may fail before it is left alone
+# kinds of calls that one owner is specialised for, and analyses that may fail before it is left
+# alone
 _MOST_VARIANTS = 12
 _MOST_FAILURES = 4
 
@@ -185,7 +188,7 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     where = plan.prefix or "the root"
     if len(owner._attn_variants) >= _MOST_VARIANTS or owner._attn_failures >= _MOST_FAILURES:
         return None
-    if _get_current_dispatch_mode() is not None or torch.jit.is_tracing():
+    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
         return None
     try:
         variant, report = specialise(owner, base_of(owner), values, plan)

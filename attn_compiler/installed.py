@@ -1,11 +1,14 @@
-"""What stands in a model after `rewrite`: a subclass of the owner's class, and the variants of its forward.
+"""What stands in a model after `rewrite`: a subclass of the owner's class, and the variants of its
+forward.
 
     for variant in self._attn_variants:
         if variant.covers(self, x, mask, kwargs):        # everything the analysis assumed
-            return variant.run(self, x, mask, kwargs)    # ordinary Python on self, with the operator in it
+            return variant.run(self, x, mask, kwargs)    # ordinary Python on self, with the
+            operator in it
     return Base.forward(self, x, mask, **kwargs)
 
-Nothing here compiles or patches anything: deepcopy, pickle, hooks, state_dict, an outer torch.compile and torch.export
+Nothing here compiles or patches anything: deepcopy, pickle, hooks, state_dict, an outer
+    torch.compile and torch.export
 see an ordinary module. A variant is a text of Python; pickling stores the text.
 """
 
@@ -125,7 +128,7 @@ def require_mode(module: nn.Module, training: bool) -> None:
     """
     if module.training is not training:
         raise UnsupportedCall(
-            f"a graph that was rewritten in {'training' if training else 'evaluation'} mode runs in the other",
+            f"a graph rewritten in {'training' if training else 'evaluation'} mode runs in the other",
             do="rewrite the original graph again after train() or eval()",
         )
 
@@ -144,7 +147,7 @@ def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def rewritten_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of an owner's class whose forward tries the variants first; always the same one."""
+    """The subclass of an owner's class whose forward tries the variants first; one per class."""
     if base not in _classes:
         space = _execute(
             _forward_source(base), {"base": base, "unlike": unlike, "defaults": _defaults(base)}
@@ -159,7 +162,7 @@ def rewritten_class(base: type[nn.Module]) -> type[nn.Module]:
             "__doc__": base.__doc__,
             "_attn_base": base,
         }
-        _classes[base] = type(base)(base.__name__, (base,), body)
+        _classes[base] = type(base)(base.__name__, (base,), body)  # type: ignore[misc]
     return _classes[base]
 
 
@@ -184,7 +187,10 @@ def _forward_source(base: type[nn.Module]) -> str:
 
 
 def _declared(parameters: list[inspect.Parameter]) -> Iterator[str]:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {
+        inspect.Parameter.VAR_POSITIONAL: "*",
+        inspect.Parameter.VAR_KEYWORD: "**",
+    }
     starred = False
     previous: Any = None
     for p in parameters:

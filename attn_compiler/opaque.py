@@ -1,10 +1,14 @@
 """Objects that a traced forward is given and that are no tensors: caches, mostly.
 
-    key, value = past.update(key, value, 3)    ->   update = past.update(key, value, 3); update[0]; update[1]
+    key, value = past.update(key, value, 3)    ->   update = past.update(key, value, 3); update[0];
+    update[1]
 
-The trace runs on a deep copy with fake tensors. What the code reads of the object or calls on it becomes a node, in
-order; tensors that come back are read from that node. A flag that the code branches on is an assumption, checked before
-the call if it can be read then, and checked again where it was read. An integer that comes back stays symbolic.
+The trace runs on a deep copy with fake tensors. What the code reads of the object or calls on it
+becomes a node, in
+order; tensors that come back are read from that node. A flag that the code branches on is an
+assumption, checked before
+the call if it can be read then, and checked again where it was read. An integer that comes back
+stays symbolic.
 """
 
 from __future__ import annotations
@@ -109,8 +113,8 @@ class Opaque:
         put(self, "_attn_node", node)
         put(self, "_attn_text", text)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(object.__getattribute__(self, "_attn_value"))
 
     def __getattr__(self, name: str) -> Any:
@@ -185,7 +189,9 @@ class _Method:
 
 
 def unwrap(value: Any, fixed: Callable[[Any], Any] = lambda value: value) -> Any:
-    """Arguments with the copies that opaque objects stand for, tensors and sizes changed by `fixed`."""
+    """Arguments with the copies that opaque objects stand for, tensors and sizes changed by
+    `fixed`.
+    """
     if type(value) in (tuple, list):
         return type(value)(unwrap(item, fixed) for item in value)
     if type(value) is dict:
@@ -212,7 +218,9 @@ def _result(
 
 
 def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
-    """What the traced code gets: a fake tensor, a symbol, a constant with an assumption, or an opaque object."""
+    """What the traced code gets: a fake tensor, a symbol, a constant with an assumption, or an
+    opaque object.
+    """
     if isinstance(value, torch.Tensor):
         with torch._C.DisableTorchFunction():
             token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
@@ -245,7 +253,9 @@ def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
 
 
 def read_later(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """A placeholder in the middle of the graph: no region may reach behind a tensor that an opaque call gave."""
+    """A placeholder in the middle of the graph: no region may reach behind a tensor that an opaque
+    call gave.
+    """
     number = sum("opaque" in n.meta for n in graph.nodes)
     found = graph.create_node("placeholder", f"opaque{number}", ())
     found.meta["opaque"] = node

@@ -1,10 +1,14 @@
-"""One module's forward as a graph of torch functions: run once on fake tensors, every call written down.
+"""One module's forward as a graph of torch functions: run once on fake tensors, every call written
+down.
 
     forward(self, x)   ->   qkv = self.c_attn(x);  split = qkv.split(64, 2);  ...
 
-Submodules stay calls, so that their hooks, adapters, dtypes and training mode go on working, except those on the way to
-the attention, which are traced through. What the code read of *them* (numbers, flags) is written down as well, to be
-checked before the graph is used. Tensors may be arguments, parameters and buffers; anything else is refused.
+Submodules stay calls, so that their hooks, adapters, dtypes and training mode go on working, except
+those on the way to
+the attention, which are traced through. What the code read of *them* (numbers, flags) is written
+down as well, to be
+checked before the graph is used. Tensors may be arguments, parameters and buffers; anything else is
+refused.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import sympy
@@ -21,14 +25,17 @@ import torch
 from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
 from attn_compiler.opaque import CONSTANTS, Assumption, Opaque, unwrap
-from attn_compiler.symbols import CaptureError, Mismatch, Symbols, oblivious
+from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 # of the layout, not of the sizes: the trace may have branched on them
 _LAYOUT = frozenset({"is_contiguous", "stride", "storage_offset", "data_ptr", "is_set_to"})
+# where the sign of a number decides: without an answer the size of the result is unknown
+_SLICES = frozenset({"__getitem__", "__setitem__", "narrow", "slice", "select", "split", "chunk"})
 _PATCHING = threading.RLock()
 
 
@@ -125,7 +132,7 @@ class Recorder(PreDispatchTorchFunctionMode):
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Write down what the code itself asks about sizes, even where the answer is known already."""
+        """Write down what the code itself asks about sizes, even where the answer is known."""
         env = self.symbols.env
         evaluate = env.evaluate_expr
 
@@ -137,7 +144,7 @@ class Recorder(PreDispatchTorchFunctionMode):
                     raise Mismatch
             return value
 
-        env.evaluate_expr = evaluate_expr  # type: ignore[method-assign]
+        env.evaluate_expr = evaluate_expr  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -171,7 +178,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         kwargs = kwargs or {}
         if self._busy:
             return func(*args, **kwargs)
-        if func in (torch.amp._enter_autocast, torch.amp._exit_autocast):
+        if func in (autocast_mode._enter_autocast, autocast_mode._exit_autocast):
             return self._autocast(func, args)
         if func is torch._C._set_grad_enabled:
             self.symbols.produce((func, args), lambda: None)
@@ -199,7 +206,8 @@ class Recorder(PreDispatchTorchFunctionMode):
         before = len(self.symbols.env.guards)
         self._inside = True
         try:
-            value = func(*self._fakes(args), **self._fakes(kwargs))
+            with exactly() if getattr(func, "__name__", "") in _SLICES else nullcontext():
+                value = func(*self._fakes(args), **self._fakes(kwargs))
         finally:
             self._inside = False
         if "squeeze" not in getattr(func, "__name__", ""):
@@ -227,7 +235,9 @@ class Recorder(PreDispatchTorchFunctionMode):
         return type(value), value
 
     def demands(self) -> list[sympy.Basic]:
-        """What the sizes must fulfil for the trace to hold: of the operations, and of the code's own questions."""
+        """What the sizes must fulfil for the trace to hold: of the operations, and of the code's
+        own questions.
+        """
         if self._guide is not None:
             return self._guide.demands()
         found = [guard for guard in self.symbols.guards() if guard not in self._idle]
@@ -237,7 +247,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         """autocast has been entered or left; keeping copies of weights is off only in the trace."""
         self.symbols.produce((func, args), lambda: None)
         self._ambient = _ambient()
-        if func is torch.amp._enter_autocast:
+        if func is autocast_mode._enter_autocast:
             self._entered.append(self.graph.call_function(func, (*args[:3], True)))
         elif self._entered:
             self.graph.call_function(func, (self._entered.pop(),))
@@ -457,7 +467,7 @@ def _watching(
             reads[path, name] = value
         return value
 
-    return type(kind)(
+    return type(kind)(  # type: ignore[no-any-return,misc]
         kind.__name__,
         (kind,),
         {"__getattribute__": __getattribute__, "__module__": kind.__module__},
@@ -500,7 +510,9 @@ def calls_through(handle: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None
 
 @contextmanager
 def _patched(recorder: Recorder) -> Iterator[None]:
-    """Send this thread's module calls, grad mode questions and custom functions through the recorder."""
+    """Send this thread's module calls, grad mode questions and custom functions through the
+    recorder.
+    """
     enabled, thread = torch.is_grad_enabled, threading.get_ident()
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -560,7 +572,8 @@ def _user_frames() -> str:
     while frame is not None and frame.f_code.co_name != "run":
         if frame.f_globals.get("__name__") not in (__name__, "torch.overrides"):
             lines.append(
-                f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+                f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, '
+                f"in {frame.f_code.co_name}\n"
             )
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))

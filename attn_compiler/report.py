@@ -40,8 +40,8 @@ class Report:
         )
 
     def __str__(self) -> str:
-        counts = (len(self.sites), self.rewritten, len(self.missed))
-        lines = ["%d attention sites, %d rewritten, %d look-alikes left alone" % counts]
+        found = f"{len(self.sites)} attention sites, {self.rewritten} rewritten"
+        lines = [f"{found}, {len(self.missed)} look-alikes left alone"]
         for sites in _alike(self.sites):
             lines += _site_lines(sites)
         for missed in self.missed:

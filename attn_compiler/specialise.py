@@ -27,7 +27,7 @@ from attn_compiler.opaque import settle
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare
 from attn_compiler.report import Report
-from attn_compiler.symbols import CaptureError, Mismatch, oblivious
+from attn_compiler.symbols import CaptureError, Mismatch, exactly, oblivious
 
 _SMALL = 4096
 # the layers of a model follow the first of them
@@ -107,7 +107,8 @@ def _trace(
         recorded = _constants(recorder.graph)
         gm = fx.GraphModule(owner, recorder.graph)
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
-        report = compile_graph(gm, plan.config)
+        with exactly():
+            report = compile_graph(gm, plan.config)
         demands += _late(recorder.symbols.guards()[traced:])
     call.module_checks()
     call.guard_checks(demands)
@@ -199,7 +200,9 @@ def _moved(guide: _Guide, plan: Plan) -> Report:
 
 
 def _late(guards: list[sympy.Basic]) -> list[sympy.Basic]:
-    """What the rewriting demands; whether a size is 1 it asks only to choose between a view and a copy."""
+    """What the rewriting demands; whether a size is 1 it asks only to choose between a view and a
+    copy.
+    """
     return [guard for guard in guards if not isinstance(guard, sympy.Ne)]
 
 

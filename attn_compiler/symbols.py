@@ -2,8 +2,10 @@
 
     real tensor [2, 7, 64]  ->  fake tensor [s0, s1, s2],  s1 = hidden_states.size(1)
 
-Every dimension but those of size 1 is a symbol of its own. What the traced code demands of the sizes collects as guards
-in the ShapeEnv; a guard becomes Python text to check before a call, or a node that checks while the graph runs.
+Every dimension but those of size 1 is a symbol of its own. What the traced code demands of the
+sizes collects as guards
+in the ShapeEnv; a guard becomes Python text to check before a call, or a node that checks while the
+graph runs.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Origin:
         node: a tensor or, with an empty `method`, the number itself.
         method: "size", "stride" or "storage_offset".
         dim: its argument.
-        text: the same as Python text over the arguments of the call; "" if it is only known while the graph runs.
+        text: the same as Python text over the arguments of the call; "" if it is only known while
+            the graph runs.
     """
 
     value: torch.SymInt
@@ -63,7 +66,8 @@ class Mismatch(Exception):
 class Symbols:
     """One ShapeEnv, its fake mode, and the origin of each symbol.
 
-    Every value that is made while a call is traced is a step. A second call that takes the same steps gets the same
+    Every value that is made while a call is traced is a step. A second call that takes the same
+    steps gets the same
     values without any computation: the layers of a model are alike.
 
     Attributes:
@@ -171,7 +175,7 @@ class Symbols:
         return node
 
     def fixed(self, value: Any) -> Any:
-        """The value with the sizes of the example: what opaque objects compute with has no symbols."""
+        """The value with the sizes of the example: opaque objects compute without symbols."""
         if isinstance(value, torch.SymInt):
             return hint(value)
         if not isinstance(value, torch.Tensor):
@@ -220,7 +224,9 @@ class Symbols:
         )
 
     def fresh(self, value: torch.Tensor, everything: bool = False) -> torch.Tensor:
-        """The value itself, or a fake like it whose sizes of unknown origin (or all) are new symbols."""
+        """The value itself, or a fake like it whose sizes of unknown origin (or all) are new
+        symbols.
+        """
         with torch._C.DisableTorchFunction():
             shape, stride = value.size(), value.stride()
         if not everything and all(self.known(n) for n in (*shape, *stride)):
@@ -273,7 +279,9 @@ class Symbols:
         return [plainer(g.expr) for g in self.env.guards if g.expr is not sympy.true]
 
     def text(self, expr: sympy.Basic) -> str | None:
-        """A guard as Python text over the arguments of the call, None if a symbol is only known later."""
+        """A guard as Python text over the arguments of the call, None if a symbol is only known
+        later.
+        """
         origins = {symbol: self.origins.get(symbol) for symbol in expr.free_symbols}
         if not all(origin is not None and origin.text for origin in origins.values()):
             return None
@@ -337,3 +345,8 @@ def oblivious() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(keeps)
+
+
+def exactly() -> Any:
+    """Within `oblivious`: answer questions about 0 and 1 after all, by the example."""
+    return fx_config.patch(backed_size_oblivious=False)

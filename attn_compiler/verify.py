@@ -2,7 +2,8 @@
 
     err(ours, f64)  <=  4 err(original, f64) + 8 ulps of the largest output
 
-A fixed tolerance would be too strict for half precision and too loose for float32; the original's own error is the scale.
+A fixed tolerance would be too strict for half precision and too loose for float32; the original's
+own error is the scale.
 """
 
 from __future__ import annotations

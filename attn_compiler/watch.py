@@ -1,6 +1,7 @@
 """The example run of `rewrite`: which modules attend, and what they were given.
 
-Modules are known by their calls: the stack of running modules when a softmax or a fused attention is called. Nothing of
+Modules are known by their calls: the stack of running modules when a softmax or a fused attention
+    is called. Nothing of
 the run stays in the model: buffers and random numbers are put back.
 """
 
@@ -30,7 +31,8 @@ class Example:
     """What the example run showed.
 
     Attributes:
-        stacks: for each module that called an anchor, the paths of all running modules, outermost first.
+        stacks: for each module that called an anchor, the paths of all running modules, outermost
+            first.
         calls: the first call of every module in a stack.
     """
 

@@ -134,10 +134,9 @@ class Emitter:
             value = ops.value(node)
             if isinstance(value, torch.SymInt) and ax.equal(ax.size_of(value), size):
                 return node
-            for dimension, length in enumerate(
-                value.shape if isinstance(value, torch.Tensor) else ()
-            ):
-                if not isinstance(length, int) and ax.equal(ax.size_of(length), size):
+            sizes = value.shape if isinstance(value, torch.Tensor) else ()
+            for dimension, length in enumerate(map(ax.size_of, sizes)):
+                if ax.equal(length, size):
                     return self.call(aten.sym_size.int, node, dimension)
             node = node.prev
         return None
