@@ -48,10 +48,11 @@ def attn_compiler(
         NoLegalVariant: with `on_reject="raise"`.
     """
     config = make_config({**(options or {}), **({"mode": mode} if mode is not None else {})})
-    _reports.graphs.append(compile_graph(gm, config))
-    if config.then == "eager":
-        return gm.forward
-    return _inductor(gm, example_inputs, config)
+    report = compile_graph(gm, config)
+    run = gm.forward if config.then == "eager" else _inductor(gm, example_inputs, config)
+    # Dynamo may stop Inductor and start again: only what came to its end counts
+    _reports.graphs.append(report)
+    return run
 
 
 def _inductor(

@@ -128,7 +128,7 @@ def require_mode(module: nn.Module, training: bool) -> None:
     """
     if module.training is not training:
         raise UnsupportedCall(
-            f"a graph rewritten in {'training' if training else 'evaluation'} mode runs in the other",
+            f"a graph for {'training' if training else 'evaluation'} mode runs in the other mode",
             do="rewrite the original graph again after train() or eval()",
         )
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import TRUE, evaluate
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import TRUE
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.library import attention

@@ -51,7 +51,7 @@ _INFIX = {
     "mod": ("%", 7),
 }
 _PREFIX = {"not": "~", "neg": "-"}
-_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "not": torch.logical_not,
     "neg": torch.neg,
     "abs": torch.abs,
@@ -74,7 +74,7 @@ _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "sign": torch.sign,
     "square": torch.square,
 }
-_BINARY: dict[str, Callable[[Any, Any], Any]] = {
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -94,7 +94,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "max": torch.maximum,
     "pow": torch.pow,
 }
-_REAL = frozenset(
+REAL = frozenset(
     (
         "div",
         "exp",
@@ -113,8 +113,8 @@ _REAL = frozenset(
 )
 # int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are
 # not written down
-_KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
-OPS = frozenset(_UNARY) | frozenset(_BINARY) | frozenset(_KINDS) | {"where"}
+KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
+OPS = frozenset(UNARY) | frozenset(BINARY) | frozenset(KINDS) | {"where"}
 
 
 class Expr:
@@ -212,7 +212,7 @@ _COMMUTATIVE = frozenset({"add", "mul", "and", "or"})
 
 
 def _fold(op: str, values: Sequence[bool | int | float]) -> Const | None:
-    if op in _KINDS:
+    if op in KINDS:
         return (
             Const({"int": int, "float": float, "bool": bool}[op](values[0]))
             if _finite(values[0])
@@ -224,7 +224,7 @@ def _fold(op: str, values: Sequence[bool | int | float]) -> Const | None:
         torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None) for v in values
     ]
     try:
-        result = _apply(op, tensors, torch.float64)
+        result = apply(op, tensors, torch.float64)
     except RuntimeError:
         return None
     return Const(result.item())
@@ -369,7 +369,7 @@ def _from_ast(node: ast.AST) -> Expr:
 
 
 def _from_call(op: str, args: Sequence[ast.AST]) -> Expr:
-    wanted = 3 if op == "where" else 2 if op in _BINARY else 1
+    wanted = 3 if op == "where" else 2 if op in BINARY else 1
     if op not in OPS or len(args) != wanted:
         raise KeyError(f"{op} of {len(args)}")
     return Call(op, tuple(map(_from_ast, args)))
@@ -387,86 +387,16 @@ def _from_name(name: str) -> Expr:
     raise KeyError(name)
 
 
-# ---------------------------------------------------------------- evaluation
-
-
-def evaluate(
-    expr: Expr,
-    env: Mapping[str, Tensor | int],
-    reads: Sequence[Tensor] = (),
-    ints: Sequence[int] = (),
-    dot: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """The value of `expr` for many elements at once, in plain PyTorch (differentiable in `dot` and
-    `reads`).
-
-    Args:
-        expr: the expression.
-        env: a value for each variable used: sizes as integers, indices as integer tensors that
-            broadcast together,
-            by custom b [B,1,1,1], h [H,1,1], q [T,1], k [S].
-        reads: the tensor of each slot.
-        ints: the integer of each `n` slot.
-        dot: the scaled products, broadcastable with the indices.
-        dtype: of constants with a fraction and of integers turned into numbers.
-
-    Returns:
-        A tensor that broadcasts to the joint shape of the indices.
-    """
-    done: dict[Expr, Any] = {}
-
-    def value(node: Expr) -> Any:
-        if node not in done:
-            done[node] = compute(node)
-        return done[node]
-
-    def compute(node: Expr) -> Any:
-        if isinstance(node, Const):
-            return torch.tensor(node.value, dtype=dtype if isinstance(node.value, float) else None)
-        if isinstance(node, Var):
-            return torch.as_tensor(env[node.name])
-        if isinstance(node, Int):
-            return torch.tensor(ints[node.slot])
-        if isinstance(node, Dot):
-            return dot
-        if isinstance(node, Read):
-            return _read(reads[node.slot], [value(i) for i in node.index])
-        assert isinstance(node, Call)
-        return _apply(node.op, [value(a) for a in node.args], dtype)
-
-    result = value(expr)
-    assert isinstance(result, Tensor)
-    return result
-
-
-def _apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
+def apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
     if op == "where":
         return torch.where(args[0].bool(), args[1], args[2])
     if op == "float":
         return args[0] if args[0].is_floating_point() else args[0].to(dtype)
-    if op in _KINDS:
-        return args[0].to(_KINDS[op])
+    if op in KINDS:
+        return args[0].to(KINDS[op])
     if op in ("min", "max"):
         common = reduce(torch.promote_types, (a.dtype for a in args))
         args = [a.to(common) for a in args]
-    if op in _REAL and not any(a.is_floating_point() for a in args):
+    if op in REAL and not any(a.is_floating_point() for a in args):
         args = [a.to(dtype) for a in args]  # torch would take its default dtype
-    return (_UNARY.get(op) or _BINARY[op])(*args)
-
-
-def _read(tensor: Tensor, index: list[Tensor]) -> Tensor:
-    return tensor[inside(tensor, index)] if index else tensor
-
-
-def inside(tensor: Tensor, index: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The index as one that is valid everywhere.
-
-    Negative numbers count from the end, as in PyTorch. What is still outside is only ever the
-    branch of a `where` that is not taken (both are computed).
-    """
-    found = (i.to(tensor.device, torch.int64) for i in index)
-    return tuple(
-        torch.where(i < 0, i + size, i).clamp(0, max(size - 1, 0))
-        for i, size in zip(found, tensor.shape, strict=True)
-    )
+    return (UNARY.get(op) or BINARY[op])(*args)

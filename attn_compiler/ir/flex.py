@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-from attn_compiler.ir import contractions, ops, values, views  # noqa: F401  (enter their rules)
+from attn_compiler.ir import contractions, gathers, ops, values, views  # noqa: F401  (enter their rules)
 from attn_compiler.ir.axes import along
 from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.expr import DOT, Expr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attn_compiler.ir import contractions, values, views  # noqa: F401  (enter their rules)
+from attn_compiler.ir import contractions, gathers, values, views  # noqa: F401  (enter their rules)
 from attn_compiler.ir.axes import along
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.fused import from_sdpa

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import TRUE, evaluate
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import TRUE
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels import rows

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import TRUE, Expr, evaluate
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import TRUE, Expr
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.grid import Grid, Span
 from attn_compiler.kernels.plan import Slice, plan

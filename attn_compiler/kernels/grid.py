@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attn_compiler.ir.expr import TRUE, Const, Expr, Int, evaluate
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import TRUE, Const, Expr, Int
 from attn_compiler.ir.mask import Causal, Tile
 from attn_compiler.kernels.plan import plan
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import DOT, Expr, Read, inside, walk
+from attn_compiler.ir.evaluate import inside
+from attn_compiler.ir.expr import DOT, Expr, Read, walk
 from attn_compiler.kernels.frame import Frame, empty_heads, widened
 from attn_compiler.kernels.grid import Span, spans
 from attn_compiler.kernels.plan import has_dot

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import (
     DOT,
     FALSE,
@@ -23,7 +24,6 @@ from attn_compiler.ir.expr import (
     Var,
     call,
     depends,
-    evaluate,
     parse,
     slots,
     substitute,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import (
     FALSE,
     TRUE,
@@ -22,7 +23,6 @@ from attn_compiler.ir.expr import (
     Read,
     Var,
     depends,
-    evaluate,
     parse,
     walk,
 )

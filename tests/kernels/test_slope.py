@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attn_compiler.ir.expr import DOT, OPS, Read, evaluate, parse
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import DOT, OPS, Read, parse
 from attn_compiler.kernels.slope import ZERO, slope
 
 POSITIVE = "exp(dot) + 0.5"

@@ -1,0 +1,148 @@
+"""Value rules that pick elements: writes made functional, and gathers by tensors of indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir.axes import Index, along
+from attn_compiler.ir.expr import FALSE, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.mask import normalise
+from attn_compiler.ir.pull import (
+    VALUES,
+    Coordinate,
+    Coordinates,
+    Puller,
+    broadcast,
+    number,
+    rule,
+    shape,
+    shifted,
+    to_expr,
+    val,
+)
+from attn_compiler.ir.values import dtype_of, joined, kind
+
+Args = dict[str, Any]
+
+
+# ---------------------------------------------------------------- writes, made functional
+
+
+@rule(VALUES, "select_scatter")
+def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    at = args["dim"] % len(where)
+    size = shape(node)[at]
+    chosen = puller.affine(puller.expr(args["index"], ()))
+    hit = call("eq", to_expr(where[at]), to_expr(wrapped(chosen, size)))
+    written = puller.expr(args["src"], (*where[:at], *where[at + 1 :]))
+    return call("where", hit, written, puller.expr(args["self"], where))
+
+
+@rule(VALUES, "slice_scatter")
+def _slice_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    at = args["dim"] % len(where)
+    size, length = shape(node)[at], shape(args["src"])[at]
+    if args["step"] != 1:
+        return None
+    start = wrapped(puller.affine(puller.expr(args["start"] or 0, ())), size)
+    begin = start.const if isinstance(start, Index) and not start.terms else None
+    if begin is None:
+        return None
+    old, inner = puller.expr(args["self"], where), shifted(where[at], ax.simple(-begin))
+    written = puller.expr(args["src"], (*where[:at], inner, *where[at + 1 :]))
+    if begin != 0:
+        written = call("where", call("ge", to_expr(where[at]), number(begin)), written, old)
+    if ax.equal(ax.simple(begin + length), size):
+        return written
+    end = number(ax.simple(begin + length))
+    return call("where", call("lt", to_expr(where[at]), end), written, old)
+
+
+@rule(VALUES, "index_put", "_unsafe_index_put")
+def _index_put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """x[mask] = number, the mask over the last indexed dimensions."""
+    mask, value = args["indices"][-1], args["values"]
+    before = len(args["indices"]) - 1
+    if any(i is not None for i in args["indices"][:-1]) or dtype_of(mask) is not torch.bool:
+        return None
+    if args["accumulate"] or any(size != 1 for size in shape(value)):
+        return None
+    written = puller.expr(value, (ax.ZERO,) * len(shape(value)))
+    hit = puller.expr(mask, where[before : before + len(shape(mask))])
+    return call("where", hit, written, puller.expr(args["self"], where))
+
+
+@rule(VALUES, "diff")
+def _diff(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if args["n"] != 1 or args.get("append") is not None or val(node).dtype is torch.bool:
+        return None
+    at = args["dim"] % len(where)
+    tensors = [t for t in (args.get("prepend"), args["self"]) if t is not None]
+    sizes = [shape(t)[at] for t in tensors]
+    late = (*where[:at], shifted(where[at], 1), *where[at + 1 :])
+    return call("sub", *(joined(puller, tensors, sizes, place, at) for place in (late, where)))
+
+
+@rule(VALUES, "cumsum")
+def _cumsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """A running sum of nothing but zeros (document numbers of a batch that is one document)."""
+    at = args["dim"] % len(where)
+    inner = args["self"]
+    names = iter(("q", "b", "h"))
+    fresh = [puller.new_axis(size) for size in shape(inner)]
+    element = puller.expr(inner, tuple(along(axis) for axis in fresh))
+    if len(fresh) > 4:
+        return None
+    table: dict[Expr, Expr] = {
+        Var(axis.name): Var("k" if position == at else next(names))
+        for position, axis in enumerate(fresh)
+    }
+    element = substitute(element, table)
+    if any(not isinstance(n, Call | Const | Var) for n in walk(element)):
+        return None
+    nothing = element if kind(val(inner).dtype) == "bool" else call("ne", element, 0)
+    return Const(0) if normalise(nothing) == FALSE else None
+
+
+# ---------------------------------------------------------------- gathers
+
+
+@rule(VALUES, "index", "_unsafe_index")
+def _index(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    chosen = list(args["indices"])
+    used = [p for p, i in enumerate(chosen) if i is not None]
+    if any(dtype_of(chosen[p]) is torch.bool for p in used):
+        return None
+    rank = max(len(shape(chosen[p])) for p in used)
+    adjacent = used == list(range(used[0], used[-1] + 1))
+    begin = used[0] if adjacent else 0
+    looked_up = where[begin : begin + rank]
+    rest = iter((*where[:begin], *where[begin + rank :]))
+    back: list[Coordinate] = []
+    for dimension in range(len(shape(args["self"]))):
+        index = chosen[dimension] if dimension < len(chosen) else None
+        if index is None:
+            back.append(next(rest))
+            continue
+        found = puller.expr(index, broadcast(looked_up, shape(index)))
+        back.append(wrapped(puller.affine(found), shape(args["self"])[dimension]))
+    return puller.expr(args["self"], tuple(back))
+
+
+def wrapped(coordinate: Coordinate, size: ax.Size) -> Coordinate:
+    """Negative constants count from the end."""
+    if not isinstance(coordinate, Index) or coordinate.terms:
+        return coordinate
+    negative = isinstance(coordinate.const, int) and coordinate.const < 0
+    return Index((), ax.simple(coordinate.const + size)) if negative else coordinate
+
+
+@rule(VALUES, "index_select")
+def _index_select(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+    at = args["dim"] % len(where)
+    found = puller.affine(puller.expr(args["index"], (where[at],)))
+    return puller.expr(args["self"], (*where[:at], found, *where[at + 1 :]))

@@ -1,0 +1,108 @@
+"""explain: the report without any change."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from doors.living import WIDTH, Block, CausalAttention, Traceable, calls
+from torch import fx, nn
+
+import attn_compiler as ac
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def test_a_module(x: torch.Tensor) -> None:
+    model = Block().eval()
+    report = ac.explain(model, (x,))
+    assert report.rewritten == len(report.sites) == 3
+    site = next(s for s in report.sites if s.path == "own")
+    assert (site.query_heads, site.kv_heads, site.head_dim) == (4, 4, 8)
+    assert str(site.mask) == "tensor(bias)" and site.owner == "CausalAttention"
+    assert site.location.startswith("living.py:")
+    assert "softmax" in report.graph_before
+    assert "attn_compiler.attention" in report.graph_after
+    assert "attn_compiler.attention" not in report.graph_before
+    assert calls(model, x) == 0 and type(model.own) is CausalAttention
+    json.loads(report.to_json())
+
+
+def test_nothing_is_changed(x: torch.Tensor) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+            self.own = CausalAttention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.own(self.norm(x.mT).mT)  # type: ignore[no-any-return]
+
+    model = Counting().train()
+    state, random, given = copy.deepcopy(model.state_dict()), torch.get_rng_state(), x.clone()
+    ac.explain(model, (x,))
+    ac.rewrite(model, (x,))
+    assert torch.equal(torch.get_rng_state(), random) and torch.equal(x, given)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_a_function() -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT).softmax(-1) @ k
+
+    report = ac.explain(attend, (torch.randn(2, 5, 8), torch.randn(2, 6, 8)))
+    assert report.rewritten == 1
+
+
+def test_a_graph_module(x: torch.Tensor) -> None:
+    gm = fx.symbolic_trace(Traceable().eval())
+    before = gm.code
+    report = ac.explain(gm, (x, torch.zeros(2, 1, 7, 7)))
+    assert report.rewritten == 2 and gm.code == before
+    assert "attn_compiler.attention" in report.graph_after
+
+
+def test_an_exported_program(x: torch.Tensor) -> None:
+    program = torch.export.export(CausalAttention().eval(), (x,))
+    before = str(program.graph)
+    assert ac.explain(program).rewritten == 1
+    assert str(program.graph) == before
+
+
+def test_a_model_that_breaks_the_graph(x: torch.Tensor) -> None:
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = CausalAttention(), CausalAttention()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)  # type: ignore[no-any-return]
+
+    model = Breaks().eval()
+    assert ac.explain(model, (x,)).rewritten == 2
+    new = ac.rewrite(model, (x,))
+    assert calls(new, x) == 2
+
+
+def test_a_model_without_attention(x: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, 8), nn.ReLU())
+    for report in (ac.explain(model, (x,)), (ac.rewrite(model, (x,)), ac.last_report())[1]):
+        assert report.sites == () and report.missed == ()
+    gm = fx.symbolic_trace(model)
+    assert not ac.fx_pass()(gm, x).modified
+    torch.testing.assert_close(ac.rewrite(model, (x,))(x), model(x))
