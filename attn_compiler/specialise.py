@@ -228,10 +228,11 @@ def _sweep(graph: fx.Graph) -> None:
     """Erase reads of sizes and pieces that nothing needs; read the others as Python does."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         node.op, node.target = "call_method", "size"  # torch.func has no rule for the operator
-    free = ("size", "stride", "getitem", "add", "mul", "sub", "floordiv", "eq")
+    free = ("size", "stride", "getitem", "add", "mul", "sub", "floordiv")
     for node in reversed(list(graph.nodes)):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if not node.users and node.op in ("call_function", "call_method") and name in free:
+        # what opaque objects give has no value here and is still to be read
+        if name in free and not node.users and "example_value" in node.meta:
             graph.erase_node(node)
 
 

@@ -152,7 +152,8 @@ class Symbols:
     def _dense(self, sizes: list[Any], like: torch.Tensor) -> FakeTensor:
         """A fake without gaps whose dimensions lie in memory in the order of another tensor's."""
         with torch._C.DisableTorchFunction():
-            order = sorted(range(like.dim()), key=lambda d: -hint(like.stride(d)))
+            strides = like.stride()
+            order = sorted(range(like.dim()), key=lambda d: -hint(strides[d]))
         with self.mode, torch._C.DisableTorchFunction():
             dense = torch.empty([sizes[d] for d in order], dtype=like.dtype, device=like.device)
             if order != list(range(like.dim())):
@@ -204,7 +205,7 @@ class Symbols:
         if not isinstance(value, torch.Tensor):
             return
         with torch._C.DisableTorchFunction():
-            read = {"size": value.size(), "stride": value.stride()}
+            read: dict[str, tuple[Any, ...]] = {"size": value.size(), "stride": value.stride()}
         for method, numbers in read.items():
             for dim, number in enumerate(numbers):
                 if isinstance(number, torch.SymInt):
@@ -285,9 +286,8 @@ class Symbols:
         origins = {symbol: self.origins.get(symbol) for symbol in expr.free_symbols}
         if not all(origin is not None and origin.text for origin in origins.values()):
             return None
-        return _Printer(
-            {symbol: origin.text for symbol, origin in origins.items() if origin}
-        ).doprint(expr)
+        printer = _Printer({symbol: origin.text for symbol, origin in origins.items() if origin})
+        return str(printer.doprint(expr))
 
 
 class _Printer(PythonPrinter):
@@ -341,7 +341,8 @@ def oblivious() -> Iterator[None]:
     keeps = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with fx_config.patch(backed_size_oblivious=True), saved_tensors_hooks(_same, _same):
+        quiet = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with quiet, saved_tensors_hooks(_same, _same):
             yield
     finally:
         torch.set_autocast_cache_enabled(keeps)
@@ -349,4 +350,4 @@ def oblivious() -> Iterator[None]:
 
 def exactly() -> Any:
     """Within `oblivious`: answer questions about 0 and 1 after all, by the example."""
-    return fx_config.patch(backed_size_oblivious=False)
+    return fx_config.patch(backed_size_oblivious=False)  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
 """The expression language of score programs and masks.
 
-One attention is  softmax_k( score(b, h, q, k) ) . v ; everything between q.k^T and the softmax is
-one expression over
+Between q.k^T and its softmax, one attention computes one expression over
 
     b h q k        index variables: batch, query head, query row, key column
     B H T S        sizes: batch, query heads, query rows, key columns
@@ -13,8 +12,7 @@ and it is written as a Python expression, so that people, operators and caches s
 
     where((k <= q) & t0[b, k], 30.0 * tanh(dot / 30.0), -inf)
 
-Arithmetic on indices is exact integer arithmetic; `//` and `%` round towards minus infinity as in
-Python.
+Arithmetic on indices is exact; `//` and `%` round towards minus infinity as in Python.
 """
 
 from __future__ import annotations

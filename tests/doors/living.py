@@ -49,7 +49,7 @@ class Block(nn.Module):
 
 
 class Traceable(nn.Module):
-    """Without a loop or a slice that symbolic_trace cannot follow; softmax and dropout are leaves."""
+    """Without a loop or a slice that symbolic_trace cannot follow; with leaf modules."""
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()

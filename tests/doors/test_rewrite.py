@@ -1,4 +1,6 @@
-"""rewrite(nn.Module): what comes back is an ordinary module that computes the same with the operator."""
+"""rewrite(nn.Module): what comes back is an ordinary module that computes the same with the
+operator.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def test_other_sizes_are_covered(
     claims.same_numbers(original, new, (y,))
 
 
-def test_deepcopy_computes_with_its_own_weights(original: nn.Module, new: nn.Module, x: Any) -> None:
+def test_deepcopy_computes_with_its_own_weights(
+    original: nn.Module, new: nn.Module, x: Any
+) -> None:
     twin, reference = copy.deepcopy(new), copy.deepcopy(original)
     before = new(x)
     for a, b in zip(twin.parameters(), reference.parameters(), strict=True):
@@ -205,7 +209,9 @@ def test_a_changed_number_is_noticed(original: nn.Module, x: torch.Tensor) -> No
     claims.same_numbers(model, new, (x,))
 
 
-def test_training_mode_honours_dropout(original: nn.Module, new: nn.Module, x: torch.Tensor) -> None:
+def test_training_mode_honours_dropout(
+    original: nn.Module, new: nn.Module, x: torch.Tensor
+) -> None:
     new.train()
     torch.manual_seed(0)
     first, second = new(x), new(x)
@@ -256,7 +262,9 @@ def test_other_dtypes_are_analysed_when_they_come(
     claims.same_numbers(copy.deepcopy(original).to(dtype), new, (x.to(dtype),))
 
 
-def test_autocast_leaves_nothing_behind(original: nn.Module, new: nn.Module, x: torch.Tensor) -> None:
+def test_autocast_leaves_nothing_behind(
+    original: nn.Module, new: nn.Module, x: torch.Tensor
+) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         result = new(x)
         expected = original(x)

@@ -207,7 +207,9 @@ def test_later_layers_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[str] = []
     trace = specialise._trace
     monkeypatch.setattr(
-        specialise, "_trace", lambda o, b, v, plan: traced.append(plan.prefix) or trace(o, b, v, plan)
+        specialise,
+        "_trace",
+        lambda o, b, v, plan: traced.append(plan.prefix) or trace(o, b, v, plan),
     )
     monkeypatch.setattr(specialise, "_guides", {})
     config = tf.LlamaConfig(**{**_SMALL, "num_hidden_layers": 6}, attn_implementation="eager")
