@@ -136,7 +136,7 @@ class Prepared:
 
     def _finish(self) -> None:
         """After the rewriting: put back what was not rewritten, check what was assumed of sizes."""
-        for expansion in self.expansions:
+        for expansion in reversed(self.expansions):  # a call may read what another one gives
             expansion.settle()
         graph = self.module.graph
         if any(n.target is torch.ops.attn_compiler.attention.default for n in graph.nodes):
@@ -201,6 +201,8 @@ class _Values:
         for node in list(self.graph.nodes):
             if node.op == "output":
                 return
+            if node._erased:
+                continue
             with self.graph.inserting_before(node):
                 self._visit(node)
 
@@ -286,6 +288,7 @@ class _Values:
                 piece = user.args[0][user.args[1]]  # type: ignore[index]
                 if isinstance(piece, fx.Node):
                     user.replace_all_uses_with(piece)
+                    self.graph.erase_node(user)
         self.graph.erase_node(node)
 
 

@@ -200,10 +200,14 @@ def _moved(guide: _Guide, plan: Plan) -> Report:
 
 
 def _late(guards: list[sympy.Basic]) -> list[sympy.Basic]:
-    """What the rewriting demands; whether a size is 1 it asks only to choose between a view and a
-    copy.
-    """
-    return [guard for guard in guards if not isinstance(guard, sympy.Ne)]
+    """What the rewriting demands. Whether a size is 1 it asks to choose between a view and a copy."""
+    return [guard for guard in guards if not (isinstance(guard, sympy.Ne) or _about_one(guard))]
+
+
+def _about_one(guard: sympy.Basic) -> bool:
+    """1 < s, the other way in which decompositions ask whether a size is 1."""
+    strict = isinstance(guard, sympy.StrictLessThan | sympy.StrictGreaterThan)
+    return strict and 1 in guard.args and any(isinstance(a, sympy.Symbol) for a in guard.args)
 
 
 def _spell_constants(gm: fx.GraphModule) -> None:

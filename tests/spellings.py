@@ -171,7 +171,6 @@ PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_swapped": lambda s, a: torch.where(a, 0.0, INF).to(s.dtype) + s,
     "finite": lambda s, a: s.masked_fill(~a, -1e9),
     "finite_min": lambda s, a: torch.where(a, s, torch.finfo(s.dtype).min),
-    "add_product": lambda s, a: s + (1.0 - a.to(s.dtype)) * torch.finfo(s.dtype).min,
 }
 
 # -------- softmax over the last axis

