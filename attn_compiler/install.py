@@ -30,8 +30,8 @@ from attn_compiler.watch import Example, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
-_HIGHEST = 4
-_MOST_ANCHORS = 4
+_HIGHEST = 5
+_MOST_ANCHORS = 64
 # kinds of calls that one owner is specialised for, and analyses that may fail before it is left
 # alone
 _MOST_VARIANTS = 12
@@ -51,6 +51,7 @@ class _Search:
     example: Example
     owners: list[str] = field(default_factory=list)
     levels: dict[type, int] = field(default_factory=dict)
+    tried: dict[str, _Attempt | CaptureError] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
 
     def run(self) -> Report:
@@ -95,6 +96,17 @@ class _Search:
         return sorted(found, key=lambda pair: (pair[0] != first, pair[0]))
 
     def _attempt(self, path: str) -> _Attempt:
+        if path not in self.tried:
+            try:
+                self.tried[path] = self._specialise(path)
+            except CaptureError as refusal:
+                self.tried[path] = refusal
+        found = self.tried[path]
+        if isinstance(found, CaptureError):
+            raise found
+        return found
+
+    def _specialise(self, path: str) -> _Attempt:
         owner = self.model.get_submodule(path)
         if isinstance(owner, torch.jit.ScriptModule) or "forward" in owner.__dict__:
             raise CaptureError("owner.instance_forward", f"{path} has a forward of its own")

@@ -17,6 +17,7 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -329,6 +330,11 @@ class Recorder(PreDispatchTorchFunctionMode):
             return self.symbols.node(value)
         if isinstance(value, fx.Node):
             return value
+        if is_dataclass(value) and not isinstance(value, type):
+            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
+            return self.graph.call_function(type(value), (), given)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self.graph.call_function(type(value), tuple(map(self.argument, value)))
         if isinstance(value, tuple | list):
             items = [self.argument(item) for item in value]
             return tuple(items) if isinstance(value, tuple) else items

@@ -200,7 +200,7 @@ def _moved(guide: _Guide, plan: Plan) -> Report:
 
 
 def _late(guards: list[sympy.Basic]) -> list[sympy.Basic]:
-    """What the rewriting demands. Whether a size is 1 it asks to choose between a view and a copy."""
+    """What the rewriting demands; it asks about a size of 1 to choose a view or a copy."""
     return [guard for guard in guards if not (isinstance(guard, sympy.Ne) or _about_one(guard))]
 
 

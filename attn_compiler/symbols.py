@@ -71,11 +71,13 @@ class Symbols:
     values without any computation: the layers of a model are alike.
 
     Attributes:
+        static: are sizes those of the example, for code that no symbol gets through?
         steps: what was asked for and what was given, in order.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, static: bool = False) -> None:
         self.graph = graph
+        self.static = static
         self.steps: list[tuple[Any, Any]] = []
         self._guide: list[tuple[Any, Any]] | None = None
         self.env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
@@ -123,13 +125,13 @@ class Symbols:
 
     # ------------------------------------------------------------ values
 
-    def tensor(self, real: torch.Tensor, dynamic: bool = True) -> FakeTensor:
+    def tensor(self, real: torch.Tensor) -> FakeTensor:
         """A fake of a real tensor; its symbols have no origin before `bind`."""
         token = (
             *("tensor", tuple(real.shape), real.stride(), real.dtype, real.device),
-            *(real.requires_grad, dynamic),
+            *(real.requires_grad, self.static),
         )
-        return self.produce(token, lambda: self._tensor(real, dynamic))  # type: ignore[no-any-return]
+        return self.produce(token, lambda: self._tensor(real, not self.static))  # type: ignore[no-any-return]
 
     def _tensor(self, real: torch.Tensor, dynamic: bool = True) -> FakeTensor:
         if _is_dense(real):

@@ -16,6 +16,9 @@ from torch import nn
 
 import attn_compiler as ac
 
+# whole library models through `rewrite`: minutes, so not in the default run
+pytestmark = pytest.mark.slow
+
 tf = pytest.importorskip("transformers")
 _SMALL = {
     "hidden_size": 64,
