@@ -104,6 +104,8 @@ class Call:
             self.check(f"type({text}) is {self.name(type(value))}")
             self.check(f"{text} == {self.name(value)}")
             return value
+        if self.recorder.symbols.static:
+            raise CaptureError("owner.untraceable", f"{text} holds tensors of unknown sizes")
         self.check(f"type({text}) is {self.name(type(value))}")
         return Opaque(self.recorder, shadow(value, self.recorder.symbols), self._place(text), text)
 

@@ -249,7 +249,7 @@ class _Values:
         if not (is_bare(module) or module._modules):
             return False
         before = node.prev
-        recorder = Recorder(module, _everything, "", None, (self.symbols, str(node.target)))
+        recorder = Recorder(module, _everything, self.symbols, home=str(node.target))
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
         for argument in node.all_input_nodes:
             for leaf in pytree.tree_leaves(self.env[argument]):

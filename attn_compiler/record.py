@@ -17,8 +17,8 @@ import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import sympy
@@ -44,8 +44,11 @@ class Recorder(PreDispatchTorchFunctionMode):
     """The trace of one call.
 
     Attributes:
-        graph: the nodes; `root` owns what they refer to.
-        symbols: sizes and fake mode.
+        root: the module that is called.
+        inline: which of its submodules are traced through.
+        symbols: sizes, fake mode, and the graph.
+        prefix: path of the root in the model.
+        home: path of the root in the module that owns the graph.
         assumptions: branches taken on what opaque objects said.
         reads: simple attributes of the modules that are traced through, by module path and name.
         kinds: classes of the modules that are traced through, by path.
@@ -57,21 +60,19 @@ class Recorder(PreDispatchTorchFunctionMode):
         self,
         root: nn.Module,
         inline: Callable[[str, nn.Module], bool],
+        symbols: Symbols,
+        *,
         prefix: str = "",
+        home: str = "",
         guide: Recorder | None = None,
-        into: tuple[Symbols, str] | None = None,
     ) -> None:
         super().__init__(None)  # type: ignore[arg-type]  # the class by which autocast knows a trace
         self.root = root
         self.inline = inline
+        self.symbols = symbols
+        self.graph = symbols.graph
         self.prefix = prefix
-        self.home = ""
-        if into is not None:
-            self.symbols, self.home = into
-            self.graph = self.symbols.graph
-        else:
-            self.graph = fx.Graph()
-            self.symbols = guide.symbols.follow(self.graph) if guide else Symbols(self.graph)
+        self.home = home
         self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
@@ -316,7 +317,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self._known[id(value)] = node
         self._alive.append(value)
 
-    def argument(self, value: Any) -> Any:
+    def argument(self, value: Any) -> Any:  # noqa: C901  (one case per kind of value)
         """The value as an argument of a node.
 
         Raises:

@@ -27,7 +27,7 @@ from attn_compiler.opaque import settle
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare
 from attn_compiler.report import Report
-from attn_compiler.symbols import CaptureError, Mismatch, exactly, oblivious
+from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
 
 _SMALL = 4096
 # the layers of a model follow the first of them
@@ -78,9 +78,31 @@ def specialise(
                 return _follow(guide, owner, values, plan)
             except (Mismatch, CaptureError):
                 continue
-        guide, variant = _trace(owner, base, values, plan)
+        guide, variant = _best(owner, base, values, plan)
         _guides[base] = [*_guides.get(base, []), guide][-_MOST_GUIDES:]
         return variant, guide.report
+
+
+def _best(
+    owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
+) -> tuple[_Guide, Variant]:
+    """With symbolic sizes or, where code or recognition does not get through them, with these."""
+    found = None
+    try:
+        found = _trace(owner, base, values, plan)
+        if not found[0].report.missed:
+            return found
+    except CaptureError as refusal:
+        if refusal.code != "owner.untraceable":
+            raise
+    try:
+        fixed = _trace(owner, base, values, plan, static=True)
+    except CaptureError:
+        if found is None:
+            raise
+        return found
+    better = found is None or fixed[0].report.rewritten > found[0].report.rewritten
+    return fixed if better else found  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -97,9 +119,14 @@ class _Guide:
 
 
 def _trace(
-    owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
+    owner: nn.Module,
+    base: type[nn.Module],
+    values: tuple[Any, ...],
+    plan: Plan,
+    static: bool = False,
 ) -> tuple[_Guide, Variant]:
-    recorder = Recorder(owner, plan.inline, plan.prefix)
+    symbols = Symbols(fx.Graph(), static)
+    recorder = Recorder(owner, plan.inline, symbols, prefix=plan.prefix)
     call = Call(recorder)
     with oblivious():
         call.record(base, values)
@@ -131,7 +158,8 @@ def _follow(
     """
     if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
         raise Mismatch
-    recorder = Recorder(owner, plan.inline, plan.prefix, guide.recorder)
+    symbols = guide.recorder.symbols.follow(fx.Graph())
+    recorder = Recorder(owner, plan.inline, symbols, prefix=plan.prefix, guide=guide.recorder)
     call = Call(recorder)
     with oblivious():
         call.record(guide.base, values)
