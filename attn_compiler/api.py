@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
-from attn_compiler.backend import _reports, source_hash
+from attn_compiler.backend import reports, source_hash
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
@@ -158,7 +158,7 @@ class FxPass:
         """
         if isinstance(target, fx.Graph):
             assert target.owning_module is not None
-            _reports.graphs.append(compile_graph(target.owning_module, self.config))
+            reports.add(compile_graph(target.owning_module, self.config))
             return None
         if not isinstance(target, fx.GraphModule):
             raise BadOption(
@@ -274,8 +274,8 @@ def _rewrite_callable(
 
 def publish(report: Report) -> None:
     """Make this the report that `last_report()` gives."""
-    _reports.clear()
-    _reports.graphs.append(report)
+    reports.clear()
+    reports.add(report)
 
 
 def _config(to: Any, hardware: Any, on_reject: Any) -> CompileConfig:

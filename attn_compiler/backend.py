@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,20 +19,43 @@ from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
 
 
-class _Reports:
-    """Reports of the graphs compiled since the last reset, merged on demand."""
+class Reports:
+    """Reports of the graphs compiled since the last torch.compile call or reset."""
 
     def __init__(self) -> None:
-        self.graphs: list[Report] = []
+        self._graphs: list[Report] = []
+        self._calls: tuple[int, ...] = ()
 
     def clear(self) -> None:
-        self.graphs.clear()
+        self._graphs.clear()
+        self._calls = self._compile_calls()
+
+    def add(self, report: Report) -> None:
+        self._forget_older_calls()
+        self._graphs.append(report)
 
     def merged(self) -> Report:
-        return functools.reduce(lambda a, b: a + b, self.graphs, Report())
+        self._forget_older_calls()
+        return functools.reduce(lambda a, b: a + b, self._graphs, Report())
+
+    def _forget_older_calls(self) -> None:
+        if self._calls != self._compile_calls():
+            self.clear()
+
+    @staticmethod
+    def _compile_calls() -> tuple[int, ...]:
+        """The torch.compile calls with this backend: Dynamo keeps each one's wrapper."""
+        dynamo = sys.modules.get("torch._dynamo.eval_frame")
+        if dynamo is None:
+            return ()
+        return tuple(
+            key
+            for key, wrapper in dynamo.cached_backends.items()
+            if getattr(wrapper, "compiler_fn", None) is attn_compiler
+        )
 
 
-_reports = _Reports()
+reports = Reports()
 
 
 def attn_compiler(
@@ -51,7 +75,7 @@ def attn_compiler(
     report = compile_graph(gm, config)
     run = gm.forward if config.then == "eager" else _inductor(gm, example_inputs, config)
     # Dynamo may stop Inductor and start again: only what came to its end counts
-    _reports.graphs.append(report)
+    reports.add(report)
     return run
 
 
@@ -84,8 +108,8 @@ def source_hash() -> str:
 
 
 def last_report() -> Report:
-    """Everything compiled since the last torch._dynamo.reset(), all graphs merged."""
-    return _reports.merged()
+    """Everything compiled since the last torch.compile call or torch._dynamo.reset(), merged."""
+    return reports.merged()
 
 
 def register() -> None:
@@ -96,4 +120,4 @@ def register() -> None:
         register_backend(compiler_fn=attn_compiler, name="attn_compiler")
 
 
-attn_compiler.reset = _reports.clear  # type: ignore[attr-defined]
+attn_compiler.reset = reports.clear  # type: ignore[attr-defined]
