@@ -10,12 +10,13 @@ from its neighbours is dropped. truth.py makes predicates of expressions.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
-from attn_compiler.ir.expr import FALSE, TRUE, Call, Const, Expr
+from attn_compiler.ir.expr import FALSE, INDICES, SIZES, TRUE, Call, Const, Expr, Var
 from attn_compiler.ir.linear import total
 
 _OPPOSITE = {"le": "ge", "ge": "le", "eq": "ne", "ne": "eq"}
@@ -89,6 +90,43 @@ def conjuncts(p: Predicate) -> tuple[Predicate, ...]:
 
 def disjuncts(p: Predicate) -> tuple[Predicate, ...]:
     return p.parts if isinstance(p, Junction) and p.op == "or" else (p,)
+
+
+# ---------------------------------------------------------------- what the ranges say
+
+
+def decided(p: Bound | Junction) -> Predicate:
+    """True or false if the ranges of the indices already say so: 0 <= k < S."""
+    if isinstance(p, Junction):
+        return p
+    high, low = _most(p.part), -_most([(a, -c) for a, c in p.part])
+    if p.rel in ("eq", "ne"):
+        same, apart = low == high == p.value, high < p.value or low > p.value
+    else:
+        same, apart = (
+            (high <= p.value, low > p.value) if p.rel == "le" else (low >= p.value, high < p.value)
+        )
+    if p.rel == "ne":
+        same, apart = apart, same
+    return ALWAYS if same else NEVER if apart else p
+
+
+def _most(part: Iterable[tuple[Expr, int]]) -> float:
+    """The largest value of a sum, for every size of at least one."""
+    sizes: dict[str, int] = {}
+    result = 0
+    for atom, c in part:
+        if isinstance(atom, Var) and atom.name in SIZES:
+            sizes[atom.name] = sizes.get(atom.name, 0) + c
+        elif isinstance(atom, Var):
+            size = SIZES[INDICES.index(atom.name)]
+            sizes[size] = sizes.get(size, 0) + max(c, 0)
+            result -= max(c, 0)
+        elif isinstance(atom, Call) and atom.op == "mod" and isinstance(atom.args[1], Const):
+            result += max(c, 0) * (int(atom.args[1].value) - 1)
+        else:
+            return math.inf
+    return math.inf if any(c > 0 for c in sizes.values()) else result + sum(sizes.values())
 
 
 # ---------------------------------------------------------------- what follows from what
@@ -190,9 +228,10 @@ def _meet(parts: list[Predicate]) -> list[Predicate]:
                 continue
             rest = [p for p in parts if p != a and p != b]
             if b.rel == _OPPOSITE[a.rel]:
-                return [*rest, Bound(a.part, "eq", a.value)]
+                return [*rest, decided(Bound(a.part, "eq", a.value))]
             if b.rel == "ne":
-                return [*rest, Bound(a.part, a.rel, a.value + (1 if a.rel == "ge" else -1))]
+                step = 1 if a.rel == "ge" else -1
+                return [*rest, decided(Bound(a.part, a.rel, a.value + step))]
     return parts
 
 

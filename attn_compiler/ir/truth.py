@@ -9,9 +9,9 @@ Indices are known to lie within their sizes (0 <= k < S), so that `k >= 0` is tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from attn_compiler.ir.expr import INDICES, SIZES, Call, Const, Expr, Read, Var
+from attn_compiler.ir.expr import Call, Const, Expr, Read
 from attn_compiler.ir.linear import Integers, Linear, rank
 from attn_compiler.ir.predicate import (
     ALWAYS,
@@ -22,6 +22,7 @@ from attn_compiler.ir.predicate import (
     Junction,
     Predicate,
     conjunction,
+    decided,
     disjunction,
     negate,
 )
@@ -133,7 +134,7 @@ class _Reader:
             return found
         if rel == "le" and (longer := self._no_quotient(gap)) is not None:
             return self._bound("le", longer)
-        return _decided(_canonical(rel, gap))
+        return decided(_canonical(rel, gap))
 
     def _by_cases(self, rel: str, gap: Linear) -> Predicate | None:
         """where, min, max and abs inside a sum are cases of sums without them."""
@@ -197,37 +198,3 @@ def _canonical(rel: str, gap: Linear) -> Bound | Junction:
     sign = 1 if part[0][1] > 0 else -1
     rel = rel if sign > 0 or rel != "le" else "ge"
     return Bound(tuple((a, sign * c // common) for a, c in part), rel, sign * (value // common))
-
-
-def _decided(p: Bound | Junction) -> Predicate:
-    """True or false if the ranges of the indices already say so."""
-    if isinstance(p, Junction):
-        return p
-    high, low = _most(p.part), -_most([(a, -c) for a, c in p.part])
-    if p.rel in ("eq", "ne"):
-        same, apart = low == high == p.value, high < p.value or low > p.value
-    else:
-        same, apart = (
-            (high <= p.value, low > p.value) if p.rel == "le" else (low >= p.value, high < p.value)
-        )
-    if p.rel == "ne":
-        same, apart = apart, same
-    return ALWAYS if same else NEVER if apart else p
-
-
-def _most(part: Iterable[tuple[Expr, int]]) -> float:
-    """The largest value of a sum, for every size of at least one."""
-    sizes: dict[str, int] = {}
-    result = 0
-    for atom, c in part:
-        if isinstance(atom, Var) and atom.name in SIZES:
-            sizes[atom.name] = sizes.get(atom.name, 0) + c
-        elif isinstance(atom, Var):
-            size = SIZES[INDICES.index(atom.name)]
-            sizes[size] = sizes.get(size, 0) + max(c, 0)
-            result -= max(c, 0)
-        elif isinstance(atom, Call) and atom.op == "mod" and isinstance(atom.args[1], Const):
-            result += max(c, 0) * (int(atom.args[1].value) - 1)
-        else:
-            return math.inf
-    return math.inf if any(c > 0 for c in sizes.values()) else result + sum(sizes.values())
