@@ -254,7 +254,7 @@ class _Values:
         for argument in node.all_input_nodes:
             for leaf in pytree.tree_leaves(self.env[argument]):
                 if isinstance(leaf, torch.Tensor):
-                    recorder.know(leaf, argument)
+                    recorder.writer.know(leaf, argument)
         try:
             result = recorder.argument(recorder.run(type(module).forward, args, kwargs))
         except CaptureError:

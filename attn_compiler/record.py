@@ -4,40 +4,34 @@ down.
     forward(self, x)   ->   qkv = self.c_attn(x);  split = qkv.split(64, 2);  ...
 
 Submodules stay calls, so that their hooks, adapters, dtypes and training mode go on working, except
-those on the way to
-the attention, which are traced through. What the code read of *them* (numbers, flags) is written
-down as well, to be
-checked before the graph is used. Tensors may be arguments, parameters and buffers; anything else is
-refused.
+those on the way to the attention, which are traced through. What the code read of *them* (numbers,
+flags) is written down as well, to be checked before the graph is used. Tensors may be arguments,
+parameters and buffers; anything else is refused.
 """
 
 from __future__ import annotations
 
-import operator
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean, BooleanAtom
-from torch import fx, nn
+from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
-from attn_compiler.opaque import CONSTANTS, Assumption, Opaque, unwrap
+from attn_compiler.listen import SIMPLE, patched, watched
+from attn_compiler.opaque import CONSTANTS, Assumption, unwrap
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
+from attn_compiler.writer import Writer, attribute_of, holds_tensor
 
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 # of the layout, not of the sizes: the trace may have branched on them
 _LAYOUT = frozenset({"is_contiguous", "stride", "storage_offset", "data_ptr", "is_set_to"})
 # where the sign of a number decides: without an answer the size of the result is unknown
 _SLICES = frozenset({"__getitem__", "__setitem__", "narrow", "slice", "select", "split", "chunk"})
-_PATCHING = threading.RLock()
 
 
 class Recorder(PreDispatchTorchFunctionMode):
@@ -47,8 +41,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         root: the module that is called.
         inline: which of its submodules are traced through.
         symbols: sizes, fake mode, and the graph.
-        prefix: path of the root in the model.
-        home: path of the root in the module that owns the graph.
+        writer: writes the graph; `prefix` and `home` are for it.
         assumptions: branches taken on what opaque objects said.
         reads: simple attributes of the modules that are traced through, by module path and name.
         kinds: classes of the modules that are traced through, by path.
@@ -71,8 +64,9 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.inline = inline
         self.symbols = symbols
         self.graph = symbols.graph
-        self.prefix = prefix
-        self.home = home
+        self.writer = Writer(root, symbols, prefix, home)
+        self.argument = self.writer.argument
+        self.learn = self.writer.learn
         self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
@@ -80,13 +74,9 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.layout_read = False
         self.grad_read = False
         self.leaves: list[str] = []
-        self._known: dict[int, fx.Node] = {}
-        self._alive: list[Any] = []
-        self._paths = _tensor_paths(root)
         self._modules = {id(m): path for path, m in root.named_modules(remove_duplicate=True)}
-        self._stack: list[tuple[str, nn.Module]] = [("", root)]
         self._busy = 0
-        self._entered: list[fx.Node] = []
+        self._entered: list[Any] = []
         self._inside = False
         self._idle: set[sympy.Basic] = set()
         self.asked: list[sympy.Basic] = []
@@ -104,8 +94,8 @@ class Recorder(PreDispatchTorchFunctionMode):
         try:
             with ExitStack() as stack:
                 stack.enter_context(oblivious())
-                stack.enter_context(_patched(self))
-                stack.enter_context(self._watched())
+                stack.enter_context(patched(self))
+                stack.enter_context(watched(self._traced_through(), self.reads))
                 stack.enter_context(self._listening())
                 stack.enter_context(enable_python_dispatcher())
                 stack.enter_context(self.symbols.mode)
@@ -121,6 +111,20 @@ class Recorder(PreDispatchTorchFunctionMode):
                 "owner.untraceable", f"{type(error).__name__}: {text[:160]}"
             ) from error
         return result
+
+    def _traced_through(self) -> list[tuple[str, nn.Module]]:
+        found = [
+            (path, module)
+            for path, module in self.root.named_modules()
+            if path == "" or self.inline(path, module)
+        ]
+        self.kinds = {path: type(module) for path, module in found}
+        return found
+
+    @property
+    def busy(self) -> bool:
+        """Is what runs now no code of the user's?"""
+        return self._inside or self._busy > 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -140,7 +144,7 @@ class Recorder(PreDispatchTorchFunctionMode):
 
         def evaluate_expr(expr: Any, *args: Any, **kwargs: Any) -> Any:
             value = evaluate(expr, *args, **kwargs)
-            if not self._inside and not self._busy and isinstance(expr, sympy.Basic):
+            if not self.busy and isinstance(expr, sympy.Basic):
                 self.asked.append(_answered(expr, value))
                 if self._guide is not None and self.asked[-1] not in self._guide.asked:
                     raise Mismatch
@@ -151,22 +155,6 @@ class Recorder(PreDispatchTorchFunctionMode):
             yield
         finally:
             del env.evaluate_expr
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Write down what is read of the root and of the modules that are traced through."""
-        changed: list[tuple[nn.Module, type[nn.Module]]] = []
-        try:
-            for path, module in self.root.named_modules():
-                if path == "" or self.inline(path, module):
-                    kind = type(module)
-                    changed.append((module, kind))
-                    self.kinds[path] = kind
-                    module.__class__ = _watching(kind, path, self.reads)
-            yield
-        finally:
-            for module, kind in changed:
-                module.__class__ = kind
 
     # ------------------------------------------------------------ functions
 
@@ -190,7 +178,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         value = self._execute(func, args, kwargs)
         if not self._is_written(args, value):
             return value
-        self._write(func, args, kwargs, value)
+        self.writer.function(func, args, kwargs, value)
         return value
 
     def _execute(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -209,7 +197,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self._inside = True
         try:
             with exactly() if getattr(func, "__name__", "") in _SLICES else nullcontext():
-                value = func(*self._fakes(args), **self._fakes(kwargs))
+                value = func(*self.writer.fakes(args), **self.writer.fakes(kwargs))
         finally:
             self._inside = False
         if "squeeze" not in getattr(func, "__name__", ""):
@@ -219,12 +207,12 @@ class Recorder(PreDispatchTorchFunctionMode):
 
     def _is_written(self, args: Any, value: Any) -> bool:
         """Does a call with this result become a node?"""
-        return _holds_tensor(value) or (value is None and _holds_tensor(args))
+        return holds_tensor(value) or (value is None and holds_tensor(args))
 
     def _key(self, value: Any) -> Any:
         """Arguments by value: fakes by identity, parameters by path and type."""
         if isinstance(value, torch.Tensor):
-            path = self._paths.get(id(value))
+            path = self.writer.paths.get(id(value))
             return id(value) if path is None else (path, value.shape, value.dtype, value.device)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return value.node._expr  # as it was then, whatever was learnt later
@@ -261,122 +249,21 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.layout_read |= name in _LAYOUT
         if name == "__set__":
             raise CaptureError("owner.not_pure", "it sets an attribute of a tensor")
-        if name == "__get__" and _property(func) in ("requires_grad", "grad", "grad_fn", "is_leaf"):
-            raise CaptureError("owner.not_pure", f"it reads {_property(func)} of a tensor")
+        if name == "__get__" and attribute_of(func) in (
+            "requires_grad",
+            "grad",
+            "grad_fn",
+            "is_leaf",
+        ):
+            raise CaptureError("owner.not_pure", f"it reads {attribute_of(func)} of a tensor")
         if _ambient() != self._ambient:
             raise CaptureError("owner.autocast", "it changes the autocast mode")
-
-    def _write(self, func: Callable[..., Any], args: Any, kwargs: Any, value: Any) -> None:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            node = self.graph.call_function(getattr, (self.argument(args[0]), _property(func)))
-        elif name in ("__getitem__", "__setitem__"):
-            node = self.graph.call_function(getattr(operator, name.strip("_")), self.argument(args))
-        elif getattr(torch.Tensor, name, None) is func:
-            node = self.graph.call_method(name, self.argument(args), self.argument(kwargs))
-        else:
-            node = self.graph.call_function(func, self.argument(args), self.argument(kwargs))
-        self._provenance(node)
-        self._results(value, node)
-
-    def _results(self, value: Any, node: fx.Node) -> None:
-        node.meta["example_value"] = value
-        if isinstance(value, torch.Tensor):
-            self.learn(value, node)
-        elif isinstance(value, tuple | list):
-            for position, item in enumerate(value):
-                if _holds_tensor(item):
-                    piece = self.graph.call_function(operator.getitem, (node, position))
-                    self._provenance(piece)
-                    self._results(item, piece)
-
-    def _at(self, path: str) -> str:
-        return f"{self.home}.{path}" if self.home else path
-
-    def _provenance(self, node: fx.Node) -> None:
-        path, module = self._stack[-1]
-        full = ".".join(filter(None, (self.prefix or self.home, path)))
-        node.meta["nn_module_stack"] = {full: (full, type(module).__name__)}
-        node.meta["stack_trace"] = _user_frames()
-
-    def learn(self, value: torch.Tensor, node: fx.Node, text: str = "") -> None:
-        """This node holds this tensor."""
-        self.know(value, node)
-        node.meta["example_value"] = value
-        self.symbols.bind(value, node, text)
 
     def forget(self) -> None:
         """Let go of the module: what is left can guide the traces of others."""
         del self.root
         self._modules.clear()
-
-    # ------------------------------------------------------------ arguments
-
-    def know(self, value: torch.Tensor, node: fx.Node) -> None:
-        """This node, made elsewhere, holds this tensor."""
-        self._known[id(value)] = node
-        self._alive.append(value)
-
-    def argument(self, value: Any) -> Any:  # noqa: C901  (one case per kind of value)
-        """The value as an argument of a node.
-
-        Raises:
-            CaptureError: `owner.not_pure`, a tensor that is neither an argument nor a parameter.
-        """
-        if isinstance(value, torch.Tensor):
-            return self._tensor_node(value)
-        if type(value) is Opaque:
-            return object.__getattribute__(value, "_attn_node")
-        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            return self.symbols.node(value)
-        if isinstance(value, fx.Node):
-            return value
-        if is_dataclass(value) and not isinstance(value, type):
-            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
-            return self.graph.call_function(type(value), (), given)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self.graph.call_function(type(value), tuple(map(self.argument, value)))
-        if isinstance(value, tuple | list):
-            items = [self.argument(item) for item in value]
-            return tuple(items) if isinstance(value, tuple) else items
-        if type(value) is dict:
-            return {key: self.argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self.argument(item) for item in (value.start, value.stop, value.step)))
-        if isinstance(value, (*CONSTANTS, int, type(...), torch.layout, torch.memory_format)):
-            return value
-        raise CaptureError(
-            "owner.value", f"a value of type {type(value).__name__} cannot be written down"
-        )
-
-    def _tensor_node(self, value: torch.Tensor) -> fx.Node:
-        if id(value) not in self._known:
-            path = self._paths.get(id(value))
-            if path is None:
-                raise CaptureError(
-                    "owner.not_pure",
-                    "it reads a tensor that is neither an argument nor a parameter",
-                )
-            node = self.graph.get_attr(self._at(path))
-            self._known[id(value)] = node
-            node.meta["example_value"] = self.symbols.mode.from_tensor(value, static_shapes=True)
-            self._known[id(node.meta["example_value"])] = node
-            self._alive.append(value)
-        return self._known[id(value)]
-
-    def _fakes(self, value: Any) -> Any:
-        """Parameters as fakes, everything else as it is."""
-        if isinstance(value, torch.Tensor):
-            return (
-                value
-                if id(value) not in self._paths
-                else self._tensor_node(value).meta["example_value"]
-            )
-        if isinstance(value, tuple | list) and type(value) in (tuple, list):
-            return type(value)(self._fakes(item) for item in value)
-        if type(value) is dict:
-            return {key: self._fakes(item) for key, item in value.items()}
-        return value
+        self.writer.stack.clear()
 
     # ------------------------------------------------------------ modules
 
@@ -393,18 +280,17 @@ class Recorder(PreDispatchTorchFunctionMode):
         if path in self.kinds:
             if not plain_module(module):
                 raise CaptureError("owner.hooks", f"{path} has hooks or a forward of its own")
-            self._stack.append((path, module))
+            self.writer.stack.append((path, module))
             try:
                 return module.forward(*args, **kwargs)
             finally:
-                self._stack.pop()
+                self.writer.stack.pop()
         return self._leaf(path, module, args, kwargs)
 
     def _leaf(
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        node = self.graph.call_module(self._at(path), self.argument(args), self.argument(kwargs))
-        self._provenance(node)
+        node = self.writer.module(path, args, kwargs)
         self.leaves.append(path)
         with torch._C.DisableTorchFunction():
             likeness = _likeness(module)
@@ -418,12 +304,14 @@ class Recorder(PreDispatchTorchFunctionMode):
         value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
             raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}")
-        self._results(value, node)
+        self.writer.results(value, node)
         return value
 
     def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self.paused():
-            value = module.forward(*self._fakes(unwrap(args)), **self._fakes(unwrap(kwargs)))
+            value = module.forward(
+                *self.writer.fakes(unwrap(args)), **self.writer.fakes(unwrap(kwargs))
+            )
             return self._known_sizes(value)
 
     def _known_sizes(self, value: Any) -> Any:
@@ -458,36 +346,10 @@ def _likeness(root: nn.Module) -> Any:
         owned = [
             (n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None
         ]
-        simple = [(n, v) for n, v in module.__dict__.items() if type(v) in _SIMPLE]
+        simple = [(n, v) for n, v in module.__dict__.items() if type(v) in SIMPLE]
         if type(module).__module__.startswith("torch.nn."):
             simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
         found.append((path, type(module), owned, simple))
-    return found
-
-
-def _watching(
-    kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]
-) -> type[nn.Module]:
-    def __getattribute__(self: Any, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
-        if type(value) in _SIMPLE and not name.startswith("__"):
-            reads[path, name] = value
-        return value
-
-    return type(kind)(  # type: ignore[no-any-return,misc]
-        kind.__name__,
-        (kind,),
-        {"__getattribute__": __getattribute__, "__module__": kind.__module__},
-    )
-
-
-def _tensor_paths(root: nn.Module) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for path, module in root.named_modules():
-        owned = {**module.__dict__, **module._parameters, **module._buffers}
-        for name, value in owned.items():
-            if isinstance(value, torch.Tensor):
-                found.setdefault(id(value), f"{path}.{name}".lstrip("."))
     return found
 
 
@@ -495,54 +357,6 @@ def _ambient() -> Any:
     return tuple(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")
     )
-
-
-@contextmanager
-def calls_through(handle: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """Let this thread's calls of modules go to `handle(module, args, kwargs)`."""
-    call, thread = nn.Module.__call__, threading.get_ident()
-
-    def module_call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return call(self, *args, **kwargs)
-        return handle(self, args, kwargs)
-
-    with _PATCHING:
-        nn.Module.__call__ = module_call  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-
-
-@contextmanager
-def _patched(recorder: Recorder) -> Iterator[None]:
-    """Send this thread's module calls, grad mode questions and custom functions through the
-    recorder.
-    """
-    enabled, thread = torch.is_grad_enabled, threading.get_ident()
-    apply = torch.autograd.Function.__dict__["apply"]
-
-    def is_grad_enabled() -> bool:
-        if threading.get_ident() == thread and not recorder._busy and not recorder._inside:
-            recorder.grad_read = True
-        return enabled()
-
-    def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread or recorder._busy:
-            return apply.__get__(None, cls)(*args, **kwargs)
-        raise CaptureError(
-            "owner.autograd_function", f"it applies the autograd function {cls.__name__}"
-        )
-
-    with calls_through(recorder.call_module):
-        torch.is_grad_enabled = is_grad_enabled
-        torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            torch.is_grad_enabled = enabled
-            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 # ---------------------------------------------------------------- values
@@ -557,30 +371,7 @@ def _answered(question: sympy.Basic, answer: Any) -> sympy.Basic:
     return sympy.Eq(question, answer)
 
 
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, torch.Tensor)
-
-
 def _plain(value: Any) -> bool:
     if type(value) in (tuple, list):
         return all(map(_plain, value))
     return isinstance(value, (torch.Tensor, torch.SymInt, int, *CONSTANTS))
-
-
-def _property(getter: Any) -> str:
-    return str(getter.__self__.__name__)
-
-
-def _user_frames() -> str:
-    """The frames of the traced code, outermost first, as a traceback prints them."""
-    frame, lines = sys._getframe(3), []
-    while frame is not None and frame.f_code.co_name != "run":
-        if frame.f_globals.get("__name__") not in (__name__, "torch.overrides"):
-            lines.append(
-                f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, '
-                f"in {frame.f_code.co_name}\n"
-            )
-        frame = frame.f_back  # type: ignore[assignment]
-    return "".join(reversed(lines))

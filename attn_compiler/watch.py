@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from attn_compiler.installed import base_of, names_of
 from attn_compiler.ir import ops
-from attn_compiler.record import calls_through
+from attn_compiler.listen import calls_through
 
 _ANCHORS = ops.SOFTMAX | ops.SDPA | ops.MHA | ops.FLEX | ops.EXPONENTIAL
 _DEEPEST = 8
