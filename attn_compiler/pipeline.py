@@ -131,7 +131,8 @@ def _run(work: _Work) -> None:
         _visit(work, candidate, position, writers)
         position = order(work.graph)
     _settle(work, expansions)
-    erase_dead(work.graph, work.touched)
+    if work.touched:
+        erase_dead(work.graph, work.touched)
 
 
 def _settle(work: _Work, expansions: list[Expansion]) -> None:
@@ -157,12 +158,19 @@ def _visit(
     for end in candidate.ends:
         if end in work.done:
             return
+        where = location(candidate.anchor)
         try:
-            _decide(work, *_raise(work, end, position, writers))
+            found = _raise(work, end, position, writers)
+        except (NotAttention, RegionError) as refusal:
+            refusals.append((end, Reason(refusal.code, refusal.text, where)))
+        except Exception as error:  # only looked so far: the model compiles without this rewrite
+            log.warning("internal error at %s, left as it is", where, exc_info=True)
+            text = f"an error of attn_compiler, please report it: {type(error).__name__}: {error}"
+            refusals.append((end, Reason("internal.error", text, where)))
+        else:
+            _decide(work, *found)
             work.done.add(end)
             return
-        except (NotAttention, RegionError) as refusal:
-            refusals.append((end, Reason(refusal.code, refusal.text, location(candidate.anchor))))
     _miss(work, candidate.anchor, refusals[0][1])
 
 

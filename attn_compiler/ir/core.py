@@ -34,6 +34,7 @@ from attn_compiler.ir.pull import (
     Leaf,
     Puller,
     arguments,
+    is_tensor,
     op,
     shape,
     val,
@@ -187,7 +188,7 @@ def _unscaled(
         [(args["other"], args["self"])] if operation == "mul" else []
     )
     for inner, factor in pairs:
-        if not isinstance(inner, fx.Node) or not isinstance(val(inner), torch.Tensor):
+        if not is_tensor(inner):
             continue
         if (
             shape(inner) == shape(node)
@@ -213,13 +214,19 @@ def program_of(
         if not isinstance(leaf, Read):
             return True
         node = naming.reads[leaf.slot].node
-        found = _dtype_of(node)
-        return found is None or not found.is_floating_point or bool(node.meta.get("bounded"))
+        found = val(node)
+        floating = (
+            found.dtype.is_floating_point
+            if isinstance(found, torch.Tensor)
+            else not isinstance(found, int | torch.SymInt)
+        )
+        return not floating or bool(node.meta.get("bounded"))
 
-    found = split(score, dtype, bounded, is_bool)
+    rows_in_keys = ax.at_most(naming.sizes["T"], naming.sizes["S"])
+    found = split(score, dtype, bounded, is_bool, rows_in_keys)
     allowed = found.mask if mask == TRUE else normalise(call("and", mask, found.mask))
     empty = found.empty if found.mask != TRUE else "any"
-    if never_empty(allowed):
+    if never_empty(allowed, rows_in_keys):
         empty = "any"
     elif soft.safe and (empty != "any" or mask != TRUE):
         empty = "zero"

@@ -52,6 +52,7 @@ def split(
     dtype: torch.dtype,
     bounded: Callable[[Expr], bool],
     is_bool: Callable[[Expr], bool],
+    rows_in_keys: bool,
 ) -> Split:
     """Split `logits`, an expression over `dot`, into score and mask.
 
@@ -60,13 +61,14 @@ def split(
         dtype: the dtype of the logits in the model.
         bounded: is this leaf known not to hold huge negative numbers of its own?
         is_bool: is this leaf a boolean?
+        rows_in_keys: is T <= S known?
     """
     found = _Found([], set())
     score = _strip(logits, found, dtype, is_bool)
     if not found.mask:
         return Split(logits, TRUE, "any")
     mask = normalise(_all(found.mask))
-    if never_empty(mask) and _fills_forbid(found, score, bounded):
+    if never_empty(mask, rows_in_keys) and _fills_forbid(found, score, bounded):
         return Split(score, mask, "any")
     if found.fills == {-math.inf}:
         return Split(score, mask, "nan_added" if found.infinite_added else "nan")
@@ -102,13 +104,18 @@ def all_bounded(score: Expr, bounded: Callable[[Expr], bool]) -> bool:
     return True
 
 
-def never_empty(mask: Expr) -> bool:
-    """Does every row see at least the key at its own position (and, with S > T, the key S - T
-    further on)?
+def never_empty(mask: Expr, rows_in_keys: bool) -> bool:
+    """Does every row see the first key, the last one, or the one at its own position?
+
+    Args:
+        rows_in_keys: is T <= S known? Otherwise a row may have no key at its own position (nor,
+            counted from the end, at q + S - T).
     """
-    own = Var("q")
-    aligned = call("add", own, call("sub", Var("S"), Var("T")))
-    return any(normalise(substitute(mask, {Var("k"): at})) == TRUE for at in (own, aligned))
+    own, last = Var("q"), call("sub", Var("S"), 1)
+    probes: list[Expr] = [Const(0), last]
+    if rows_in_keys:
+        probes += [own, call("add", own, call("sub", Var("S"), Var("T")))]
+    return any(normalise(substitute(mask, {Var("k"): at})) == TRUE for at in probes)
 
 
 def _all(parts: list[Expr]) -> Expr:

@@ -32,8 +32,8 @@ def recognise_flex(node: fx.Node) -> tuple[Region, FunctionalRegion, Core]:
     """
     end = _output(node)
     query, key, value, score_mod, block_mask, scale, _, score_reads, mask_reads = node.args[:9]
-    buffers = [*score_reads, *mask_reads]  # type: ignore[misc]
-    listed = [n for n in (query, key, value, *buffers) if isinstance(n, fx.Node)]
+    given_nodes = (query, key, value, scale, *score_reads, *mask_reads)  # type: ignore[misc]
+    listed = [n for n in given_nodes if isinstance(n, fx.Node)]
     inputs = tuple(dict.fromkeys(listed))
     region = Region(end=end, nodes=(node, end), inputs=inputs, mutated=frozenset())
     functional = _placeholders(region)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -60,6 +60,11 @@ class Product(Expr):
 
 def val(node: fx.Node) -> Any:
     return node.meta.get("val")
+
+
+def is_tensor(argument: Any) -> TypeGuard[fx.Node]:
+    """Is it a node that holds a tensor, not a number known when the model runs?"""
+    return isinstance(argument, fx.Node) and isinstance(val(argument), torch.Tensor)
 
 
 def shape(node: fx.Node) -> tuple[ax.Size, ...]:
@@ -230,7 +235,7 @@ class Puller:
 
     def operand(self, argument: Any, like: fx.Node, where: Coordinates) -> Expr:
         """Element of a pointwise operand, broadcast from the right to the shape of `like`."""
-        if not isinstance(argument, fx.Node) or not isinstance(val(argument), torch.Tensor):
+        if not is_tensor(argument):
             return self.expr(argument, ())
         sizes = shape(argument)
         return self.expr(argument, broadcast(where, sizes))

@@ -24,6 +24,7 @@ from attn_compiler.ir.pull import (
     Puller,
     arguments,
     broadcast,
+    is_tensor,
     op,
     shape,
     val,
@@ -183,7 +184,7 @@ def _by_hand(
 ) -> Softmax | None:
     """exp(x) / (sum(exp(x)) + extra)."""
     top, bottom = args["self"], args["other"]
-    if not isinstance(bottom, fx.Node) or not isinstance(top, fx.Node):
+    if not is_tensor(bottom) or not is_tensor(top):
         return None
     if op(node) == "mul":
         inverse, _ = through_casts(puller, bottom, broadcast(where, shape(bottom)))
@@ -242,7 +243,7 @@ def _with_extra(
     """1 + sum(exp(x)): the sum, and the other addend."""
     args = arguments(node)
     for one, other in ((args["self"], args["other"]), (args["other"], args["self"])):
-        if not isinstance(one, fx.Node):
+        if not is_tensor(one):
             continue
         total, at = through_casts(puller, one, broadcast(where, shape(one)))
         if op(total) == "sum":
@@ -265,10 +266,10 @@ def _by_logsumexp(puller: Puller, inner: fx.Node, where: Coordinates) -> Softmax
     args = arguments(node)
     if op(node) == "log_softmax":
         return Softmax(args["self"], at, args["dim"] % len(at))
-    if op(node) != "sub" or not isinstance(args["other"], fx.Node) or args.get("alpha", 1) != 1:
+    if op(node) != "sub" or not is_tensor(args["other"]) or args.get("alpha", 1) != 1:
         return None
     norm, _ = through_casts(puller, args["other"], broadcast(at, shape(args["other"])))
-    if op(norm) != "logsumexp" or not isinstance(args["self"], fx.Node):
+    if op(norm) != "logsumexp" or not is_tensor(args["self"]):
         return None
     logits, logits_at = args["self"], broadcast(at, shape(args["self"]))
     if arguments(norm)["self"] is not logits:

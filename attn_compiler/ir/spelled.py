@@ -23,7 +23,17 @@ from attn_compiler.ir.core import (
     program_of,
 )
 from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
-from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, indices, shape, to_expr, val
+from attn_compiler.ir.pull import (
+    Coordinates,
+    Leaf,
+    Product,
+    Puller,
+    indices,
+    op,
+    shape,
+    to_expr,
+    val,
+)
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax
 
@@ -191,12 +201,20 @@ def _named(expression: Expr, names: set[str]) -> bool:
 
 
 def _made_of_scores(constant: Expr, logits: Expr) -> bool:
-    """Is it a number, or a reduction of the scores? Anything else may be infinite or learned."""
+    """Is it a number, or the largest score of the row? Anything else may be infinite where the row
+    is not (a mean or a minimum is, beside one forbidden key), or learned.
+    """
     if isinstance(constant, Const):
         return math.isfinite(constant.value)
     products = {node.node for node in walk(logits) if isinstance(node, Product)}
     leaves = [node.node for node in walk(constant) if isinstance(node, Leaf)]
-    return bool(leaves) and all(_ancestors(leaf) & products for leaf in leaves)
+    return bool(leaves) and all(_is_largest(n) and _ancestors(n) & products for n in leaves)
+
+
+def _is_largest(node: fx.Node) -> bool:
+    if op(node) == "getitem":
+        node = node.all_input_nodes[0]
+    return op(node) in ("amax", "max", "logsumexp")
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -27,6 +27,11 @@ aten = torch.ops.aten
 # on
 _LAYOUT_FREE = frozenset({"contiguous", "reshape", "flatten", "linear", "matmul", "clone"})
 _LAYOUT_KEPT = frozenset({"transpose", "permute", "swapaxes", "movedim"})
+# what gives numbers and has no effect
+_NUMBERS = frozenset(
+    {"size", "dim", "numel", "stride", "getattr", "getitem", "add", "sub", "mul", "truediv", "pow"}
+    | {"floordiv", "mod", "neg", "sym_int", "sym_float", "sym_sqrt", "sqrt", "rsub", "max", "min"}
+)
 
 
 def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> None:
@@ -52,7 +57,8 @@ def _check_readers(region: Region, functional: FunctionalRegion, core: Core) -> 
         for host, node in functional.of_host.items()
         if node in core.inner and host is not region.end
     }
-    read = live_nodes(region.end.graph, set(region.nodes), {region.end}) & inner
+    graph = region.end.graph
+    read = live_nodes(graph, set(region.nodes) | unread_numbers(graph), {region.end}) & inner
     if not read:
         return
     first = min(read, key=list(region.nodes).index)
@@ -132,7 +138,7 @@ def _read(emitter: Emitter, node: fx.Node, like: fx.Node) -> fx.Node:
     if isinstance(ops.value(host), torch.Tensor):
         return host  # type: ignore[no-any-return]
     return emitter.call(
-        aten.scalar_tensor.default, host, dtype=torch.float32, device=ops.value(like).device
+        aten.scalar_tensor.default, host, dtype=torch.float64, device=ops.value(like).device
     )
 
 
@@ -227,8 +233,25 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     return {identity for node in nodes for identity in ops.storages(node)}
 
 
+def unread_numbers(graph: fx.Graph) -> set[fx.Node]:
+    """Sizes, and arithmetic on them, that nobody reads: tracers leave them behind."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if ops.name(node) in _NUMBERS and found.issuperset(node.users) and _is_number(node):
+            found.add(node)
+    return found
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = ops.value(node)
+    if isinstance(value, tuple | list):
+        return all(isinstance(n, int | torch.SymInt) for n in value)
+    return isinstance(value, int | float | torch.SymInt | torch.SymFloat)
+
+
 def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> None:
-    """Erase those of `candidates` that nothing needs any more."""
+    """Erase those of `candidates`, and of the numbers, that nothing needs any more."""
+    candidates = candidates | unread_numbers(graph)
     dead = candidates - live_nodes(graph, candidates, set())
     for node in reversed(list(graph.nodes)):
         if node in dead:

@@ -248,7 +248,7 @@ def _fill(plan: Plan) -> float:
 
 def _masking(plan: Plan) -> Any:
     value = _fill(plan)
-    offset = plan.rng.choice([0, 0, plan.keys - plan.rows, 1, -1])
+    shift = plan.rng.choice([0, 0, None, 1, -1])  # None: the rows are the last of the keys
     kind = plan.rng.choice(["given", "given_added", "tril", "window", "in_place", "view", "set"])
     at = plan.add(plan.condition()) if kind in ("given", "given_added", "in_place") else -1
 
@@ -264,7 +264,7 @@ def _masking(plan: Plan) -> Any:
             s[..., -1:] = value
             return s
         t, n = s.shape[-2:]
-        allowed = torch.ones(t, n, dtype=torch.bool).tril(offset)
+        allowed = torch.ones(t, n, dtype=torch.bool).tril(n - t if shift is None else shift)
         if kind == "window":
             allowed = allowed & (torch.arange(t)[:, None] - torch.arange(n) < 2)
         if kind == "view":
