@@ -265,12 +265,16 @@ class Naming:
         return expression if factor == 1 else call("mul", expression, self.size(factor))
 
     def size(self, size: ax.Size) -> Expr:
-        """A size as B, H, T or S, a constant, or a numbered integer."""
+        """A size as B, H, T, S or S - T (the keys before the rows), a constant, or a numbered
+        integer.
+        """
         if isinstance(size, int):
             return Const(size)
         for name in "TSBH":
             if ax.equal(self.sizes[name], size):
                 return Var(name)
+        if ax.equal(self.sizes["S"] - self.sizes["T"], size):
+            return call("sub", Var("S"), Var("T"))
         if isinstance(size, sympy.Add | sympy.Mul):
             parts = [self.size(ax.simple(part)) for part in size.args]
             result = parts[0]

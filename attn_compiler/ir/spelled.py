@@ -212,7 +212,7 @@ def _made_of_scores(constant: Expr, logits: Expr) -> bool:
 
 
 def _is_largest(node: fx.Node) -> bool:
-    if op(node) == "getitem":
+    while op(node) in ("getitem", "detach"):
         node = node.all_input_nodes[0]
     return op(node) in ("amax", "max", "logsumexp")
 

@@ -26,7 +26,8 @@ class Entry:
         name: of the test.
         build: makes the module.
         inputs: makes the arguments from a generator.
-        mask: how the text of the mask begins; `FULL` for none; None: not looked at.
+        mask: how the text of the mask begins; `FULL` for none; None: not looked at. An offset may
+            be S - T where the sizes are symbolic.
         heads: query heads; None: not looked at.
         kv_heads: key and value heads; None: not looked at.
         head_dim: features of a query.

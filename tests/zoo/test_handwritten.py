@@ -24,12 +24,14 @@ TYPED = (
     "causal_added_before", "bert_padding", "scale_in_a_tensor", "buckets",
     "alibi_of_real_tokens", "sinks", "x_transformers_mask", "expanded", "sdpa_groups",
 )  # fmt: skip
-DYNAMIC = (
+# symbolic sizes: these always, all others in the slow tier
+DYNAMIC = frozenset((
     "plain", "time_first", "batched_heads", "expanded", "grouped", "over_time_major",
     "scale_given", "causal_compared", "causal_through_a_view", "window", "documents",
     "buckets", "alibi", "sinks", "mingpt", "x_transformers_mask", "multihead_causal_padding",
-    "encoder_layer", "sdpa_causal",
-)  # fmt: skip
+    "encoder_layer", "sdpa_causal", "offset", "offset_negative", "appended_prefill",
+    "checkpointed", "branch", "flex_causal_blocks",
+))  # fmt: skip
 
 
 def alternately(names: list[str]) -> list[Any]:
@@ -47,9 +49,11 @@ def test_training(name: str) -> None:
     expect(ENTRIES[name], check(ENTRIES[name], training=True).report)
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
+@pytest.mark.parametrize(
+    "name", [n if n in DYNAMIC else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_dynamic_shapes(name: str) -> None:
-    expect(ENTRIES[name], check(ENTRIES[name], dynamic=True).report)
+    expect(ENTRIES[name], check(ENTRIES[name], dynamic=True).report, dynamic=True)
 
 
 @pytest.mark.parametrize(
