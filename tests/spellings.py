@@ -171,6 +171,7 @@ PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_swapped": lambda s, a: torch.where(a, 0.0, INF).to(s.dtype) + s,
     "finite": lambda s, a: s.masked_fill(~a, -1e9),
     "finite_min": lambda s, a: torch.where(a, s, torch.finfo(s.dtype).min),
+    # no (1 - a) * finfo.min: twice in one sum it is another function in a row without keys
 }
 
 # -------- softmax over the last axis

@@ -264,6 +264,9 @@ def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
         if expression.op == "where" and expression.args[1:] in (_ONE_ZERO, _ZERO_ONE):
             condition = expression.args[0]
             return condition if expression.args[1:] == _ONE_ZERO else call("not", condition)
+        if expression.op == "mul":
+            sides = [_truth(side, is_bool) for side in expression.args]
+            return None if sides[0] is None or sides[1] is None else call("and", *sides)
         if (
             expression.op == "sub"
             and isinstance(expression.args[0], Const)

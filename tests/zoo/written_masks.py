@@ -112,6 +112,13 @@ def multiplied(s: Tensor, allowed: Tensor) -> Tensor:
     return s * bits - 1e4 * (1 - bits)
 
 
+def factors(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Two masks of zeros and ones, multiplied."""
+    t, n = q.shape[-2], k.shape[-2]
+    allowed = torch.ones(t, n).tril(n - t) * keep[:, None, None, :].to(q.dtype)
+    return finish(dots(q, k) + (1.0 - allowed) * torch.finfo(q.dtype).min, v)
+
+
 def in_place(s: Tensor, allowed: Tensor) -> Tensor:
     return s.masked_fill_(~allowed, INF)
 
@@ -352,6 +359,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     # -inf and finfo.min in one row without keys are neither uniform nor NaN: both stay arithmetic
     site("two_masks", two_masks, _keep(T, 6), mask="none"),
+    site("factors", factors, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),
     site("top_left", top_left, LONGER, cross=True, mask="causal"),
