@@ -105,6 +105,11 @@ CASES: dict[str, Case] = {
         text("dot + t0[b, h, q, k]", empty="zero"),
         lambda s: [draw(B, s.H, s.T, s.S).masked_fill(~padding(s)[:, None, None], -INF)],
     ),
+    # a row of nothing but finfo.min counts all keys alike, in its gradients too
+    "bias with finfo.min": Case(
+        text("dot + where(t0[b, k], 0.0, -3.4028234663852886e+38)", empty="zero"),
+        lambda s: [padding(s) & (torch.arange(B) > 0)[:, None]],
+    ),
     "learned bias": Case(
         text("t0[0, h, q, k] + dot", CAUSAL), lambda s: [draw(1, s.H, s.T, s.S)], (0,)
     ),

@@ -43,6 +43,7 @@ class _Found:
     mask: list[Expr]
     fills: set[float]
     added: int = 0  # how many finite fills are added rather than set
+    infinite_set: bool = False
     infinite_added: bool = False
     summed: bool = False  # a fill is added to what another fill has set
 
@@ -70,6 +71,9 @@ def split(
     mask = normalise(_all(found.mask))
     if never_empty(mask, rows_in_keys) and _fills_forbid(found, score, bounded):
         return Split(score, mask, "any")
+    if found.infinite_set and found.infinite_added:
+        # a row dead by what was set passes no gradient, by what was added NaN: it cannot be both
+        return Split(logits, TRUE, "any")
     if found.fills == {-math.inf}:
         return Split(score, mask, "nan_added" if found.infinite_added else "nan")
     if len(found.fills) == 1 and _uniform(found, score, dtype, bounded):
@@ -160,6 +164,7 @@ def _strip_where(logits: Call, found: _Found, dtype: torch.dtype) -> Expr | None
             assert isinstance(fill, Const)
             found.mask.append(keep)
             found.fills.add(float(fill.value))
+            found.infinite_set |= math.isinf(fill.value)
             found.summed |= found.added > 0 and not math.isinf(fill.value)
             return inner
     return None
@@ -265,8 +270,8 @@ def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
             condition = expression.args[0]
             return condition if expression.args[1:] == _ONE_ZERO else call("not", condition)
         if expression.op == "mul":
-            sides = [_truth(side, is_bool) for side in expression.args]
-            return None if sides[0] is None or sides[1] is None else call("and", *sides)
+            left, right = (_truth(side, is_bool) for side in expression.args)
+            return None if left is None or right is None else call("and", left, right)
         if (
             expression.op == "sub"
             and isinstance(expression.args[0], Const)

@@ -229,7 +229,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:
-    wanted = {axis for axis, _ in key.terms}
+    wanted = {leaf for axis, _ in key.terms for leaf in axis.leaves()}
     return bool(wanted & set(role.leaves(side[1])))
 
 

@@ -173,12 +173,14 @@ def _where(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Exp
     condition = puller.operand(args["condition"], node, where)
     if dtype_of(args["condition"]) is not torch.bool:
         condition = call("bool", condition)
-    return call("where", condition, *promoted(puller, node, [args["self"], args["other"]], where))
+    sides = promoted(puller, node, [args["self"], args["other"]], where)
+    return call("where", condition, *(as_stored(side, val(node).dtype) for side in sides))
 
 
 @rule(VALUES, "masked_fill")
 def _masked_fill(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
     mask, value, old = operands(puller, node, [args["mask"], args["value"], args["self"]], where)
+    value = as_stored(value, val(node).dtype)
     return call(
         "where", mask if dtype_of(args["mask"]) is torch.bool else call("bool", mask), value, old
     )
@@ -223,6 +225,13 @@ def _full(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr
         if isinstance(given, float) and math.isfinite(given):
             given = _rounded(given, val(node).dtype)
     return puller.expr(given, ())
+
+
+def as_stored(value: Expr, dtype: torch.dtype) -> Expr:
+    """A number as it reads once it lies in a tensor of this dtype."""
+    if isinstance(value, Const) and isinstance(value.value, float) and dtype.is_floating_point:
+        return Const(_rounded(value.value, dtype))
+    return value
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

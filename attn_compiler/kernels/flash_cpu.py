@@ -32,6 +32,8 @@ INF = float("inf")
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# exp(score - lse) is then no better than 1e-4
+_LARGE = 2.0**10
 # elements of a bias that is built for one call
 _BIAS_BUDGET = 2**20
 # rows of a block where the mask lets keys be skipped, and elsewhere
@@ -48,8 +50,12 @@ def fits(frame: Frame) -> bool:
 
 
 def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bool:
-    """The kernel gives no gradient of its bias, none that is NaN, none of a row without keys."""
+    """The kernel gives no gradient of its bias, none that is NaN, none of a row without keys, and a
+    wrong one where lse has no room for the logarithm of the number of keys beside finfo.min.
+    """
     if not fits(frame) or frame.plan.score_slots & wanted.keys():
+        return False
+    if frame.plan.biased and bool(((lse.abs() > _LARGE) & lse.isfinite()).any()):
         return False
     return frame.plan.program.empty not in ("nan", "nan_added", "absorbed") or not bool(
         (lse == -INF).any()

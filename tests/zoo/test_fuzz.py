@@ -12,7 +12,26 @@ from zoo.fuzz import draw
 from zoo.library import compiled
 
 CHUNK = 100
-REMEMBERED = (151, 201, 217, 263, 342, 349, 363, 756, 774, 984, 1027, 1118, 1127, 1144, 1191)
+REMEMBERED = (
+    151,
+    201,
+    217,
+    263,
+    342,
+    349,
+    363,
+    506,
+    523,
+    637,
+    756,
+    774,
+    984,
+    1027,
+    1118,
+    1127,
+    1144,
+    1191,
+)
 
 
 def _try(seed: int, dynamic: bool) -> int:
