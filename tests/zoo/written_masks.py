@@ -284,6 +284,12 @@ def sdpa_empty_rows(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     )
 
 
+def pixels(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """The keys are the pixels of an image, row by row, and so is their mask."""
+    grid = seen.expand(q.shape[0], *seen.shape[-2:])
+    return finish(dots(q, k) + (~grid).flatten(1)[:, None, None].to(q.dtype) * -1e9, v)
+
+
 class Buffer(nn.Module):
     """The condition is a buffer, larger than the sequence."""
 
@@ -359,6 +365,14 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     # -inf and finfo.min in one row without keys are neither uniform nor NaN: both stay arithmetic
     site("two_masks", two_masks, _keep(T, 6), mask="none"),
+    site(
+        "pixels",
+        pixels,
+        normal(B, 12, WIDTH),
+        constant(torch.arange(12).view(3, 4) < torch.tensor([12, 7])[:, None, None]),
+        cross=True,
+        mask=None,
+    ),
     site("factors", factors, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),
