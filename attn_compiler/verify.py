@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attn_compiler.call import as_call
 from attn_compiler.installed import base_of, parameters_of, restore
 from attn_compiler.ir.site import Decision, Reason
 from attn_compiler.report import Report
@@ -80,17 +81,9 @@ def _outputs(
     forward: Callable[..., Any], owner: nn.Module, values: tuple[Any, ...]
 ) -> list[torch.Tensor]:
     """Tensors that come out, and those in the arguments afterwards: a cache is an output too."""
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for p, value in zip(parameters_of(base_of(owner).forward), values, strict=True):
-        if p.kind is p.VAR_POSITIONAL:
-            args += value
-        elif p.kind is p.VAR_KEYWORD:
-            kwargs |= value
-        elif p.kind is p.KEYWORD_ONLY:
-            kwargs[p.name] = value
-        else:
-            args.append(value)
+    base = base_of(owner)
+    names = [p.name for p in parameters_of(base.forward)]
+    args, kwargs = as_call(base, dict(zip(names, values, strict=True)))
     result = forward(owner, *args, **kwargs)
     return [*_tensors(result), *tensors_of(values, 0)]
 

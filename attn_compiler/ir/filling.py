@@ -68,6 +68,9 @@ def split(
     score = _strip(logits, found, dtype, is_bool)
     if not found.mask:
         return Split(logits, TRUE, "any")
+    if found.infinite_added and _holds_fill(score):
+        # a negative factor makes it +inf, and +inf with -inf added is NaN in the whole row
+        return Split(logits, TRUE, "any")
     mask = normalise(_all(found.mask))
     if never_empty(mask, rows_in_keys) and _fills_forbid(found, score, bounded):
         return Split(score, mask, "any")
@@ -95,14 +98,17 @@ def _uniform(
     return alike and not found.summed and all_bounded(score, bounded)
 
 
+def _holds_fill(score: Expr) -> bool:
+    return any(
+        isinstance(node, Const) and not isinstance(node.value, bool) and node.value <= _FORBIDDING
+        for node in walk(score)
+    )
+
+
 def all_bounded(score: Expr, bounded: Callable[[Expr], bool]) -> bool:
+    if _holds_fill(score):
+        return False
     for node in walk(score):
-        if (
-            isinstance(node, Const)
-            and not isinstance(node.value, bool)
-            and node.value <= _FORBIDDING
-        ):
-            return False
         if not isinstance(node, Call | Const | Var) and node != DOT and not bounded(node):
             return False
     return True
