@@ -17,6 +17,7 @@ from attn_compiler.ir.pull import (
     Product,
     Puller,
     broadcast,
+    op,
     rule,
     shape,
     val,
@@ -166,7 +167,7 @@ def _sum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr 
         if args.get("keepdim"):
             next(rest)
     factor, at = puller.peel(args["self"], tuple(inner))
-    if factor.target not in (torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor):
+    if op(factor) != "mul":
         return None
     left, right = factor.args[:2]
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):

@@ -150,11 +150,7 @@ def operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: Scaling 
         further = puller.step(node, where)
         if further is None and is_float_cast(node) and _widens(node):
             further = (arguments(node)["self"], where)
-        if (
-            further is None
-            and scaling is not None
-            and op(node) in ("mul", "div", "true_divide", "multiply")
-        ):
+        if further is None and scaling is not None and op(node) in ("mul", "div"):
             further = _unscaled(node, where, scaling)
             if further is not None:
                 chain.clear()
@@ -183,7 +179,7 @@ def _unscaled(
     args = arguments(node)
     if args.get("rounding_mode") is not None:
         return None
-    operation = "mul" if op(node) in ("mul", "multiply") else "div"
+    operation = op(node)
     pairs = [(args["self"], args["other"])] + (
         [(args["other"], args["self"])] if operation == "mul" else []
     )

@@ -242,11 +242,10 @@ def _product_mask(
 ) -> Expr | None:
     """(1 - float(P)) * fill, float(~P) * fill and their negations."""
     if term.op == "neg":
-        return (
-            _product_mask(_negated(term.args[0]), fills, dtype, is_bool)
-            if isinstance(term.args[0], Call)
-            else None
-        )
+        inner = term.args[0]
+        if not (isinstance(inner, Call) and inner.op == "mul" and isinstance(inner.args[1], Const)):
+            return None
+        term = Call("mul", (inner.args[0], Const(-inner.args[1].value)))
     if term.op != "mul":
         return None
     for factor, fill in (term.args, term.args[::-1]):
@@ -257,12 +256,6 @@ def _product_mask(
             fills.add(float(fill.value))
             return call("not", forbidden)
     return None
-
-
-def _negated(inner: Call) -> Call:
-    if inner.op == "mul" and isinstance(inner.args[1], Const):
-        return Call("mul", (inner.args[0], Const(-inner.args[1].value)))
-    return Call("neg", (inner,))
 
 
 def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:

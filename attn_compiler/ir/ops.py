@@ -38,6 +38,12 @@ BOUNDARY = frozenset(
         "argmax", "argmin",
     }
 )  # fmt: skip
+# second names of one operation
+ALIASES = {
+    "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div",
+    "negative": "neg", "absolute": "abs", "greater": "gt", "greater_equal": "ge", "less": "lt",
+    "less_equal": "le", "not_equal": "ne",
+}  # fmt: skip
 _INPLACE_OPERATORS = frozenset(
     {
         operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
@@ -63,6 +69,13 @@ def name(node: fx.Node) -> str:
     return getattr(target, "__name__", "")
 
 
+def arithmetic(node: fx.Node) -> str:
+    """`div` for `/`, `div_`, `torch.divide` and `Tensor.true_divide`."""
+    plain = name(node).strip("_")
+    return _OPERATORS.get(plain) or ALIASES.get(plain, plain)
+
+
+_OPERATORS = {"truediv": "div", "itruediv": "div", "iadd": "add", "imul": "mul"}
 # where F.name takes its `inplace` flag
 _INPLACE_POSITION = {
     "dropout": 3,

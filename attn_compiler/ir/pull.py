@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
 from attn_compiler.ir.axes import CannotSplit, Index, along
 from attn_compiler.ir.expr import Call, Const, Expr, Var, call
 
@@ -72,12 +73,13 @@ def shape(node: fx.Node) -> tuple[ax.Size, ...]:
 
 
 def op(node: fx.Node) -> str:
-    """Bare ATen name, `add` for aten.add.Tensor."""
+    """Bare ATen name, `add` for aten.add.Tensor, `mul` for aten.multiply.Tensor."""
     if node.op != "call_function":
         return ""
     if not isinstance(node.target, torch._ops.OpOverload):
         return "getitem" if node.target is operator.getitem else ""
-    return node.target._schema.name.removeprefix("aten::")
+    name = node.target._schema.name.removeprefix("aten::")
+    return ops.ALIASES.get(name, name)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

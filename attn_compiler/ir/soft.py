@@ -57,6 +57,7 @@ class Softmax:
         zeroed: condition under which a weight is set to zero afterwards.
         safe: rows without any key give zero.
         factor: number the logits are multiplied by first (2**x is exp(x * log 2)).
+        moved: the logits were shifted in a way that a row without keys does not survive.
     """
 
     logits: fx.Node
@@ -67,6 +68,7 @@ class Softmax:
     zeroed: list[Expr] = field(default_factory=list)
     safe: bool = False
     factor: float = 1.0
+    moved: bool = False
 
 
 def is_float_cast(node: fx.Node) -> bool:
@@ -154,7 +156,7 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
     if name in _SOFTMAX:
         dim = args["dim"] % len(where)
         return Softmax(args["self"], where, dim, safe=name == "_safe_softmax")
-    if name in ("div", "true_divide", "mul"):
+    if name in ("div", "mul"):
         found = _by_hand(puller, node, args, where)
         if found is not None:
             return found
@@ -198,37 +200,55 @@ def _by_hand(
     extra: Expr | None = None
     if op(total) == "add":
         total, total_at, extra = _with_extra(puller, total, total_at)
-    if op(total) != "sum" or not arguments(total).get("dim"):
+    if op(total) != "sum":
         return None
-    dims = _dims(arguments(total)["dim"], len(at))
-    if dims is None or not _sums(puller, total, total_at, exponential, at, dims[0]):
+    dims = reduced_dims(total)
+    if len(dims) != 1 or not _reduces(puller, total, total_at, exponential, at, dims[0]):
         return None
     factor = math.log(2) if op(exponential) == "exp2" else 1.0
     sink = None if extra is None else call("log", extra)
     return Softmax(arguments(exponential)["self"], at, dims[0], sink=sink, factor=factor)
 
 
-def _sums(
+def _reduces(
     puller: Puller,
     total: fx.Node,
     total_at: Coordinates,
-    exponential: fx.Node,
+    source: fx.Node,
     at: Coordinates,
     dim: int,
 ) -> bool:
-    """Is `total` read where it holds the sum of `exponential` along its own row?"""
-    args = arguments(total)
-    own = tuple(along(puller.new_axis(size)) for size in shape(exponential))
-    if len(shape(args["self"])) != len(own):
+    """Is `total` read where it holds the reduction of `source` along its own row?"""
+    inner = arguments(total)["self"]
+    own = tuple(along(puller.new_axis(size)) for size in shape(source))
+    if len(shape(inner)) != len(own):
         return False
-    if through_casts(puller, args["self"], own) != (exponential, own):
+    same = through_casts(puller, inner, own) == (source, own)
+    if not same and puller.expr(inner, own) != puller.expr(source, own):
         return False
-    row = [w for d, w in enumerate(at) if d != dim]
-    found = [w for d, w in enumerate(total_at) if not args["keepdim"] or d != dim]
-    sizes = [s for d, s in enumerate(shape(exponential)) if d != dim]
-    return len(found) == len(row) and all(
-        size == 1 or _same(left, right) for left, right, size in zip(found, row, sizes, strict=True)
+    return reads_own_row(total, total_at, at, dim)
+
+
+def reads_own_row(reduction: fx.Node, at: Coordinates, where: Coordinates, dim: int) -> bool:
+    """Is a reduction over `dim` (or more) of a tensor read, at `at`, in the row of `where`?"""
+    args = arguments(reduction)
+    sizes = shape(args["self"])
+    dims = reduced_dims(reduction)
+    kept = [d for d in range(len(sizes)) if d not in dims]
+    found = [at[d] for d in kept] if args.get("keepdim") else list(at)
+    return (
+        dim in dims
+        and len(found) == len(kept)
+        and all(sizes[d] == 1 or _same(one, where[d]) for one, d in zip(found, kept, strict=True))
     )
+
+
+def reduced_dims(reduction: fx.Node) -> tuple[int, ...]:
+    """The dimensions that a reduction runs over; None and () are all of them."""
+    args = arguments(reduction)
+    rank, dims = len(shape(args["self"])), args.get("dim")
+    listed = [dims] if isinstance(dims, int) else list(dims or range(rank))
+    return tuple(d % rank for d in listed)
 
 
 def _same(left: Coordinate, right: Coordinate) -> bool:
@@ -256,11 +276,6 @@ def _with_extra(
     return node, where, None
 
 
-def _dims(dims: Any, rank: int) -> tuple[int, ...] | None:
-    listed = [dims] if isinstance(dims, int) else list(dims)
-    return tuple(d % rank for d in listed) if len(listed) == 1 else None
-
-
 def _by_logsumexp(puller: Puller, inner: fx.Node, where: Coordinates) -> Softmax | None:
     node, at = through_casts(puller, inner, where)
     args = arguments(node)
@@ -268,11 +283,11 @@ def _by_logsumexp(puller: Puller, inner: fx.Node, where: Coordinates) -> Softmax
         return Softmax(args["self"], at, args["dim"] % len(at))
     if op(node) != "sub" or not is_tensor(args["other"]) or args.get("alpha", 1) != 1:
         return None
-    norm, _ = through_casts(puller, args["other"], broadcast(at, shape(args["other"])))
+    norm, norm_at = through_casts(puller, args["other"], broadcast(at, shape(args["other"])))
     if op(norm) != "logsumexp" or not is_tensor(args["self"]):
         return None
     logits, logits_at = args["self"], broadcast(at, shape(args["self"]))
-    if arguments(norm)["self"] is not logits:
+    dims = reduced_dims(norm)
+    if len(dims) != 1 or not _reduces(puller, norm, norm_at, logits, logits_at, dims[0]):
         return None
-    dims = _dims(arguments(norm)["dim"], len(logits_at))
-    return Softmax(logits, logits_at, dims[0]) if dims else None
+    return Softmax(logits, logits_at, dims[0])

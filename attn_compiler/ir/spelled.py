@@ -28,6 +28,7 @@ from attn_compiler.ir.pull import (
     Leaf,
     Product,
     Puller,
+    arguments,
     indices,
     op,
     shape,
@@ -35,7 +36,7 @@ from attn_compiler.ir.pull import (
     val,
 )
 from attn_compiler.ir.roles import Naming
-from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax
+from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax, reads_own_row, reduced_dims
 
 
 def from_product(puller: Puller, end: fx.Node, where: Coordinates, found: Product) -> Core:
@@ -63,7 +64,7 @@ def _from_softmax(
     key, offset = _key_index(soft, found)
     logits = puller.expr(soft.logits, soft.where)
     sink = _sink(puller, soft, key, offset)
-    logits, sink = _without_row_constants(logits, sink, key)
+    logits, sink = _without_row_constants(puller, soft, logits, sink, key)
     if soft.factor != 1:
         logits = call("mul", logits, soft.factor)
         sink = None if sink is None else call("mul", sink, soft.factor)
@@ -101,7 +102,7 @@ def _from_scores(
     extra = None if sink is None else naming(sink)
     program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
     inner = between(product.node, end.node)
-    if any(
+    if (soft.moved and program.empty in ("nan", "nan_added")) or any(
         node in inner
         for node in (*(leaf.node for leaf in naming.reads), *(n for _, n in scaling.factors))
     ):
@@ -155,17 +156,21 @@ def _sink(puller: Puller, soft: Softmax, key: Index, offset: ax.Size) -> Expr | 
     return puller.expr(soft.logits, where)
 
 
-def _without_row_constants(logits: Expr, sink: Expr | None, key: Index) -> tuple[Expr, Expr | None]:
+def _without_row_constants(
+    puller: Puller, soft: Softmax, logits: Expr, sink: Expr | None, key: Index
+) -> tuple[Expr, Expr | None]:
     """softmax(x - max(x)) is softmax(x): drop what is the same for a whole row and sink."""
     names = {leaf.name for axis, _ in key.terms for leaf in axis.leaves()}
     while isinstance(logits, Call) and logits.op in ("sub", "add"):
         left, right = logits.args
         if logits.op == "add" and not _varies(left, names):
             left, right = right, left
-        if _varies(right, names) or not _made_of_scores(right, logits):
+        if _varies(right, names) or not _is_safe_shift(puller, soft, right, left):
             return logits, sink
         if sink is not None:
             sink = _same_shift(logits.op, left, right, sink)
+            # without a floor the maximum of a row without keys is -inf, and the sink NaN
+            soft.moved |= not _above_floor(right)[1]
         logits = left
     return logits, sink
 
@@ -173,11 +178,18 @@ def _without_row_constants(logits: Expr, sink: Expr | None, key: Index) -> tuple
 def _same_shift(operation: str, left: Expr, right: Expr, sink: Expr) -> Expr:
     if isinstance(sink, Call) and sink.op == operation and sink.args[1] == right:
         return sink.args[0]
-    inverse = Call("neg", (right,)) if operation == "sub" else right
-    if sink == inverse or (
-        isinstance(sink, Call) and sink.op == "log" and sink.args[0] == call("exp", inverse)
-    ):
+    inverse = right
+    if operation == "sub":
+        times = Call("mul", (right, Const(-1)))
+        inverse = times if times in walk(sink) else Call("neg", (right,))
+    shifted = call("exp", inverse)
+    if sink == inverse or sink == Call("log", (shifted,)):
         return Const(0.0)
+    inner = sink.args[0] if isinstance(sink, Call) and sink.op == "log" else sink
+    if isinstance(inner, Call) and inner.op == "mul" and inner.args[0] == shifted:
+        number = inner.args[1]
+        if isinstance(number, Const) and number.value > 0:
+            return Const(math.log(number.value))
     raise NotAttention(
         "attention.sink_shift", "the extra column is shifted differently from the others"
     )
@@ -200,32 +212,39 @@ def _named(expression: Expr, names: set[str]) -> bool:
     return False
 
 
-def _made_of_scores(constant: Expr, logits: Expr) -> bool:
-    """Is it a number, or the largest score of the row? Anything else may be infinite where the row
-    is not (a mean or a minimum is, beside one forbidden key), or learned.
+def _is_safe_shift(puller: Puller, soft: Softmax, constant: Expr, scores: Expr) -> bool:
+    """Is it a number, or the largest of the row of scores it shifts? Anything else may be infinite
+    where the row is not (a mean is, or the largest of a part, beside a forbidden key), or learned.
     """
     if isinstance(constant, Const):
         return math.isfinite(constant.value)
-    products = {node.node for node in walk(logits) if isinstance(node, Product)}
-    leaves = [node.node for node in walk(constant) if isinstance(node, Leaf)]
-    return bool(leaves) and all(_is_largest(n) and _ancestors(n) & products for n in leaves)
-
-
-def _is_largest(node: fx.Node) -> bool:
+    largest, _ = _above_floor(constant)
+    if not isinstance(largest, Leaf):
+        return False
+    node = largest.node
     while op(node) in ("getitem", "detach"):
         node = node.all_input_nodes[0]
-    return op(node) in ("amax", "max", "logsumexp")
+    if op(node) not in ("amax", "max", "logsumexp"):
+        return False
+    # through the gradient of a maximum over several rows the NaN of one reaches the others
+    soft.moved |= len(reduced_dims(node)) > 1
+    source = arguments(node)["self"]
+    return (
+        shape(source) == shape(soft.logits)
+        and reads_own_row(node, largest.where, soft.where, soft.dim)
+        and puller.expr(source, soft.where) == scores
+    )
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        for argument in stack.pop().all_input_nodes:
-            if argument not in found:
-                found.add(argument)
-                stack.append(argument)
-    return found
+def _above_floor(constant: Expr) -> tuple[Expr, bool]:
+    """x of max(x, number) or of its negative, and whether there is such a number."""
+    if isinstance(constant, Call) and constant.op == "neg":
+        constant = constant.args[0]
+    if isinstance(constant, Call) and constant.op == "max":
+        for one, other in (constant.args, constant.args[::-1]):
+            if isinstance(other, Const) and math.isfinite(other.value):
+                return one, True
+    return constant, isinstance(constant, Const)
 
 
 def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:

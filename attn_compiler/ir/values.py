@@ -19,6 +19,7 @@ from attn_compiler.ir.pull import (
     Coordinates,
     Puller,
     number,
+    op,
     rule,
     shape,
     shifted,
@@ -51,13 +52,10 @@ _SAME_NAME = frozenset(
     }
 )  # fmt: skip
 _BINARY = {
-    "mul": "mul", "multiply": "mul", "minimum": "min", "maximum": "max", "floor_divide": "floordiv",
-    "remainder": "mod", "true_divide": "div", "divide": "div",
+    "mul": "mul", "div": "div", "minimum": "min", "maximum": "max", "floor_divide": "floordiv",
+    "remainder": "mod",
 }  # fmt: skip
-_COMPARE = {
-    "eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "greater": "gt",
-    "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
-}  # fmt: skip
+_COMPARE = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _LOGIC = {
     "logical_and": "and", "logical_or": "or", "logical_xor": "xor", "__and__": "and",
     "__or__": "or", "__xor__": "xor", "bitwise_and": "and", "bitwise_or": "or",
@@ -88,16 +86,13 @@ def _narrower(dtype: torch.dtype | None, result: str) -> bool:
     return dtype is not None and _KIND_ORDER.index(kind(dtype)) < _KIND_ORDER.index(result)
 
 
-@rule(
-    VALUES, *_SAME_NAME, "negative", "absolute", "rsub", "add", "sub", "subtract", "div", *_BINARY
-)
+@rule(VALUES, *_SAME_NAME, "rsub", "add", "sub", *_BINARY)
 def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    unary = {"negative": "neg", "absolute": "abs"}.get(name, name)
-    if unary in _SAME_NAME:
-        return call(unary, *promoted(puller, node, [args["self"]], where))
+    name = op(node)
+    if name in _SAME_NAME:
+        return call(name, *promoted(puller, node, [args["self"]], where))
     left, right = promoted(puller, node, [args["self"], args["other"]], where)
-    if name in ("add", "sub", "subtract", "rsub"):
+    if name in ("add", "sub", "rsub"):
         if args.get("alpha", 1) != 1:
             scaled = puller.expr(args["alpha"], ())
             left, right = (
@@ -105,32 +100,25 @@ def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -
                 if name == "rsub"
                 else (left, call("mul", right, scaled))
             )
-        return (
-            call("sub", right, left)
-            if name == "rsub"
-            else call("add" if name == "add" else "sub", left, right)
-        )
+        return call("sub", right, left) if name == "rsub" else call(name, left, right)
     rounding = args.get("rounding_mode")
-    if name in ("div", "divide") and rounding is not None:
+    if name == "div" and rounding is not None:
         return (
             call("floordiv", left, right)
             if rounding == "floor"
             else call("trunc", call("div", left, right))
         )
-    if name == "floor_divide" or name == "remainder":
-        return call(_BINARY[name], left, right)
-    return call(_BINARY.get(name, "div"), left, right)
+    return call(_BINARY[name], left, right)
 
 
 @rule(VALUES, *_COMPARE)
 def _compare(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    return call(_COMPARE[name], *operands(puller, node, [args["self"], args["other"]], where))
+    return call(op(node), *operands(puller, node, [args["self"], args["other"]], where))
 
 
 @rule(VALUES, *_LOGIC)
 def _logic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    name = op(node)
     given = [args["self"], args["other"]]
     kinds = [d for a in given if (d := dtype_of(a)) is not None]
     if not name.startswith("logical") and any(d is not torch.bool for d in kinds):
@@ -218,7 +206,7 @@ _FILL = {"zeros": 0, "ones": 1, "zeros_like": 0, "ones_like": 1, "new_zeros": 0,
 
 @rule(VALUES, *_FILL, "full", "full_like", "new_full", "scalar_tensor")
 def _full(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    name = op(node)
     given = _FILL[name] if name in _FILL else args.get("fill_value", args.get("s"))
     if not isinstance(given, fx.Node):
         given = {"bool": bool, "int": int, "float": float}[kind(val(node).dtype)](given)

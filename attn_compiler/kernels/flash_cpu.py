@@ -1,7 +1,7 @@
 """Attention whose score is a sum  dot + bias,  by PyTorch's flash kernel for CPUs.
 
     mask    ->   a bias of 0 and -inf          k <= q   ->   is_causal
-    sink    ->   out * exp(lse - lse'),  lse' = log(exp(lse) + exp(sink))
+    sink    ->   out * sigmoid(lse - sink),  lse' = log(exp(lse) + exp(sink))
 
 In one call, or in one call per block of rows where a mask lets keys be skipped or a bias would be
 large. The kernel, as tried on torch 2.13: fewer kv heads than query heads need no copies; a bias of
@@ -75,8 +75,9 @@ def forward(frame: Frame) -> tuple[Tensor, Tensor]:
         for span, part, part_lse in chain([first], results):
             out[span.rows], lse[span.rows] = part, part_lse
     if frame.plan.sink is not None:
-        total = torch.logaddexp(lse, _sink(frame, frame.plan.sink).squeeze(-1))
-        out, lse = out.mul_(torch.exp(lse - total).unsqueeze(-1)), total
+        sink = _sink(frame, frame.plan.sink).squeeze(-1)
+        # the difference of the two lse would have lost the digits that a large lse has not
+        out, lse = out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1)), torch.logaddexp(lse, sink)
     v = frame.given.v
     return in_heads_layout(out[..., : v.shape[-1]], v.dtype), in_heads_layout(lse, frame.dtype)
 

@@ -38,14 +38,8 @@ def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
 
 def _is_normalised(exponential: fx.Node) -> bool:
     """exp(x) that is summed and divided, or whose argument has a logsumexp taken off."""
-    following = {ops.name(user) for user in _near(exponential, 6)}
-    if following & {"sum", "__add__", "add"} and following & {
-        "div",
-        "truediv",
-        "__truediv__",
-        "reciprocal",
-        "div_",
-    }:
+    following = {ops.arithmetic(user) for user in _near(exponential, 6)}
+    if following & {"sum", "add"} and following & {"div", "reciprocal"}:
         return True
     return any(ops.name(n) in ("logsumexp", "log_softmax") for n in _behind(exponential, 4))
 
@@ -80,5 +74,5 @@ def _ends(anchor: fx.Node) -> Iterator[fx.Node]:
                 if ops.is_contraction(user) or (called == "sum" and multiplied):
                     yield user
                 elif not is_boundary(user) and called not in ops.SOFTMAX:
-                    following.append((user, multiplied or called in ("mul", "__mul__", "multiply")))
+                    following.append((user, multiplied or ops.arithmetic(user) == "mul"))
         front = following

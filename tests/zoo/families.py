@@ -168,6 +168,7 @@ _ROUTER = "the router's softmax over experts"
 _EXPERTS = {"experts_implementation": "batched_mm"}
 
 _EAGER = ("eager",)
+_ANY_INFINITE = "in training the encoder branches on whether a hidden state is infinite: 5 graphs"
 _REQUIRES_GRAD = (
     "in training the feature extractor assigns requires_grad, which Dynamo cannot trace: 3 graphs"
 )
@@ -332,5 +333,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family(_vision(mlp_ratio=2), "Dinov2", image, masks=False, lengths=False),
     "wav2vec2": Family(_audio(), "Wav2Vec2", sound, stock=_REQUIRES_GRAD),
     "hubert": Family(_audio(), "Hubert", sound, stock=_REQUIRES_GRAD),
-    "detr": Family(_detr, "Detr", image_and_pixel_mask, sites=6, lengths=False),
+    "detr": Family(
+        _detr, "Detr", image_and_pixel_mask, sites=6, lengths=False, stock=_ANY_INFINITE
+    ),
 }

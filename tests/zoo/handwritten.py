@@ -1,6 +1,7 @@
 """Attention as people write it: all rows, by name.
 
-cores      product, scale, softmax, sum over the values, heads
+cores      product, scale, sum over the values, heads
+softmax    in one call or by hand, shifted, with an extra column
 masks      how a condition is made and how it reaches the scores
 scores     biases, caps, sinks; caches
 modules    the styles of well-known code bases
@@ -26,12 +27,14 @@ from zoo import (
     written_modules,
     written_regions,
     written_scores,
+    written_softmax,
 )
 from zoo.entry import Entry
 from zoo.library import BACKEND, compiled
 
 PARTS = (
     written_cores,
+    written_softmax,
     written_masks,
     written_scores,
     written_modules,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.entry import WIDTH, Attend, B, D, H, S, Site, T, hidden, normal
+from zoo.entry import WIDTH, Attend, B, D, H, S, Site, T, constant, hidden, normal
 from zoo.lookalike_modules import (
     Additive,
     Classifier,
@@ -150,6 +150,37 @@ def wrong_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / (s - s.amax(-2, keepdim=True)).exp().sum(-1, keepdim=True)) @ v
 
 
+def maximum_of_a_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the first key is forbidden: the shift is infinite, and so is every output
+    s = dots(q, k).masked_fill(torch.arange(k.shape[2]) == 0, float("-inf"))
+    return (s - s[..., :1].amax(-1, keepdim=True)).softmax(-1) @ v
+
+
+def maximum_of_another_row(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = dots(q, k).masked_fill(torch.zeros(T, T).index_fill(0, torch.tensor(0), 1).bool(), -INF)
+    return (s - s.amax(-1, keepdim=True).flip(-2)).softmax(-1) @ v
+
+
+def maximum_of_all_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # a row without keys is NaN, and by the gradient of the maximum so are the others
+    s = dots(q, k).masked_fill(mask, -INF)
+    return (s - s.amax()).softmax(-1) @ v
+
+
+def norms_of_columns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # without keepdim the sums of the rows land on the columns
+    s = dots(q, k)
+    return (s - s.logsumexp(-1).unsqueeze(-2)).exp() @ v
+
+
+def quiet_without_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # a row without keys is NaN in spite of the extra column, whose shift is infinite
+    s = dots(q, k).masked_fill(mask, -INF)
+    top = s.amax(-1, keepdim=True)
+    e = (s - top).exp()
+    return (e / (e.sum(-1, keepdim=True) + (-top).exp())) @ v
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
@@ -272,7 +303,10 @@ AXIS = "the softmax is over another axis than the one that is summed with the va
 MIXED = "the probabilities are changed before they meet the values"
 READ = "somebody else reads the tensor"
 NO_KEYS = "the scores are no product of queries and keys"
+SHIFT = "the shift is not the maximum of the row"
 GATE = normal(B, H, T, T)
+INF = float("inf")
+EMPTY_ROW = constant(torch.arange(T)[:, None] == 2)
 
 LOOKALIKES: tuple[Lookalike, ...] = (
     *(
@@ -295,6 +329,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         core(f, "the denominator is not the sum")
         for f in (squared_sum, wrong_denominator, wrong_maximum)
     ),
+    *(core(f, SHIFT) for f in (maximum_of_a_part, maximum_of_another_row, norms_of_columns)),
+    *(core(f, SHIFT, EMPTY_ROW) for f in (maximum_of_all_rows, quiet_without_keys)),
     *(
         core(f, "two softmaxes, none of scores")
         for f in (linear_attention, linear_attention_in_rows)

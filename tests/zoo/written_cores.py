@@ -1,4 +1,4 @@
-"""The product, the scale, the softmax and the sum over values, as people write them.
+"""The product, the scale, the sum over values and the heads, as people write them.
 
 Every function is the same attention, softmax(q k^T / sqrt(d)) v, unless its name says otherwise.
 """
@@ -163,83 +163,6 @@ class Temperature(nn.Module):
         return (scores * self.logit_scale.clamp(max=4.0).exp()).softmax(-1) @ v
 
 
-# ---------------------------------------------------------------- softmax
-
-
-def stable_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * SCALE
-    e = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
-    return (e / e.sum(dim=-1, keepdim=True)) @ v
-
-
-def detached_maximum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * SCALE
-    e = (scores - scores.amax(-1, keepdim=True).detach()).exp()
-    return e.div(e.sum(-1, True)) @ v
-
-
-def naive_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    e = (q @ k.mT * SCALE).exp()
-    return (e / e.sum(-1, keepdim=True)) @ v
-
-
-def by_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * SCALE
-    return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
-
-
-def by_log_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.log_softmax(q @ k.mT * SCALE, dim=-1).exp() @ v
-
-
-def divided_at_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * SCALE
-    e = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    return (e @ v) / e.sum(dim=-1, keepdim=True)
-
-
-def powers_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * (SCALE * math.log2(math.e))
-    e = torch.exp2(scores - scores.amax(-1, keepdim=True))
-    return (e / e.sum(-1, keepdim=True)) @ v
-
-
-def softmin(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.softmin(-SCALE * q @ k.mT, dim=-1) @ v
-
-
-def over_a_positive_axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.softmax(q @ k.mT * SCALE, dim=3) @ v
-
-
-def in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * SCALE
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
-
-
-def cast_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.softmax((q @ k.mT * SCALE).float(), dim=-1).type_as(v) @ v
-
-
-def everything_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q.float() @ k.float().mT * SCALE).softmax(-1) @ v.float()).to(q.dtype)
-
-
-def dropout_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.dropout((q @ k.mT * SCALE).softmax(-1), 0.0, training=True) @ v
-
-
-class SoftmaxModule(nn.Module):
-    """Softmax and dropout are modules; in eval mode the dropout does nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax, self.dropout = nn.Softmax(dim=-1), nn.Dropout(0.3)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.dropout(self.softmax(q @ k.mT * SCALE)) @ v
-
-
 # ---------------------------------------------------------------- heads
 
 
@@ -331,9 +254,7 @@ _BHTD = (
     plain, by_name, batched_heads, scaled_by_alpha, multiply_and_sum, keys_stored_transposed,
     keys_in_rows, result_transposed, values_first, over_time_major, scale_on_q, scale_on_k,
     scale_split, scale_in_a_tensor, scale_absent, scale_in_the_einsum, scale_negative_and_twice,
-    stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax,
-    powers_of_two, softmin, over_a_positive_axis, in_float32, cast_before,
-    everything_in_float32, dropout_of_nothing, ScaleAttribute, Temperature,
+    ScaleAttribute, Temperature,
 )  # fmt: skip
 _GROUPED = (interleaved, expanded, grouped, grouped_einsum)
 
@@ -341,13 +262,6 @@ ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f) for f in _BHTD),
     *(site(f.__name__, f, layout="bthd") for f in (time_first, flax_like)),
     *(site(f.__name__, f, kv=G) for f in _GROUPED),
-    site("softmax_module", SoftmaxModule, training=False),
-    site(
-        "divided_at_the_end",
-        divided_at_the_end,
-        refused=("not_attention.no_softmax",),
-        why="the sum with the values comes before the division",
-    ),
     # repeated in a way that leaves no trace of the groups: any number of kv heads is right
     *(site(f.__name__, f, kv=G, found=None) for f in (tiled, stacked, indexed)),
     Entry(
