@@ -12,7 +12,6 @@ The operators have kernels of their own for the Autograd key, instead of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,24 +19,30 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn_compiler.errors import UnsupportedCall
+from attn_compiler.kernels import devices
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-
-def full_precision(device: str) -> AbstractContextManager[object]:
-    """Kernels re-enter the dispatcher and must see the dtypes they chose."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+_BELOW = torch._C._after_autograd_keyset - _VIEWS
+_DEVICES = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
 
 
 def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the kernel of the device; its results are no views: anybody may write to them."""
+    keyset = keyset & _BELOW
     with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        if keyset.highestPriorityTypeId() in _DEVICES:
+            # no mode looks on: the dispatcher would take longer than a short attention
+            return _KERNELS[operator](*args, **kwargs)
+        return operator.redispatch(keyset, *args, **kwargs)
+
+
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    attention: devices.forward,
+    attention_backward: devices.backward,
+}
 
 
 class _Attention(torch.autograd.Function):
@@ -89,7 +94,7 @@ def _by_reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     drop = given.drop
     check(*given.qkv, drop)
     (batch, heads, length, _), keys = given.q.shape, given.k.shape[2]
-    with full_precision(given.q.device.type):
+    with devices.full_precision(given.q.device.type):
         dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, keys))
         factor = None if dropped is None else (~dropped).to(given.dtype) * drop.gain
         out, lse = reference(

@@ -79,7 +79,8 @@ def forward(frame: Frame) -> tuple[Tensor, Tensor]:
         # the difference of the two lse would have lost the digits that a large lse has not
         out, lse = out.mul_(torch.sigmoid(lse - sink).unsqueeze(-1)), torch.logaddexp(lse, sink)
     v = frame.given.v
-    return in_heads_layout(out[..., : v.shape[-1]], v.dtype), in_heads_layout(lse, frame.dtype)
+    out = out if out.shape[-1] == v.shape[-1] else out[..., : v.shape[-1]]
+    return in_heads_layout(out, v.dtype), in_heads_layout(lse, frame.dtype)
 
 
 def backward(
@@ -120,6 +121,12 @@ class _Call:
 
     def fit(self, x: Tensor) -> Tensor:
         return _fit(x, self.q.dtype, self.q.shape[-1])
+
+    def of(self, frame: Frame, span: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Their part that a block of rows needs."""
+        if span == frame.grid.whole(span.masked):
+            return self.q, self.k, self.v
+        return self.q[span.rows], self.k[span.keys], self.v[span.keys]
 
 
 def _call(frame: Frame) -> _Call:
@@ -179,7 +186,7 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
 
 def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor, Tensor]:
     """out and lse of one block of rows."""
-    query, key, value = call.q[span.rows], call.k[span.keys], call.v[span.keys]
+    query, key, value = call.of(frame, span)
     if span.lo == span.hi:
         out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=frame.dtype)
         empty = torch.ones_like(lse, dtype=torch.bool)
@@ -234,7 +241,7 @@ def _sum_pieces(
     def piece(span: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         grad, out, lse = (x[span.rows] for x in results)
         bias = _bias(frame, span, q.dtype)
-        args = (grad, q[span.rows], k[span.keys], v[span.keys], out, lse, 0.0, causal)
+        args = (grad, *call.of(frame, span), out, lse, 0.0, causal)
         found: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*args, attn_mask=bias, scale=scale)
         return found
 

@@ -37,8 +37,11 @@ def empty_heads(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
 
 
 def in_heads_layout(x: Tensor, dtype: torch.dtype) -> Tensor:
-    like = empty_heads(x, x.shape, dtype)
-    return x if x.dtype == dtype and x.stride() == like.stride() else like.copy_(x)
+    heads, length, width = x.shape[1], x.shape[2], x.shape[3] if x.dim() == 4 else 1
+    strides = (length * heads * width, width, heads * width, 1)[: x.dim()]
+    if x.dtype == dtype and x.stride() == strides:
+        return x
+    return empty_heads(x, x.shape, dtype).copy_(x)
 
 
 def widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

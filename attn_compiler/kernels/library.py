@@ -2,14 +2,14 @@
 
     attn_compiler::attention(q, k, v, reads, ints, seed, *, program, scale, dropout) -> (out, lse)
 
-Schema and meaning of the arguments: `schema`. Kernel per device: `IMPLEMENTATIONS`. Derivatives:
+Schema and meaning of the arguments: `schema`. Kernel per device: `devices`. Derivatives:
 `derivatives`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,57 +18,16 @@ from torch import Tensor
 
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels import attention as composite
-from attn_compiler.kernels.derivatives import full_precision
-from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads
-from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
+from attn_compiler.kernels import derivatives as derivatives  # registers them
+from attn_compiler.kernels.frame import accumulator, empty_heads
+from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward
 
 __all__ = [
-    "COMPOSITE",
-    "IMPLEMENTATIONS",
-    "Implementation",
     "attention",
     "attention_backward",
     "op_samples",
     "register_flops",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Implementation:
-    """The two kernels of a device type, with the signatures of `kernels.attention`."""
-
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
-
-
-COMPOSITE = Implementation(composite.forward, composite.backward)
-# by device type; what is missing here runs COMPOSITE
-IMPLEMENTATIONS: dict[str, Implementation] = {}
-
-
-def _kernels(given: Inputs) -> Implementation:
-    return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
-
-
-def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    given = Inputs.of(*args, **kwargs)
-    check(given.q, given.k, given.v, given.drop)
-    with full_precision(given.q.device.type):
-        return _kernels(given).forward(given)
-
-
-def _backward(
-    grad_out: Tensor, *args: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    *forward_args, out, lse, needs = args
-    given = Inputs.of(*forward_args, **kwargs)
-    with full_precision(given.q.device.type):
-        return _kernels(given).backward(given, grad_out, (out, lse), needs)
-
-
-LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("attn_compiler::attention", lib=LIBRARY)

@@ -1,0 +1,64 @@
+"""Which kernels a device runs; what has none of its own runs the composite ones.
+
+attention(q on "cpu", ...)   ->   IMPLEMENTATIONS.get("cpu", COMPOSITE).forward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_compiler.kernels import attention as composite
+from attn_compiler.kernels.frame import Inputs
+from attn_compiler.kernels.schema import LIBRARY, check
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """The two kernels of a device type, with the signatures of `kernels.attention`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+
+
+COMPOSITE = Implementation(composite.forward, composite.backward)
+# by device type; what is missing here runs COMPOSITE
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Kernels re-enter the dispatcher and must see the dtypes they chose."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """attn_compiler::attention, without derivatives."""
+    given = Inputs.of(*args, **kwargs)
+    check(given.q, given.k, given.v, given.drop)
+    with full_precision(given.q.device.type):
+        return _kernels(given).forward(given)
+
+
+def backward(
+    grad_out: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """attn_compiler::attention_backward, without derivatives."""
+    *forward_args, out, lse, needs = args
+    given = Inputs.of(*forward_args, **kwargs)
+    with full_precision(given.q.device.type):
+        return _kernels(given).backward(given, grad_out, (out, lse), needs)
+
+
+def _kernels(given: Inputs) -> Implementation:
+    return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
+
+
+LIBRARY.impl("attention", forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", backward, "CompositeExplicitAutograd")
