@@ -26,8 +26,6 @@ from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
     FunctionalRegion,
     Memo,
-    Region,
-    RegionError,
     ambient,
     cut,
     functionalise,
@@ -35,6 +33,7 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
+from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates

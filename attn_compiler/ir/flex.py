@@ -19,8 +19,9 @@ from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.expr import DOT, Expr
 from attn_compiler.ir.fused import Fused, from_fused
 from attn_compiler.ir.pull import Coordinates, Puller, shape, to_expr
-from attn_compiler.ir.region import FunctionalRegion, Region, trace_region
+from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
+from attn_compiler.ir.trace import Region, trace_region
 
 
 def recognise_flex(node: fx.Node) -> tuple[Region, FunctionalRegion, Core]:

@@ -13,46 +13,18 @@ a storage that a node of the region lives in belongs to the region.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
+from attn_compiler.ir.trace import NO_GRAD, Region, RegionError, is_batched, trace_region
 
 LARGEST = 1500
-NO_GRAD = ("no_grad",)
-
-
-class RegionError(Exception):
-    """A region could not be cut or re-traced; `code` and `text` go into the report."""
-
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-        self.text = text
-
-
-@dataclass(frozen=True)
-class Region:
-    """Nodes of one host graph that lead to `end`, in graph order.
-
-    Attributes:
-        end: the last node: the product with the values.
-        nodes: everything to execute, `end` included.
-        inputs: nodes whose values the region reads but does not compute.
-        mutated: inputs that the region writes in place.
-    """
-
-    end: fx.Node
-    nodes: tuple[fx.Node, ...]
-    inputs: tuple[fx.Node, ...]
-    mutated: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -203,15 +175,6 @@ def ambient(graph: fx.Graph) -> dict[fx.Node, tuple[Any, ...]]:
     return found
 
 
-def _autocast(arguments: Iterable[Any]) -> AbstractContextManager[Any]:
-    stack = ExitStack()
-    for device, dtype, enabled, cache in (a for a in arguments if a != NO_GRAD):
-        stack.enter_context(
-            torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)
-        )
-    return stack
-
-
 # ---------------------------------------------------------------- functionalise
 
 
@@ -231,7 +194,7 @@ def functionalise(
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace.
     """
-    keep = [n for n in region.nodes if isinstance(ops.value(n), torch.Tensor)]
+    keep = [n for n in region.nodes if isinstance(ops.value(n), torch.Tensor) and not is_batched(n)]
     key = None if memo is None or region.mutated else _signature(region, state)
     module = memo.get(key) if memo is not None and key is not None else None
     if module is None:
@@ -325,76 +288,3 @@ def _mark_bounded(graph: fx.Graph, read: Mapping[fx.Node, fx.Node]) -> None:
             node.meta["bounded"] = not huge and all(
                 n.meta.get("bounded", False) for n in node.all_input_nodes
             )
-
-
-def trace_region(
-    region: Region, keep: list[fx.Node], state: Mapping[fx.Node, tuple[Any, ...]]
-) -> fx.GraphModule:
-    """Functional ATen that computes the values of the nodes `keep` from the region's inputs.
-
-    Raises:
-        RegionError: `region.untraceable`, an operation in it does not survive the trace.
-    """
-    if any(_wrapped(ops.value(n)) for n in region.inputs):
-        raise RegionError(
-            "region.vmap",
-            "it runs inside a torch.func transform, where tensors have hidden dimensions",
-        )
-    try:
-        flat, spec = pytree.tree_flatten([ops.value(n) for n in region.inputs])
-        return _trace(_executor(region, keep, state, spec), flat)
-    except Exception as error:  # the trace runs arbitrary user operations
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise RegionError("region.untraceable", f"{type(error).__name__}: {first[:160]}") from error
-
-
-def _wrapped(value: Any) -> bool:
-    leaves = value if isinstance(value, tuple | list) else (value,)
-    return any(
-        isinstance(v, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
-        for v in leaves
-    )
-
-
-def _executor(
-    region: Region,
-    keep: list[fx.Node],
-    state: Mapping[fx.Node, tuple[Any, ...]],
-    spec: pytree.TreeSpec,
-) -> Callable[..., list[Any]]:
-    def run(*flat: Any) -> list[Any]:
-        env: dict[fx.Node, Any] = dict(
-            zip(region.inputs, pytree.tree_unflatten(flat, spec), strict=True)
-        )
-        for node in region.nodes:
-            with _autocast(state[node]) if node in state else nullcontext():
-                env[node] = execute(node, env)
-        return [env[node] for node in keep]
-
-    return run
-
-
-def execute(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    """Run one node of a host graph on the values of its arguments."""
-    args = fx.map_arg(node.args, env.__getitem__)
-    kwargs = fx.map_arg(node.kwargs, env.__getitem__)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _trace(run: Callable[..., list[Any]], fakes: list[Any]) -> fx.GraphModule:
-    # private but stable since 2.6: the pair that torch.export itself traces with
-    from torch._subclasses.functional_tensor import FunctionalTensorMode, dispatch_functionalize
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    mode = FunctionalTensorMode(pre_dispatch=True, export=True)
-    with fake_mode(fakes), torch.no_grad():
-        return make_fx(dispatch_functionalize(run, mode), pre_dispatch=True)(*fakes)
-
-
-def fake_mode(fakes: Iterable[Any]) -> FakeTensorMode:
-    """The mode the fake values were made under."""
-    found = next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
-    return found if found is not None else FakeTensorMode(allow_non_fake_inputs=True)

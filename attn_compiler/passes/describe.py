@@ -14,9 +14,10 @@ from attn_compiler.ir.expr import slots
 from attn_compiler.ir.mask import classify
 from attn_compiler.ir.provenance import display_name, location, module, sources
 from attn_compiler.ir.pull import val
-from attn_compiler.ir.region import FunctionalRegion, Region
+from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
 from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase, Projection
+from attn_compiler.ir.trace import Region
 
 _ROTARY = re.compile(r"^(sin|cos|polar|view_as_complex)$")
 

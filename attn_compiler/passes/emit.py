@@ -19,7 +19,8 @@ from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.axes import Axis, Index
 from attn_compiler.ir.core import Operand
-from attn_compiler.ir.region import FunctionalRegion, Region, RegionError, fake_mode
+from attn_compiler.ir.region import FunctionalRegion
+from attn_compiler.ir.trace import Region, RegionError, fake_mode
 
 aten = torch.ops.aten
 Groups = tuple[tuple[Axis, ...], ...]

@@ -16,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
-from attn_compiler.ir.region import Region, RegionError, trace_region
+from attn_compiler.ir.trace import Region, RegionError, trace_region
 
 
 @dataclass

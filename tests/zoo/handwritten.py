@@ -3,6 +3,7 @@
 cores      product, scale, sum over the values, heads
 softmax    in one call or by hand, shifted, with an extra column
 masks      how a condition is made and how it reaches the scores
+vmap       conditions written for one element
 scores     biases, caps, sinks; caches
 modules    the styles of well-known code bases
 library    nn.MultiheadAttention, nn.Transformer, scaled_dot_product_attention
@@ -28,6 +29,7 @@ from zoo import (
     written_regions,
     written_scores,
     written_softmax,
+    written_vmap,
 )
 from zoo.entry import Entry
 from zoo.library import BACKEND, compiled
@@ -36,6 +38,7 @@ PARTS = (
     written_cores,
     written_softmax,
     written_masks,
+    written_vmap,
     written_scores,
     written_modules,
     written_library,
