@@ -161,6 +161,17 @@ class Mask:
         low, high = found.ranges["k"]
         return int(low), int(high) + 1
 
+    def row_range(
+        self, cols: tuple[int, int], sizes: Mapping[str, int], ints: Sequence[int] = ()
+    ) -> tuple[int, int]:
+        """Half-open range of the rows that may see some of these columns; (0, 0) if none."""
+        box = Box.of((0, sizes["T"]), cols, sizes)
+        found = narrow(self._known(sizes, ints)[0], box) if box is not None else None
+        if found is None:
+            return 0, 0
+        low, high = found.ranges["q"]
+        return int(low), int(high) + 1
+
     def tile(
         self,
         rows: tuple[int, int],

@@ -1,0 +1,152 @@
+"""The text of the kernels for one program: what is computed, and nothing about sizes.
+
+Structure(program, kinds of its tensors, ...)   ->   forward.py.jinja, backward.py.jinja
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from attn_compiler.ir.expr import DOT, TRUE, Expr, Read, walk
+from attn_compiler.ir.score import Program
+from attn_compiler.kernels.plan import plan
+from attn_compiler.kernels.slope import ONE, slope
+from attn_compiler.kernels.template import render
+from attn_compiler.kernels.triton_text import Kind, Lines
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What decides the text of a kernel.
+
+    Attributes:
+        program: the text of the program.
+        kinds: of the tensors that it reads.
+        ranks: their numbers of dimensions.
+        ints: how many integers it takes.
+        packed: a program of the forward kernel takes several heads.
+        table: the mask has structure: the tiles to visit come from a table.
+        dropout: whether any probability is dropped.
+        needs: slots whose gradient the score has to give.
+    """
+
+    program: str
+    kinds: tuple[Kind, ...]
+    ranks: tuple[int, ...]
+    ints: int
+    packed: bool
+    table: bool
+    dropout: bool
+    needs: tuple[int, ...] = ()
+
+    def common(self) -> dict[str, Any]:
+        program = Program.parse(self.program)
+        return {
+            "title": str(program),
+            "tensors": [_Tensor(f"t{i}", rank) for i, rank in enumerate(self.ranks)],
+            "ints": [f"n{i}" for i in range(self.ints)],
+            "plain": program.score == DOT,
+            "table": self.table,
+            "dropout": self.dropout,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    name: str
+    rank: int
+
+    @property
+    def arguments(self) -> str:
+        names = [f"{self.name}_{letter}{i}" for letter in "sl" for i in range(self.rank)]
+        return ", ".join([self.name, *names])
+
+
+@dataclass(frozen=True, slots=True)
+class _Keep:
+    """In one kind of tile the names of the score, of the condition under which a key counts, of the
+    derivative of the score, and the statements that add to gradients.
+    """
+
+    score: str
+    mask: str
+    slope: str = ""
+    grads: tuple[str, ...] = ()
+
+
+def _keep(lines: Lines, score: Expr, mask: Expr) -> _Keep:
+    name = "" if score == DOT else lines.as_kind(score, "float")
+    return _Keep(name, "" if mask == TRUE else lines.as_kind(mask, "bool"))
+
+
+@lru_cache(maxsize=512)
+def forward_source(structure: Structure) -> str:
+    """The text of the forward kernel."""
+    program, known = Program.parse(structure.program), plan(structure.program, sliced=False)
+    lines = Lines(structure.kinds)
+    sink = None if program.sink is None else lines.as_kind(program.sink, "float")
+    full, cut = lines.fork(), lines.fork()
+    full_keep = _keep(full, program.score, known.loose)
+    cut_keep = _keep(cut, program.score, program.mask)
+    names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
+    return render(
+        "forward",
+        packed=structure.packed,
+        sink=sink,
+        row_lines=lines.outer,
+        full_lines=full.body,
+        full_keep=full_keep,
+        cut_lines=cut.body,
+        cut_keep=cut_keep,
+        empty=names.get(program.empty, "zero") if program.sink is None else "zero",
+        **structure.common(),
+    )
+
+
+@lru_cache(maxsize=512)
+def backward_source(structure: Structure) -> str:
+    """The text of the three backward kernels."""
+    program = Program.parse(structure.program)
+    dead = program.empty if program.empty not in ("any", "zero") and program.sink is None else ""
+    return render(
+        "backward",
+        dead=dead,
+        grads=[_Tensor(f"dt{i}", structure.ranks[i]).arguments for i in structure.needs],
+        **_both_tiles("key", Lines(structure.kinds, "hq"), structure, ()),
+        **_both_tiles("row", Lines(structure.kinds, "k"), structure, structure.needs),
+        **structure.common(),
+    )
+
+
+def _both_tiles(
+    name: str, lines: Lines, structure: Structure, needs: tuple[int, ...]
+) -> dict[str, Any]:
+    program, known = Program.parse(structure.program), plan(structure.program, sliced=False)
+    found: dict[str, Any] = {}
+    for kind, mask in (("full", known.loose), ("cut", program.mask)):
+        inner = lines.fork()
+        keep = _keep(inner, program.score, mask)
+        through = slope(program.score, DOT)
+        chain = "" if through == ONE else inner.as_kind(through, "float")
+        grads = tuple(
+            text
+            for read in _reads(program.score, needs)
+            for text in _gradient(inner, read, program)
+        )
+        found[f"{name}_{kind}_keep"] = _Keep(keep.score, keep.mask, chain, grads)
+        found[f"{name}_{kind}_lines"] = inner.body
+    return found | {f"{name}_lines": lines.outer}
+
+
+def _reads(score: Expr, needs: tuple[int, ...]) -> list[Read]:
+    return list(dict.fromkeys(n for n in walk(score) if isinstance(n, Read) and n.slot in needs))
+
+
+def _gradient(lines: Lines, read: Read, program: Program) -> list[str]:
+    factor = slope(program.score, read)
+    if factor == ONE:
+        return lines.accumulate(read, "ds")
+    name = lines.as_kind(factor, "float")
+    return lines.accumulate(read, f"tl.where({name} == 0.0, 0.0, ds * {name})")
