@@ -160,6 +160,12 @@ def _without_row_constants(
     puller: Puller, soft: Softmax, logits: Expr, sink: Expr | None, key: Index
 ) -> tuple[Expr, Expr | None]:
     """softmax(x - max(x)) is softmax(x): drop what is the same for a whole row and sink."""
+    if sink is None and isinstance(logits, Call) and logits.op in ("mul", "div"):
+        # (x / 32 - max(x / 32)) * 32
+        inner, factor = logits.args
+        if isinstance(factor, Const) and factor.value > 0 and math.isfinite(factor.value):
+            inner, _ = _without_row_constants(puller, soft, inner, None, key)
+            return Call(logits.op, (inner, factor)), None
     names = {leaf.name for axis, _ in key.terms for leaf in axis.leaves()}
     while isinstance(logits, Call) and logits.op in ("sub", "add"):
         left, right = logits.args

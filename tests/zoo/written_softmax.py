@@ -141,6 +141,11 @@ def causal_quiet(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / (e.sum(-1, keepdim=True) + torch.exp(-top))) @ v
 
 
+def shifted_when_small(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE / 32
+    return F.softmax((scores - scores.amax(dim=-1).unsqueeze(-1)) * 32, -1) @ v
+
+
 def minus_a_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.mT * SCALE - F.relu(bias)).softmax(-1) @ v
 
@@ -149,7 +154,7 @@ _SAME = (
     stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax, powers_of_two,
     softmin, over_a_positive_axis, in_float32, cast_before, everything_in_float32,
     dropout_of_nothing, shift_in_second_names, maximum_of_everything, maximum_of_heads,
-    maximum_with_a_floor, negative_maximum, exponential_twice, quieter_than_zero,
+    maximum_with_a_floor, negative_maximum, exponential_twice, quieter_than_zero, shifted_when_small,
 )  # fmt: skip
 
 ENTRIES: tuple[Entry, ...] = (
