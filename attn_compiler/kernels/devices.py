@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.kernels import attention as composite
+from attn_compiler.kernels import gpu
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.schema import LIBRARY, check
 
@@ -28,7 +29,7 @@ class Implementation:
 
 COMPOSITE = Implementation(composite.forward, composite.backward)
 # by device type; what is missing here runs COMPOSITE
-IMPLEMENTATIONS: dict[str, Implementation] = {}
+IMPLEMENTATIONS: dict[str, Implementation] = {"cuda": Implementation(gpu.forward, gpu.backward)}
 
 
 def full_precision(device: str) -> AbstractContextManager[object]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from attn_compiler.ir.expr import DOT, TRUE, Expr, Read, walk
+from attn_compiler.ir.expr import DOT, TRUE, Const, Expr, Read, walk
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.plan import plan
 from attn_compiler.kernels.slope import ONE, slope
@@ -110,12 +110,16 @@ def backward_source(structure: Structure) -> str:
     """The text of the three backward kernels."""
     program = Program.parse(structure.program)
     dead = program.empty if program.empty not in ("any", "zero") and program.sink is None else ""
+    rows = Lines(structure.kinds, "k")
+    sink = None if program.sink is None else rows.as_kind(program.sink, "float")
     return render(
         "backward",
         dead=dead,
+        wide=_wide(program, structure.kinds),
+        sink=sink,
         grads=[_Tensor(f"dt{i}", structure.ranks[i]).arguments for i in structure.needs],
         **_both_tiles("key", Lines(structure.kinds, "hq"), structure, ()),
-        **_both_tiles("row", Lines(structure.kinds, "k"), structure, structure.needs),
+        **_both_tiles("row", rows, structure, structure.needs),
         **structure.common(),
     )
 
@@ -138,6 +142,15 @@ def _both_tiles(
         found[f"{name}_{kind}_keep"] = _Keep(keep.score, keep.mask, chain, grads)
         found[f"{name}_{kind}_lines"] = inner.body
     return found | {f"{name}_lines": lines.outer}
+
+
+def _wide(program: Program, kinds: tuple[Kind, ...]) -> bool:
+    """May a score be so large that nothing can be added to it?"""
+    nodes = list(walk(program.score))
+    constants = [abs(n.value) for n in nodes if isinstance(n, Const)]
+    return any(isinstance(n, Read) and kinds[n.slot] == "float" for n in nodes) or any(
+        c > 1e4 for c in constants
+    )
 
 
 def _reads(score: Expr, needs: tuple[int, ...]) -> list[Read]:

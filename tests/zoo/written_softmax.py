@@ -154,7 +154,8 @@ _SAME = (
     stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax, powers_of_two,
     softmin, over_a_positive_axis, in_float32, cast_before, everything_in_float32,
     dropout_of_nothing, shift_in_second_names, maximum_of_everything, maximum_of_heads,
-    maximum_with_a_floor, negative_maximum, exponential_twice, quieter_than_zero, shifted_when_small,
+    maximum_with_a_floor, negative_maximum, exponential_twice, quieter_than_zero,
+    shifted_when_small,
 )  # fmt: skip
 
 ENTRIES: tuple[Entry, ...] = (

@@ -1,0 +1,163 @@
+"""Gradients of attention by generated Triton kernels.
+
+prepare           delta = sum(g * out), which heads have rows without keys
+queries           dq and the gradients of the score's tensors, a block of rows each
+keys_and_values   dk and dv, a block of keys each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_compiler.kernels.frame import Frame, empty_heads
+from attn_compiler.kernels.launch import (
+    Launch,
+    Tile,
+    constants_of,
+    dense,
+    power,
+    program_arguments,
+    structure_of,
+    table_on,
+)
+from attn_compiler.kernels.rows import pull_back
+from attn_compiler.kernels.schedule import Visit, by_keys, by_rows
+from attn_compiler.kernels.template import load
+from attn_compiler.kernels.triton_source import backward_source
+
+_ROWS_OF_PREPARE = 64
+
+
+def backward(
+    frame: Frame,
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor],
+    into: Mapping[int, Tensor],
+    tiles: tuple[Tile, Tile],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v; those of the reads are added to `into` (float32), by slot.
+
+    Args:
+        frame: the call.
+        grad: the gradient of out.
+        saved: out and lse.
+        into: where gradients of reads go.
+        tiles: of the kernel that runs over rows for a block of keys, and of its opposite.
+    """
+    dq, dk, dv = (empty_heads(x, x.shape) for x in frame.given.qkv)
+    for launch in prepare_backward(frame, grad, saved, into, tiles, (dq, dk, dv)):
+        launch.run()
+    plan = frame.plan
+    if plan.sink is not None and plan.program.sink is not None:
+        # d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)
+        out, lse = (x.to(frame.dtype) for x in saved)
+        whole = frame.grid.whole()
+        tensors = frame.tensors(whole)
+        share = torch.exp(frame.value(plan.sink, whole, tensors) - lse.unsqueeze(-1))
+        delta = (grad.to(frame.dtype) * out).sum(-1, keepdim=True)
+        pull_back(frame, whole, plan.sink, -share * delta, into, tensors)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the kernels of one backward share.
+
+    Attributes:
+        frame: the call.
+        given: q, k, v and the gradient of out, each with a dense feature axis.
+        lse: of the forward.
+        wanted: where gradients of the score's reads go, by slot.
+        rows: delta, and for scores that may be huge the two parts of a precise lse; [B, H, T] each.
+        dead: per head how many rows have no key.
+    """
+
+    frame: Frame
+    given: tuple[Tensor, Tensor, Tensor, Tensor]
+    lse: Tensor
+    wanted: Mapping[int, Tensor]
+    rows: tuple[Tensor, Tensor, Tensor]
+    dead: Tensor
+
+    def module(self, tile: Tile, table: bool) -> Any:
+        structure = structure_of(self.frame, tile, table, tuple(self.wanted))
+        return load("backward", backward_source(structure))
+
+    def launch(
+        self,
+        name: str,
+        tile: Tile,
+        visits: Sequence[Visit] | None,
+        blocks: tuple[int, int],
+        tensors: Sequence[Tensor],
+        rest: Sequence[Any],
+    ) -> Launch:
+        """A kernel over the grid; `rest` follows the arguments of the program."""
+        grid, table = self.frame.grid, self.lse
+        if visits is not None:
+            table = table_on(visits, self.lse.device)
+        strides = [n for x in self.given for n in x.stride()[:3]] + list(self.lse.stride())
+        own = [n for x in tensors if x.dim() == 4 for n in x.stride()[:3]]
+        constants = constants_of(self.frame.given, tile)
+        del constants["HEADS"], constants["SPLITS"]
+        return Launch(
+            getattr(self.module(tile, visits is not None), name),
+            (*blocks, 1),
+            (
+                *(*self.given, self.lse, self.rows[0], *tensors, table),
+                *(*program_arguments(self.frame.given), *rest),
+                *(*strides, *own, grid.B, grid.H, grid.T, grid.S, self.frame.given.scale),
+            ),
+            constants | {"num_warps": tile.warps, "num_stages": tile.stages},
+        )
+
+
+def prepare_backward(
+    frame: Frame,
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor],
+    into: Mapping[int, Tensor],
+    tiles: tuple[Tile, Tile],
+    results: tuple[Tensor, Tensor, Tensor],
+) -> list[Launch]:
+    """The three kernels in the order they run."""
+    grid, (out, lse), (dq, dk, dv) = frame.grid, saved, results
+    q, k, v, grad, out = (dense(x) for x in (*frame.given.qkv, grad, out))
+    delta, top, rest = (
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3)
+    )
+    dead = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    wanted = {n: into[n] for n in sorted(into.keys() & frame.plan.score_slots)}
+    call = _Call(frame, (q, k, v, grad), lse, wanted, (delta, top, rest), dead)
+    by_key, by_row = tiles
+    visits = by_keys(grid, by_key.rows, by_key.keys)
+    last = call.launch(
+        "keys_and_values",
+        by_key,
+        visits,
+        (-(-grid.S // by_key.keys), grid.B * k.shape[1]),
+        (dead, top, rest, dk, dv),
+        (),
+    )
+    first = call.launch(
+        "queries",
+        by_row,
+        by_rows(grid, by_row.rows, by_row.keys),
+        (-(-grid.T // by_row.rows), grid.B * grid.H),
+        (top, rest, dq),
+        [n for d in wanted.values() for n in (d, *d.stride(), *d.shape)],
+    )
+    strides = [n for x in (out, grad, lse) for n in x.stride()[:3]]
+    before = Launch(
+        call.module(by_key, visits is not None).prepare,
+        (-(-grid.T // _ROWS_OF_PREPARE), grid.B * grid.H, 1),
+        (out, grad, lse, delta, dead, *strides, grid.H, grid.T),
+        {"DV": v.shape[3], "BLOCK_DV": power(v.shape[3])}
+        | {"BLOCK_M": _ROWS_OF_PREPARE, "num_warps": 4},
+    )
+    return [before, first, last]

@@ -1,0 +1,119 @@
+"""What every launch of a generated kernel needs: a tile, arguments, constants.
+
+Launch(kernel, grid, args, constants).run()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_compiler.kernels.frame import Frame, Inputs
+from attn_compiler.kernels.schedule import Visit
+from attn_compiler.kernels.triton_source import Structure
+from attn_compiler.kernels.triton_text import Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What is chosen for one launch.
+
+    Attributes:
+        rows: query rows times heads of a program, a power of two from 16.
+        keys: keys of one step, a power of two from 16.
+        warps: warps of a program.
+        stages: depth of the pipeline of loads.
+        heads: query heads of one kv head that a program takes together.
+        splits: programs that share the keys of a block of rows.
+    """
+
+    rows: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+    heads: int = 1
+    splits: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with everything it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](*self.args, **self.constants)
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def structure_of(frame: Frame, tile: Tile, table: bool, needs: tuple[int, ...] = ()) -> Structure:
+    given = frame.given
+    kinds = tuple(_kind(read) for read in given.reads)
+    ranks = tuple(read.dim() for read in given.reads)
+    drops = given.drop.rate > 0
+    return Structure(
+        given.program, kinds, ranks, len(given.ints), tile.heads > 1, table, drops, needs
+    )
+
+
+def _kind(read: Tensor) -> Kind:
+    if read.dtype is torch.bool:
+        return "bool"
+    return "float" if read.is_floating_point() else "int"
+
+
+def program_arguments(given: Inputs) -> list[Any]:
+    found: list[Any] = []
+    for read in given.reads:
+        found += [read, *read.stride(), *read.shape]
+    found += given.ints
+    if given.drop.rate > 0:
+        threshold = round(given.drop.rate * 2.0**32) - 2**31
+        found += [given.drop.seed, min(threshold, 2**31 - 1), given.drop.gain]
+    return found
+
+
+def constants_of(given: Inputs, tile: Tile) -> dict[str, Any]:
+    import triton.language as tl
+
+    width, value_width = given.q.shape[3], given.v.shape[3]
+    tensors = (*given.qkv, *given.reads)
+    reach = max(
+        sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors
+    )
+    return {
+        "GROUP": given.q.shape[1] // given.k.shape[1],
+        "HEADS": tile.heads,
+        "SPLITS": tile.splits,
+        "D": width,
+        "DV": value_width,
+        "BLOCK_D": power(width),
+        "BLOCK_DV": power(value_width),
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.keys,
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "INDEX": tl.int64 if reach >= 2**31 else tl.int32,
+    }
+
+
+def power(n: int) -> int:
+    """The next power of two, at least 16: what a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=256)
+def table_on(visits: Sequence[Visit], device: torch.device) -> Tensor:
+    """A schedule on the device; a shape that was seen costs no transfer."""
+    rows = [(v.block, v.lo, v.full_lo, v.full_hi, v.hi) for v in visits]
+    return torch.tensor(rows, dtype=torch.int32, device=device)

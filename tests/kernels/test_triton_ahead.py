@@ -1,0 +1,123 @@
+"""The generated kernels compiled ahead of time for GPUs that are not there, with the default tiles.
+
+No spills, matrix units and asynchronous copies in use, shared memory as predicted and within the
+chip's limit. Run in a process of its own: a driver stands in for the device.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from ahead import SHARED, Compiled, compile_for
+from attention_cases import CAUSAL, SOFTCAP, text
+from torch import Tensor
+
+from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu
+from attn_compiler.kernels.frame import Frame, Inputs
+from attn_compiler.kernels.launch import Launch, Tile
+
+pytestmark = pytest.mark.aot
+
+MATRIX = {
+    "sm_80": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}  # fmt: skip
+FAMILY = {
+    "sm_80": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"
+}  # fmt: skip
+LENGTH = 1024
+
+
+@pytest.fixture(autouse=True)
+def _folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    for name in ("ATTN_COMPILER_CACHE", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / name))
+
+
+def inputs(
+    program: str,
+    width: int,
+    dtype: torch.dtype = torch.bfloat16,
+    rows: int = LENGTH,
+    group: int = 1,
+) -> Inputs:
+    def made(length: int, heads: int) -> Tensor:
+        return torch.empty(2, length, heads, width, dtype=dtype).transpose(1, 2)
+
+    q, k, v = made(rows, 8), made(LENGTH, 8 // group), made(LENGTH, 8 // group)
+    return Inputs.of(q, k, v, [], [], None, program=program, scale=0.125, dropout=0.0)
+
+
+def forward(given: Inputs, tile: Tile) -> Launch:
+    q = given.q
+    dtype = q.dtype if tile.splits == 1 else torch.float32
+    out = torch.empty(tile.splits, q.shape[0], q.shape[2], *q.shape[1::2], dtype=dtype)
+    lse = torch.empty(tile.splits, *q.shape[:3])
+    return flash_triton.prepare(Frame(given), tile, out.transpose(2, 3), lse)
+
+
+def backward(given: Inputs) -> list[Launch]:
+    out, results = torch.empty_like(given.q), tuple(torch.empty_like(x) for x in given.qkv)
+    saved = out, torch.empty(given.q.shape[:3])
+    tiles = gpu.backward_tiles(given)
+    return flash_triton_backward.prepare_backward(Frame(given), out, saved, {}, tiles, results)  # type: ignore[arg-type]
+
+
+def check(target: str, compiled: Compiled, sixteen_bits: bool = True) -> None:
+    assert compiled.spilled == 0
+    assert compiled.shared <= SHARED[target]
+    if sixteen_bits:
+        assert MATRIX[target] in compiled.text or "mma.sync" in compiled.text
+    if target != "gfx942":
+        assert "cp.async" in compiled.text
+
+
+def predicted(target: str, tile: Tile, width: int) -> int:
+    """Bytes of shared memory of the forward loop with 16-bit numbers."""
+    query, step = tile.rows * width * 2, 2 * tile.keys * width * 2
+    if target == "sm_90":
+        return query + tile.stages * step
+    return query + (tile.stages - 1) * step if target in ("sm_80", "sm_89") else 0
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("target", SHARED)
+def test_forward(target: str, width: int) -> None:
+    given = inputs(text(mask=CAUSAL), width)
+    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    compiled = compile_for(target, forward(given, tile))
+    check(target, compiled)
+    if target in ("sm_80", "sm_89", "sm_90") and tile.rows == 128:
+        assert compiled.shared == predicted(target, tile, width)
+        assert MATRIX[target] in compiled.text
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_backward(target: str, width: int) -> None:
+    for launch in backward(inputs(text(mask=CAUSAL), width)):
+        if "PRECISION" in launch.constants:
+            check(target, compile_for(target, launch))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_score_program_and_single_precision(target: str) -> None:
+    given = inputs(text(SOFTCAP, CAUSAL), 128)
+    check(target, compile_for(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132))))
+    given = inputs(text(mask=CAUSAL), 64, torch.float32)
+    check(
+        target,
+        compile_for(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132))),
+        False,
+    )
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_short_query(target: str) -> None:
+    given = inputs(text(mask="k <= q + (S - T)"), 128, rows=1, group=4)
+    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    assert tile.heads == 4 and tile.splits > 1
+    check(target, compile_for(target, forward(given, tile)))
