@@ -25,8 +25,8 @@ from attn_compiler.kernels.launch import (
     table_on,
 )
 from attn_compiler.kernels.schedule import by_rows
-from attn_compiler.kernels.template import load, render
-from attn_compiler.kernels.triton_source import forward_source
+from attn_compiler.kernels.template import load
+from attn_compiler.kernels.triton_source import combine_source, forward_source
 from attn_compiler.kernels.triton_text import UNPRINTABLE
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,16 +93,15 @@ def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
 
 def _combine(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, given: Inputs) -> None:
     batch, heads, rows, width = out.shape
-    empty = Program.parse(given.program).empty in ("nan", "nan_added")
-    kernel = load("combine", render("combine")).combine
-    kernel[rows, batch * heads](
-        *(part, part_lse, out, lse),
-        *(*part.stride()[:4], *part_lse.stride(), *out.stride()[:3], *lse.stride()),
-        heads,
-        SPLITS=part.shape[0],
-        DV=width,
-        BLOCK_DV=power(width),
-        BLOCK_SPLITS=power(part.shape[0]),
-        NAN=empty,
-        num_warps=4,
-    )
+    strides = (*part.stride()[:4], *part_lse.stride(), *out.stride()[:3], *lse.stride())
+    constants = {
+        "SPLITS": part.shape[0],
+        "DV": width,
+        "BLOCK_DV": power(width),
+        "BLOCK_SPLITS": power(part.shape[0]),
+        "NAN": Program.parse(given.program).empty in ("nan", "nan_added"),
+        "num_warps": 4,
+    }
+    kernel = load("combine", combine_source()).combine
+    args = (part, part_lse, out, lse, *strides, heads)
+    Launch(kernel, (rows, batch * heads, 1), args, constants).run()

@@ -50,7 +50,8 @@ class Launch:
     constants: dict[str, Any]
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.args, **self.constants)
+        with torch.cuda.device_of(self.args[0]):  # Triton launches on the current device
+            self.kernel[self.grid](*self.args, **self.constants)
 
 
 def dense(x: Tensor) -> Tensor:

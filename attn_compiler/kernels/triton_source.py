@@ -6,7 +6,7 @@ Structure(program, kinds of its tensors, ...)   ->   forward.py.jinja, backward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from attn_compiler.ir.expr import DOT, TRUE, Const, Expr, Read, walk
@@ -103,6 +103,12 @@ def forward_source(structure: Structure) -> str:
         empty=names.get(program.empty, "zero") if program.sink is None else "zero",
         **structure.common(),
     )
+
+
+@cache
+def combine_source() -> str:
+    """The text of the kernel that joins what several programs found for one row."""
+    return render("combine")
 
 
 @lru_cache(maxsize=512)

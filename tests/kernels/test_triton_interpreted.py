@@ -63,7 +63,7 @@ def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 )
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_short_query_on_an_idle_device(name: str, rows: int) -> None:
-    case, shape = CASES[name], Shape(H=6, G=2, T=rows, S=661)
+    case, shape = CASES[name], Shape(H=6, G=2, T=rows, S=461)
     inputs = Inputs.of(
         *tensors(shape, torch.float32), case.reads(shape), case.ints, None,
         program=case.program, scale=SCALE, dropout=0.0,
@@ -71,11 +71,9 @@ def test_a_short_query_on_an_idle_device(name: str, rows: int) -> None:
     tile = gpu.forward_tile(inputs, "ampere", 64)
     assert tile.heads == 3 and tile.splits > 1
     with torch.no_grad():
-        out, lse = flash_triton.forward(Frame(inputs), tile)
-        whole, whole_lse = flash_triton.forward(Frame(inputs), Tile(16, 64))
-    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-6, equal_nan=True)
-    torch.testing.assert_close(lse, whole_lse, rtol=1e-5, atol=1e-6)
-    judge(case, tensors(shape, torch.float32), case.reads(shape))
+        found = flash_triton.forward(Frame(inputs), tile)
+        for one, other in zip(found, devices.COMPOSITE.forward(inputs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("score", ["dot", "5.0 * tanh(dot / 5.0)"])
