@@ -2,6 +2,7 @@
 # make test    everything that must be green: checks, then the default tests
 # make check   format, lint, types, floors
 # make zoo     the full grid of model families and options (long)
+# make gpu     kernels on the GPU of this machine: numbers, then speed
 # make bench   speed, compile time and memory against stock torch.compile
 #
 # Each target first sets up its own environment in .venv; the second time that takes no time.
@@ -21,6 +22,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON := triton==3.7.1
 WORKERS ?= 2
+RESULTS ?= examples/benchmarks/results
 
 # Only what really runs counts: a version manager may offer a python3.12 that it has not installed.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -30,7 +32,7 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU || true)
 KEY := $(shell cat pyproject.toml Makefile | cksum | cut -d' ' -f1)-$(GPU)
 STAMP := $(VENV)/ready-$(KEY)
 
-.PHONY: setup test check pytest zoo demo bench clean
+.PHONY: setup test check pytest zoo gpu demo bench clean
 
 setup: $(STAMP)
 
@@ -63,6 +65,12 @@ pytest: setup
 
 zoo: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/zoo
+
+# With the packages of the machine, uninstalled: a GPU machine has its own torch and triton.
+gpu:
+	@mkdir -p build/path && ln -sfn $(CURDIR)/attn_compiler build/path/attn_compiler
+	PYTHONPATH=build/path $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider tests/kernels
+	PYTHONPATH=build/path $(PYTHON) examples/benchmarks/gpu_speed.py --out $(RESULTS)
 
 demo: setup
 	$(BIN)/python examples/demo.py

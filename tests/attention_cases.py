@@ -196,7 +196,7 @@ def run(
     table = [r.detach().clone() if i in wanted else r for i, r in enumerate(reads)]
     inputs = [x.requires_grad_() for x in [*leaves, *(table[i] for i in wanted)]]
     out = fn(*leaves, table)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     return [out.detach(), *torch.autograd.grad(out, inputs, weight, materialize_grads=True)]
 
 
@@ -204,8 +204,17 @@ def double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def judge(case: Case, given: list[Tensor], reads: list[Tensor], largest: float = 0.0) -> None:
-    """`largest`: absolute value of scores whose rounding alone, in a stored lse, counts."""
+def judge(
+    case: Case,
+    given: list[Tensor],
+    reads: list[Tensor],
+    largest: float = 0.0,
+    device: str = "cpu",
+) -> None:
+    """The operator on a device against the CPU.
+
+    `largest` is the absolute value of scores whose rounding alone, in a stored lse, counts.
+    """
     program, ints, dtype = Program.parse(case.program), list(case.ints), given[0].dtype
 
     def ours(q: Tensor, k: Tensor, v: Tensor, reads: list[Tensor]) -> Tensor:
@@ -214,7 +223,8 @@ def judge(case: Case, given: list[Tensor], reads: list[Tensor], largest: float =
         )
         return out
 
-    found = run(ours, given, reads, case.grads)
+    there = [[x.to(device) for x in tensors] for tensors in (given, reads)]
+    found = [x.cpu() for x in run(ours, *there, case.grads)]
     plain = run(lambda q, k, v, r: eager(q, k, v, r, ints, program), given, reads, case.grads)
     exact = run(
         lambda q, k, v, r: reference(q, k, v, r, ints, program, SCALE)[0],

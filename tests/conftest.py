@@ -11,14 +11,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-# The default run draws the same examples each time; --hypothesis-profile=fuzz draws new ones.
-settings.register_profile(
-    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.register_profile("fuzz", settings.get_profile("steady"), derandomize=False)
-settings.load_profile("steady")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # tests that need a GPU draw no examples
+    pass
+else:
+    # The default run draws the same examples each time; --hypothesis-profile=fuzz draws new ones.
+    settings.register_profile(
+        "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.register_profile("fuzz", settings.get_profile("steady"), derandomize=False)
+    settings.load_profile("steady")
 
 
 def pytest_configure(config: pytest.Config) -> None:
