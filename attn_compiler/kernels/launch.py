@@ -90,8 +90,10 @@ def constants_of(given: Inputs, tile: Tile) -> dict[str, Any]:
 
     width, value_width = given.q.shape[3], given.v.shape[3]
     tensors = (*given.qkv, *given.reads)
+    # gradients of reads are dense, also where a read is expanded
     reach = max(
-        sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)) for x in tensors
+        max(x.numel(), sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)))
+        for x in tensors
     )
     return {
         "GROUP": given.q.shape[1] // given.k.shape[1],

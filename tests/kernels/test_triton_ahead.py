@@ -6,13 +6,16 @@ chip's limit. Run in a process of its own: a driver stands in for the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
 from ahead import SHARED, Compiled, compile_for
-from attention_cases import CAUSAL, SOFTCAP, text
+from attention_cases import CASES, CAUSAL, SOFTCAP, Shape, text
 from torch import Tensor
 
 from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu
@@ -59,11 +62,13 @@ def forward(given: Inputs, tile: Tile) -> Launch:
     return flash_triton.prepare(Frame(given), tile, out.transpose(2, 3), lse)
 
 
-def backward(given: Inputs) -> list[Launch]:
+def backward(given: Inputs, into: Mapping[int, Tensor] | None = None) -> list[Launch]:
     out, results = torch.empty_like(given.q), tuple(torch.empty_like(x) for x in given.qkv)
     saved = out, torch.empty(given.q.shape[:3])
     tiles = gpu.backward_tiles(given)
-    return flash_triton_backward.prepare_backward(Frame(given), out, saved, {}, tiles, results)  # type: ignore[arg-type]
+    return flash_triton_backward.prepare_backward(
+        Frame(given), out, saved, into or {}, tiles, (results[0], results[1], results[2])
+    )
 
 
 def check(target: str, compiled: Compiled, sixteen_bits: bool = True) -> None:
@@ -113,6 +118,18 @@ def test_a_score_program_and_single_precision(target: str) -> None:
         compile_for(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132))),
         False,
     )
+
+
+@pytest.mark.parametrize("name", ["keys absorbed", "softcap and sink", "learned bias", "alibi"])
+def test_every_part_of_the_templates_compiles(name: str) -> None:
+    # what the interpreter lets pass: a variable that changes its type, a branch that defines one
+    case, shape = CASES[name], Shape(H=8, G=8, T=LENGTH, S=LENGTH, d=64, dv=64)
+    given = inputs(case.program, 64)
+    given = replace(given, reads=case.reads(shape), ints=case.ints)
+    into = {i: torch.empty_like(given.reads[i]) for i in case.grads}
+    launches = [forward(given, gpu.forward_tile(given, "hopper", 132)), *backward(given, into)]
+    for launch in launches:
+        assert compile_for("sm_90", launch).spilled <= 64
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
