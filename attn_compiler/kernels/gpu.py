@@ -7,6 +7,7 @@ test_triton_ahead.py`); which of them is fastest has not been measured yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -97,7 +98,7 @@ def forward_tile(given: Inputs, family: str, programs: int) -> Tile:
     tile = (_FORWARD_32_BITS if wide else _FORWARD[family])[_width(given)]
     group, length = given.q.shape[1] // given.k.shape[1], given.q.shape[2]
     if length > _SHORT:
-        return tile
+        return replace(tile, warps=8) if given.reads else tile  # places of reads take registers
     heads = group if group * length <= _ROWS_OF_A_SHORT_QUERY else 1
     rows = max(16, 1 << (heads * length - 1).bit_length())
     keys = min(_KEYS_OF_A_SHORT_QUERY, tile.keys)
@@ -117,7 +118,9 @@ def _splits(given: Inputs, busy: int, keys: int, programs: int) -> int:
 
 
 def backward_tiles(given: Inputs) -> tuple[Tile, Tile]:
-    return _BACKWARD[_width(given)][given.q.dtype is torch.float32]
+    """Tiles for a block of keys and for a block of rows."""
+    by_key, by_row = _BACKWARD[_width(given)][given.q.dtype is torch.float32]
+    return (replace(by_key, warps=8), replace(by_row, warps=8)) if given.reads else (by_key, by_row)
 
 
 def _width(given: Inputs) -> int:

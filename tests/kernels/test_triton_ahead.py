@@ -129,7 +129,7 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
     into = {i: torch.empty_like(given.reads[i]) for i in case.grads}
     launches = [forward(given, gpu.forward_tile(given, "hopper", 132)), *backward(given, into)]
     for launch in launches:
-        assert compile_for("sm_90", launch).spilled <= 64
+        assert compile_for("sm_90", launch).spilled == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
