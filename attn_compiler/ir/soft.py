@@ -57,6 +57,7 @@ class Softmax:
         zeroed: condition under which a weight is set to zero afterwards.
         safe: rows without any key give zero.
         factor: number the logits are multiplied by first (2**x is exp(x * log 2)).
+        unshifted: exponentials of the logits as they are, which may all be zero.
         moved: the logits were shifted in a way that a row without keys does not survive.
     """
 
@@ -68,6 +69,7 @@ class Softmax:
     zeroed: list[Expr] = field(default_factory=list)
     safe: bool = False
     factor: float = 1.0
+    unshifted: bool = False
     moved: bool = False
 
 
@@ -207,7 +209,8 @@ def _by_hand(
         return None
     factor = math.log(2) if op(exponential) == "exp2" else 1.0
     sink = None if extra is None else call("log", extra)
-    return Softmax(arguments(exponential)["self"], at, dims[0], sink=sink, factor=factor)
+    logits = arguments(exponential)["self"]
+    return Softmax(logits, at, dims[0], sink=sink, factor=factor, unshifted=True)
 
 
 def _reduces(

@@ -36,6 +36,7 @@ from attn_compiler.ir.pull import (
     val,
 )
 from attn_compiler.ir.roles import Naming
+from attn_compiler.ir.score import Program
 from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax, reads_own_row, reduced_dims
 
 
@@ -101,6 +102,12 @@ def _from_scores(
     score = naming(scaling.fold(_with_dot(logits, product)))
     extra = None if sink is None else naming(sink)
     program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
+    if soft.unshifted and _is_filled(program):
+        raise NotAttention(
+            "attention.unshifted",
+            "a row that is filled with one large negative number has no exponential but zero",
+            product.node,
+        )
     inner = between(product.node, end.node)
     if (soft.moved and program.empty in ("nan", "nan_added")) or any(
         node in inner
@@ -113,6 +120,12 @@ def _from_scores(
         )
     parts = Found(naming, scaling, program, dropout, product.node, inner)
     return assemble(end, (q, k, v), parts)
+
+
+def _is_filled(program: Program) -> bool:
+    """May all scores of a row be one large negative number?"""
+    constants = (n.value for n in walk(program.score) if isinstance(n, Const))
+    return program.empty in ("uniform", "absorbed") or any(c < -1e3 for c in constants)
 
 
 def _key_index(soft: Softmax, found: Product) -> tuple[Index, ax.Size]:
@@ -232,6 +245,7 @@ def _is_safe_shift(puller: Puller, soft: Softmax, constant: Expr, scores: Expr) 
         node = node.all_input_nodes[0]
     if op(node) not in ("amax", "max", "logsumexp"):
         return False
+    soft.unshifted = False
     # through the gradient of a maximum over several rows the NaN of one reaches the others
     soft.moved |= len(reduced_dims(node)) > 1
     source = arguments(node)["self"]
