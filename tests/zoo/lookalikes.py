@@ -181,6 +181,12 @@ def quiet_without_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (e / (e.sum(-1, keepdim=True) + (-top).exp())) @ v
 
 
+def unshifted_where_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # every exponential of a filled row is zero, and the row NaN: a softmax would be uniform
+    e = dots(q, k).masked_fill(mask, -1e9).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
@@ -331,6 +337,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     ),
     *(core(f, SHIFT) for f in (maximum_of_a_part, maximum_of_another_row, norms_of_columns)),
     *(core(f, SHIFT, EMPTY_ROW) for f in (maximum_of_all_rows, quiet_without_keys)),
+    core(unshifted_where_filled, "there is no shift", EMPTY_ROW),
     *(
         core(f, "two softmaxes, none of scores")
         for f in (linear_attention, linear_attention_in_rows)
