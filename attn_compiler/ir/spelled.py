@@ -204,7 +204,8 @@ def _same_shift(operation: str, left: Expr, right: Expr, sink: Expr) -> Expr:
     shifted = call("exp", inverse)
     if sink == inverse or sink == Call("log", (shifted,)):
         return Const(0.0)
-    inner = sink.args[0] if isinstance(sink, Call) and sink.op == "log" else sink
+    # a factor of the exponential, never of a logit
+    inner = sink.args[0] if isinstance(sink, Call) and sink.op == "log" else None
     if isinstance(inner, Call) and inner.op == "mul" and inner.args[0] == shifted:
         number = inner.args[1]
         if isinstance(number, Const) and number.value > 0:

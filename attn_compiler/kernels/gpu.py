@@ -1,7 +1,7 @@
 """What a GPU runs: the generated kernels, and the composite ones where none can be generated.
 
-The tiles below compile without spilling for every target of their family (`tests/kernels/
-test_triton_ahead.py`); which of them is fastest has not been measured yet.
+`tests/kernels/test_triton_ahead.py` says which of these tiles were compiled for which target; which
+of them is fastest has not been measured yet.
 """
 
 from __future__ import annotations
