@@ -11,7 +11,7 @@ so a rewrite may be as wrong as the original was, and a little more, but not oth
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,7 +163,9 @@ class Beyond(AssertionError):
         )
 
 
-def gap(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0.0) -> Gap:
+def gap(
+    name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0.0, unit: float = 0.0
+) -> Gap:
     """Compare one tensor; NaN and infinity must stand in the same places as in the original.
 
     Where only float16 overflowed in the original, and float64 has a number, ours may have it too.
@@ -186,13 +188,14 @@ def gap(name: str, ours: Tensor, theirs: Tensor, exact: Tensor, scale: float = 0
     floor = FLOOR[ours.dtype] * scale
     # an original far from exact proves nothing, unless ours is exact or the same
     wrong = reference > max(1e4 * floor, scale * 0.1)
-    vague = wrong and error > floor and not torch.equal(a, b)
+    vague = wrong and error > max(floor, FLOOR[ours.dtype] * unit) and not torch.equal(a, b)
     return Gap(name, error, reference, max(4 * reference, floor), vague)
 
 
 def gaps(ours: Results, theirs: Results, exact: Results) -> Iterator[Gap]:
-    """Every output and gradient; gradients share one scale with the outputs, since some (a key
-    bias, all of one key's) are zero, and what cancelled leaves its rounding.
+    """Every output and gradient; gradients share one scale, since some (a key bias) are zero.
+
+    Where all are, what cancelled leaves the rounding of the outputs, and is no less exact for it.
     """
     if not len(ours.outputs) == len(theirs.outputs) == len(exact.outputs):
         raise AssertionError(f"{len(ours.outputs)} outputs instead of {len(theirs.outputs)}")
@@ -201,10 +204,14 @@ def gaps(ours: Results, theirs: Results, exact: Results) -> Iterator[Gap]:
     if ours.gradients.keys() != theirs.gradients.keys():
         missing = sorted(theirs.gradients.keys() ^ ours.gradients.keys())
         raise AssertionError(f"gradients differ in number: {missing[:8]}")
-    finite = [g[g.isfinite()].abs() for g in (*exact.gradients.values(), *exact.outputs)]
-    scale = max((g.max().item() for g in finite if g.numel()), default=0.0)
+    scale, unit = _largest(exact.gradients.values()), _largest(exact.outputs)
     for name, g in ours.gradients.items():
-        yield gap(f"d {name}", g, theirs.gradients[name], exact.gradients[name], scale)
+        yield gap(f"d {name}", g, theirs.gradients[name], exact.gradients[name], scale, unit)
+
+
+def _largest(tensors: Iterable[Tensor]) -> float:
+    finite = [t[t.isfinite()].abs() for t in tensors]
+    return max((t.max().item() for t in finite if t.numel()), default=0.0)
 
 
 @contextmanager
