@@ -1,0 +1,1 @@
+"""Numbers: what attention costs, and how long that takes on a device."""
