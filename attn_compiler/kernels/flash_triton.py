@@ -21,10 +21,9 @@ from attn_compiler.kernels.launch import (
     dense,
     power,
     program_arguments,
+    rows_visited,
     structure_of,
-    table_on,
 )
-from attn_compiler.kernels.schedule import by_rows
 from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import combine_source, forward_source
 from attn_compiler.kernels.triton_text import UNPRINTABLE
@@ -78,15 +77,17 @@ def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
     """The forward kernel of a call; its results are [splits, B, H, T, dv] and [splits, B, H, T]."""
     given, grid = frame.given, frame.grid
     q, k, v = (dense(x) for x in given.qkv)
-    visits = by_rows(grid, tile.rows, tile.keys, tile.heads)
-    table = part_lse if visits is None else table_on(visits, q.device)
+    visited = rows_visited(frame, tile)
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
     strides += [*part.stride()[:4], *part_lse.stride()]
     sizes = (grid.B, grid.H, grid.T, grid.S)
     return Launch(
-        load("forward", forward_source(structure_of(frame, tile, visits is not None))).forward,
+        load("forward", forward_source(structure_of(frame, tile, visited.kind))).forward,
         (-(-grid.T * tile.heads // tile.rows), grid.B * grid.H // tile.heads, tile.splits),
-        (q, k, v, part, part_lse, table, *program_arguments(given), *strides, *sizes, given.scale),
+        (
+            *(q, k, v, part, part_lse, *visited.args, *program_arguments(given)),
+            *(*strides, *sizes, given.scale),
+        ),
         constants_of(given, tile) | {"num_warps": tile.warps, "num_stages": tile.stages},
     )
 

@@ -18,17 +18,18 @@ from attn_compiler.kernels.frame import Frame, empty_heads
 from attn_compiler.kernels.launch import (
     Launch,
     Tile,
+    Visited,
     constants_of,
     dense,
+    keys_visited,
     power,
     program_arguments,
+    rows_visited,
     structure_of,
-    table_on,
 )
 from attn_compiler.kernels.rows import pull_back
-from attn_compiler.kernels.schedule import Visit, by_keys, by_rows
 from attn_compiler.kernels.template import load
-from attn_compiler.kernels.triton_source import backward_source
+from attn_compiler.kernels.triton_source import Visits, backward_source
 
 _ROWS_OF_PREPARE = 64
 
@@ -84,32 +85,30 @@ class _Call:
     rows: tuple[Tensor, Tensor, Tensor]
     dead: Tensor
 
-    def module(self, tile: Tile, table: bool) -> Any:
-        structure = structure_of(self.frame, tile, table, tuple(self.wanted))
+    def module(self, tile: Tile, visits: Visits) -> Any:
+        structure = structure_of(self.frame, tile, visits, tuple(self.wanted))
         return load("backward", backward_source(structure))
 
     def launch(
         self,
         name: str,
         tile: Tile,
-        visits: Sequence[Visit] | None,
+        visited: Visited,
         blocks: tuple[int, int],
         tensors: Sequence[Tensor],
         rest: Sequence[Any],
     ) -> Launch:
         """A kernel over the grid; `rest` follows the arguments of the program."""
-        grid, table = self.frame.grid, self.lse
-        if visits is not None:
-            table = table_on(visits, self.lse.device)
+        grid = self.frame.grid
         strides = [n for x in self.given for n in x.stride()[:3]] + list(self.lse.stride())
         own = [n for x in tensors if x.dim() == 4 for n in x.stride()[:3]]
         constants = constants_of(self.frame.given, tile)
         del constants["HEADS"], constants["SPLITS"]
         return Launch(
-            getattr(self.module(tile, visits is not None), name),
+            getattr(self.module(tile, visited.kind), name),
             (*blocks, 1),
             (
-                *(*self.given, self.lse, self.rows[0], *tensors, table),
+                *(*self.given, self.lse, self.rows[0], *tensors, *visited.args),
                 *(*program_arguments(self.frame.given), *rest),
                 *(*strides, *own, grid.B, grid.H, grid.T, grid.S, self.frame.given.scale),
             ),
@@ -135,11 +134,11 @@ def prepare_backward(
     wanted = {n: into[n] for n in sorted(into.keys() & frame.plan.score_slots)}
     call = _Call(frame, (q, k, v, grad), lse, wanted, (delta, top, rest), dead)
     by_key, by_row = tiles
-    visits = by_keys(grid, by_key.rows, by_key.keys)
+    visited = keys_visited(frame, by_key)
     last = call.launch(
         "keys_and_values",
         by_key,
-        visits,
+        visited,
         (-(-grid.S // by_key.keys), grid.B * k.shape[1]),
         (dead, top, rest, dk, dv),
         (),
@@ -147,14 +146,14 @@ def prepare_backward(
     first = call.launch(
         "queries",
         by_row,
-        by_rows(grid, by_row.rows, by_row.keys),
+        rows_visited(frame, by_row),
         (-(-grid.T // by_row.rows), grid.B * grid.H),
         (top, rest, dq),
         [n for d in wanted.values() for n in (d, *d.stride(), *d.shape)],
     )
     strides = [n for x in (out, grad, lse) for n in x.stride()[:3]]
     before = Launch(
-        call.module(by_key, visits is not None).prepare,
+        call.module(by_key, visited.kind).prepare,
         (-(-grid.T // _ROWS_OF_PREPARE), grid.B * grid.H, 1),
         (out, grad, lse, delta, dead, *strides, grid.H, grid.T),
         {"DV": v.shape[3], "BLOCK_DV": power(v.shape[3])}

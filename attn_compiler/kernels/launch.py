@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.kernels import blocks, schedule
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.schedule import Visit
-from attn_compiler.kernels.triton_source import Structure
+from attn_compiler.kernels.triton_source import Structure, Visits
 from attn_compiler.kernels.triton_text import Kind
 
 
@@ -58,13 +59,15 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def structure_of(frame: Frame, tile: Tile, table: bool, needs: tuple[int, ...] = ()) -> Structure:
+def structure_of(
+    frame: Frame, tile: Tile, visits: Visits, needs: tuple[int, ...] = ()
+) -> Structure:
     given = frame.given
     kinds = tuple(_kind(read) for read in given.reads)
     ranks = tuple(read.dim() for read in given.reads)
     drops = given.drop.rate > 0
     return Structure(
-        given.program, kinds, ranks, len(given.ints), tile.heads > 1, table, drops, needs
+        given.program, kinds, ranks, len(given.ints), tile.heads > 1, visits, drops, needs
     )
 
 
@@ -115,8 +118,44 @@ def power(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+# ---------------------------------------------------------------- which tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Visited:
+    """How the blocks of a launch learn which tiles to run over, and the arguments that say it."""
+
+    kind: Visits
+    args: tuple[Any, ...]
+
+
+def rows_visited(frame: Frame, tile: Tile) -> Visited:
+    """Blocks of rows that run over keys."""
+    if tile.heads == tile.splits == 1 and blocks.wanted(frame):
+        return _lists(frame, tile, blocks.by_rows(frame, tile.rows, tile.keys))
+    return _table(schedule.by_rows(frame.grid, tile.rows, tile.keys, tile.heads), frame.device)
+
+
+def keys_visited(frame: Frame, tile: Tile) -> Visited:
+    """Blocks of keys that run over rows."""
+    if blocks.wanted(frame):
+        return _lists(frame, tile, blocks.by_keys(frame, tile.rows, tile.keys))
+    return _table(schedule.by_keys(frame.grid, tile.rows, tile.keys), frame.device)
+
+
+def _lists(frame: Frame, tile: Tile, found: blocks.Blocks) -> Visited:
+    whole = blocks.whole(frame.given.program, tile.rows, tile.keys)
+    return Visited("whole lists" if whole else "lists", (*found.tensors, *found.strides))
+
+
+def _table(visits: Sequence[Visit] | None, device: torch.device) -> Visited:
+    if visits is None:
+        return Visited("all", ())
+    return Visited("table", (_table_on(visits, device),))
+
+
 @lru_cache(maxsize=256)
-def table_on(visits: Sequence[Visit], device: torch.device) -> Tensor:
+def _table_on(visits: Sequence[Visit], device: torch.device) -> Tensor:
     """A schedule on the device; a shape that was seen costs no transfer."""
     rows = [(v.block, v.lo, v.full_lo, v.full_hi, v.hi) for v in visits]
     return torch.tensor(rows, dtype=torch.int32, device=device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from attn_compiler.ir.expr import DOT, TRUE, Const, Expr, Read, walk
 from attn_compiler.ir.score import Program
@@ -15,6 +15,8 @@ from attn_compiler.kernels.plan import plan
 from attn_compiler.kernels.slope import ONE, slope
 from attn_compiler.kernels.template import render
 from attn_compiler.kernels.triton_text import Kind, Lines
+
+Visits = Literal["all", "table", "lists", "whole lists"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,8 @@ class Structure:
         ranks: their numbers of dimensions.
         ints: how many integers it takes.
         packed: a program of the forward kernel takes several heads.
-        table: the mask has structure: the tiles to visit come from a table.
+        visits: which tiles: all, those of a table (the mask has structure), or those of lists (a
+            tensor decides; "whole" where it decides about tiles and never about elements).
         dropout: whether any probability is dropped.
         needs: slots whose gradient the score has to give.
     """
@@ -37,7 +40,7 @@ class Structure:
     ranks: tuple[int, ...]
     ints: int
     packed: bool
-    table: bool
+    visits: Visits
     dropout: bool
     needs: tuple[int, ...] = ()
 
@@ -48,9 +51,16 @@ class Structure:
             "tensors": [_Tensor(f"t{i}", rank) for i, rank in enumerate(self.ranks)],
             "ints": [f"n{i}" for i in range(self.ints)],
             "plain": program.score == DOT,
-            "table": self.table,
+            "table": self.visits == "table",
+            "listed": "lists" in self.visits,
             "dropout": self.dropout,
         }
+
+    def masks(self) -> dict[str, Expr]:
+        """What is left to ask of an element in a tile of each kind."""
+        full = TRUE if "lists" in self.visits else plan(self.program, sliced=False).loose
+        whole = self.visits == "whole lists"
+        return {"full": full, "cut": TRUE if whole else Program.parse(self.program).mask}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +94,12 @@ def _keep(lines: Lines, score: Expr, mask: Expr) -> _Keep:
 @lru_cache(maxsize=512)
 def forward_source(structure: Structure) -> str:
     """The text of the forward kernel."""
-    program, known = Program.parse(structure.program), plan(structure.program, sliced=False)
+    program, masks = Program.parse(structure.program), structure.masks()
     lines = Lines(structure.kinds)
     sink = None if program.sink is None else lines.as_kind(program.sink, "float")
     full, cut = lines.fork(), lines.fork()
-    full_keep = _keep(full, program.score, known.loose)
-    cut_keep = _keep(cut, program.score, program.mask)
+    full_keep = _keep(full, program.score, masks["full"])
+    cut_keep = _keep(cut, program.score, masks["cut"])
     names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
     return render(
         "forward",
@@ -133,9 +143,9 @@ def backward_source(structure: Structure) -> str:
 def _both_tiles(
     name: str, lines: Lines, structure: Structure, needs: tuple[int, ...]
 ) -> dict[str, Any]:
-    program, known = Program.parse(structure.program), plan(structure.program, sliced=False)
+    program = Program.parse(structure.program)
     found: dict[str, Any] = {}
-    for kind, mask in (("full", known.loose), ("cut", program.mask)):
+    for kind, mask in structure.masks().items():
         inner = lines.fork()
         keep = _keep(inner, program.score, mask)
         through = slope(program.score, DOT)

@@ -16,9 +16,9 @@ INF, NAN = float("inf"), float("nan")
 # t0 document of a place, t1 padding, t2 blocks, t3 blocks of a head, t4 numbers, t5 a whole mask
 ATOMS = (
     "t0[b, q] == t0[b, k]", "t0[b, q] >= t0[b, k]", "t1[b, k]", "~t1[b, k + n0]",
-    "t2[q // 8, k // 8]", "t3[h, q // 8, k // 8] > 0", "k <= q", "k <= q + (S - T)", "abs(q - k) < n0", "t4[k] > 0.3",
-    "t4[q] + t4[k] > 0.1", "where(t1[b, k], k <= q, q % 5 < 2)", "t5[b, 0, q, k]",
-    "t0[b, q] != 0",
+    "t2[q // 8, k // 8]", "t3[h, q // 8, k // 8] > 0", "k <= q", "k <= q + (S - T)",
+    "abs(q - k) < n0", "t4[k] > 0.3", "t4[q] + t4[k] > 0.1",
+    "where(t1[b, k], k <= q, q % 5 < 2)", "t5[b, 0, q, k]", "t0[b, q] != 0",
     "min(t0[b, q], t0[b, k]) * 3 > k // 7", "t2[t0[b, q], k // 8]", "float(q - k) < t4[k]",
     "t1[b, k] ^ t1[b, q]", "t0[b, q - 1] == t0[b, q]", "(q - k) % n0 == 0", "t4[h] < 0.5",
 )  # fmt: skip

@@ -72,9 +72,9 @@ def test_every_program_gives_python(name: str) -> None:
         program=case.program, scale=SCALE, dropout=0.0,
     )  # fmt: skip
     frame = Frame(given)
-    for table in (False, True):
+    for visits in ("all", "table", "lists", "whole lists"):
         for tile in (Tile(), Tile(heads=3)):
-            structure = structure_of(frame, tile, table, tuple(case.grads))
+            structure = structure_of(frame, tile, visits, tuple(case.grads))
             for source in (forward_source(structure), backward_source(structure)):
                 compile(source, name, "exec")
                 assert "{{" not in source and "{%" not in source
@@ -83,7 +83,7 @@ def test_every_program_gives_python(name: str) -> None:
 
 def test_a_mask_by_structure_is_not_computed_in_full_tiles() -> None:
     program = "score: dot; mask: (k <= q) & t0[b, k]; empty: zero"
-    source = forward_source(Structure(program, ("bool",), (2,), 0, False, True, False))
+    source = forward_source(Structure(program, ("bool",), (2,), 0, False, "table", False))
     full, cut = source.split("for j in range(full_lo, full_hi):")[1].split("before = full_lo - lo")
     assert "k <= q" not in full and "k <= q" in cut
     assert "t0" in full and "t0" in cut

@@ -45,12 +45,13 @@ def inputs(
     width: int,
     dtype: torch.dtype = torch.bfloat16,
     rows: int = LENGTH,
+    keys: int = LENGTH,
     group: int = 1,
 ) -> Inputs:
     def made(length: int, heads: int) -> Tensor:
         return torch.empty(2, length, heads, width, dtype=dtype).transpose(1, 2)
 
-    q, k, v = made(rows, 8), made(LENGTH, 8 // group), made(LENGTH, 8 // group)
+    q, k, v = made(rows, 8), made(keys, 8 // group), made(keys, 8 // group)
     return Inputs.of(q, k, v, [], [], None, program=program, scale=0.125, dropout=0.0)
 
 
@@ -138,3 +139,14 @@ def test_a_short_query(target: str) -> None:
     tile = gpu.forward_tile(given, FAMILY[target], 132)
     assert tile.heads == 4 and tile.splits > 1
     check(target, compile_for(target, forward(given, tile)))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_tiles_from_lists(target: str) -> None:
+    given = inputs(text(mask="t0[q // 128, k // 128]", empty="zero"), 128, rows=2048, keys=2048)
+    given = replace(given, reads=[torch.ones(16, 16, dtype=torch.bool)])
+    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    for launch in (forward(given, tile), *backward(given)):
+        if "PRECISION" in launch.constants:
+            assert "full_index_ptr" in launch.kernel.arg_names
+            check(target, compile_for(target, launch))

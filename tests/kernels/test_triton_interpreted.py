@@ -6,6 +6,7 @@ interpreter computes with the raw bits of bfloat16.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,12 +14,26 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from attention_cases import CASES, CAUSAL, SCALE, B, Case, Shape, judge, tensors, text
+from attention_cases import (
+    CASES,
+    CAUSAL,
+    OFFSET,
+    SCALE,
+    SOFTCAP,
+    B,
+    Case,
+    Shape,
+    draw,
+    judge,
+    tensors,
+    text,
+)
+from torch import Tensor
 
-from attn_compiler.kernels import devices, flash_triton, gpu
+from attn_compiler.kernels import blocks, devices, flash_triton, gpu
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs
-from attn_compiler.kernels.launch import Tile
+from attn_compiler.kernels.launch import Tile, keys_visited, rows_visited
 from attn_compiler.kernels.library import attention
 
 pytestmark = pytest.mark.interpret
@@ -74,6 +89,53 @@ def test_a_short_query_on_an_idle_device(name: str, rows: int) -> None:
         found = flash_triton.forward(Frame(inputs), tile)
         for one, other in zip(found, devices.COMPOSITE.forward(inputs), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def block_map(s: Shape) -> Tensor:
+    """Which blocks of 8 rows and 8 keys are kept, with one row of blocks that keeps nothing."""
+    kept = draw(s.H, -(-s.T // 8), -(-s.S // 8)) > 0.6
+    kept[:, 1] = False
+    return kept
+
+
+KEPT = "t0[h, q // 8, k // 8]"
+LISTED = {
+    "documents": CASES["documents"],
+    "tensor mask": CASES["tensor mask"],
+    "blocks": Case(text(mask=KEPT, empty="zero"), lambda s: [block_map(s)]),
+    "blocks and causal": Case(
+        text(SOFTCAP, f"{KEPT} & {OFFSET}", empty="zero"), lambda s: [block_map(s)]
+    ),
+    "blocks and a sink": Case(
+        text(mask=KEPT, sink="t1[h, q // 8]"),
+        lambda s: [block_map(s), (s.S - 8.0 * block_map(s).sum(-1)).clamp(min=1.0).log()],
+    ),
+    "blocks and a learned bias": Case(
+        text("dot + t1[h, q, k]", KEPT, empty="zero"),
+        lambda s: [block_map(s), draw(s.H, s.T, s.S)],
+        (1,),
+    ),
+    "blocks of one head": Case(
+        text(mask="t0[q // 8, k // 8]", empty="zero"), lambda s: [block_map(s)[0]]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = list(LISTED).index(name)
+    by_row, by_key = TILES[turn % len(TILES)], TILES[(turn + 1) % len(TILES)]
+    monkeypatch.setattr(blocks, "_LEAST", 0)
+    monkeypatch.setattr(blocks, "_MOST_READ", 100)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: by_row)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given: (by_key, by_row))
+    case, shape = LISTED[name], (Shape(H=4, G=2, T=53, S=67), Shape(H=2, G=1, T=70, S=37))[turn % 2]
+    case = replace(case, program=case.program.replace("uniform", "zero"))
+    given, reads = tensors(shape, torch.float32), case.reads(shape)
+    inputs = Inputs.of(*given, reads, [], None, program=case.program, scale=SCALE, dropout=0.0)
+    assert rows_visited(Frame(inputs), by_row).kind.endswith("lists")
+    assert keys_visited(Frame(inputs), by_key).kind.endswith("lists")
+    judge(case, given, reads)
 
 
 @pytest.mark.parametrize("score", ["dot", "5.0 * tanh(dot / 5.0)"])
