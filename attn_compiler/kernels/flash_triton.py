@@ -23,6 +23,7 @@ from attn_compiler.kernels.launch import (
     program_arguments,
     rows_visited,
     structure_of,
+    with_descriptors,
 )
 from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import combine_source, forward_source
@@ -78,6 +79,7 @@ def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
     given, grid = frame.given, frame.grid
     q, k, v = (dense(x) for x in given.qkv)
     visited = rows_visited(frame, tile)
+    tile, described = with_descriptors(tile, k, v, tile.keys)
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
     strides += [*part.stride()[:4], *part_lse.stride()]
     sizes = (grid.B, grid.H, grid.T, grid.S)
@@ -85,7 +87,7 @@ def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
         load("forward", forward_source(structure_of(frame, tile, visited.kind))).forward,
         (-(-grid.T * tile.heads // tile.rows), grid.B * grid.H // tile.heads, tile.splits),
         (
-            *(q, k, v, part, part_lse, *visited.args, *program_arguments(given)),
+            *(q, k, v, part, part_lse, *described, *visited.args, *program_arguments(given)),
             *(*strides, *sizes, given.scale),
         ),
         constants_of(given, tile) | {"num_warps": tile.warps, "num_stages": tile.stages},

@@ -26,6 +26,7 @@ from attn_compiler.kernels.launch import (
     program_arguments,
     rows_visited,
     structure_of,
+    with_descriptors,
 )
 from attn_compiler.kernels.rows import pull_back
 from attn_compiler.kernels.template import load
@@ -99,7 +100,9 @@ class _Call:
         rest: Sequence[Any],
     ) -> Launch:
         """A kernel over the grid; `rest` follows the arguments of the program."""
-        grid = self.frame.grid
+        grid, (q, k, v, g) = self.frame.grid, self.given
+        over = (k, v, tile.keys) if name == "queries" else (q, g, tile.rows)
+        tile, described = with_descriptors(tile, *over)
         strides = [n for x in self.given for n in x.stride()[:3]] + list(self.lse.stride())
         own = [n for x in tensors if x.dim() == 4 for n in x.stride()[:3]]
         constants = constants_of(self.frame.given, tile)
@@ -108,7 +111,7 @@ class _Call:
             getattr(self.module(tile, visited.kind), name),
             (*blocks, 1),
             (
-                *(*self.given, self.lse, self.rows[0], *tensors, *visited.args),
+                *(*self.given, self.lse, self.rows[0], *tensors, *described, *visited.args),
                 *(*program_arguments(self.frame.given), *rest),
                 *(*strides, *own, grid.B, grid.H, grid.T, grid.S, self.frame.given.scale),
             ),

@@ -6,7 +6,7 @@ Launch(kernel, grid, args, constants).run()
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,6 +31,8 @@ class Tile:
         stages: depth of the pipeline of loads.
         heads: query heads of one kv head that a program takes together.
         splits: programs that share the keys of a block of rows.
+        descriptors: what the loop runs over is copied by the tensor memory accelerator (capability
+            9.0 and above), where the layout of the tensors allows it.
     """
 
     rows: int = 64
@@ -39,6 +41,7 @@ class Tile:
     stages: int = 2
     heads: int = 1
     splits: int = 1
+    descriptors: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,30 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def with_descriptors(tile: Tile, x: Tensor, y: Tensor, rows: int) -> tuple[Tile, tuple[Any, ...]]:
+    """Descriptors of two tensors, for so many rows of one head at a time.
+
+    Returns:
+        The tile as it was and the descriptors; or, where it asks for none or the hardware cannot
+        read such tensors, the tile without descriptors and nothing.
+    """
+    if not tile.descriptors or not (_regular(x) and _regular(y)):
+        return replace(tile, descriptors=False), ()
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return tile, tuple(
+        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, power(t.shape[3])])
+        for t in (x, y)
+    )
+
+
+def _regular(x: Tensor) -> bool:
+    """Do all rows begin at multiples of 16 bytes, each in a place of its own?"""
+    unit = 16 // x.element_size()
+    strided = all(n > 0 and n % unit == 0 for n in x.stride()[:3])
+    return strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+
+
 def structure_of(
     frame: Frame, tile: Tile, visits: Visits, needs: tuple[int, ...] = ()
 ) -> Structure:
@@ -67,7 +94,15 @@ def structure_of(
     ranks = tuple(read.dim() for read in given.reads)
     drops = given.drop.rate > 0
     return Structure(
-        given.program, kinds, ranks, len(given.ints), tile.heads > 1, visits, drops, needs
+        given.program,
+        kinds,
+        ranks,
+        len(given.ints),
+        tile.heads > 1,
+        visits,
+        drops,
+        tile.descriptors,
+        needs,
     )
 
 

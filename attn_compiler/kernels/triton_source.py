@@ -32,6 +32,7 @@ class Structure:
         visits: which tiles: all, those of a table (the mask has structure), or those of lists (a
             tensor decides; "whole" where it decides about tiles and never about elements).
         dropout: whether any probability is dropped.
+        descriptors: what a loop runs over is read through tensor descriptors.
         needs: slots whose gradient the score has to give.
     """
 
@@ -42,6 +43,7 @@ class Structure:
     packed: bool
     visits: Visits
     dropout: bool
+    descriptors: bool = False
     needs: tuple[int, ...] = ()
 
     def common(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class Structure:
             "table": self.visits == "table",
             "listed": "lists" in self.visits,
             "dropout": self.dropout,
+            "descriptors": self.descriptors,
         }
 
     def masks(self) -> dict[str, Expr]:

@@ -30,10 +30,10 @@ from attention_cases import (
 )
 from torch import Tensor
 
-from attn_compiler.kernels import blocks, devices, flash_triton, gpu
+from attn_compiler.kernels import blocks, devices, flash_triton, flash_triton_backward, gpu
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs
-from attn_compiler.kernels.launch import Tile, keys_visited, rows_visited
+from attn_compiler.kernels.launch import Tile, keys_visited, rows_visited, with_descriptors
 from attn_compiler.kernels.library import attention
 
 pytestmark = pytest.mark.interpret
@@ -136,6 +136,39 @@ def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows_visited(Frame(inputs), by_row).kind.endswith("lists")
     assert keys_visited(Frame(inputs), by_key).kind.endswith("lists")
     judge(case, given, reads)
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("name", ["causal", "documents", "softcap and sink", "learned bias"])
+def test_loads_by_descriptors(name: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = replace(TILES[turn % len(TILES)], descriptors=True)
+    monkeypatch.setattr(blocks, "_LEAST", 0)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: tile)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given: (tile, tile))
+    case, shape = CASES[name], SHAPES[turn]
+    case = replace(case, program=case.program.replace("uniform", "zero"))
+    given, reads = tensors(shape, torch.float32), case.reads(shape)
+    seen: list[bool] = []
+
+    def spy(*args: object) -> object:
+        seen.append(with_descriptors(*args)[0].descriptors)
+        return with_descriptors(*args)
+
+    for module in (flash_triton, flash_triton_backward):
+        monkeypatch.setattr(module, "with_descriptors", spy)
+    judge(case, given, reads)
+    assert seen == [True] * 3
+
+
+def test_what_a_descriptor_cannot_say_is_read_by_pointers() -> None:
+    tile = Tile(descriptors=True)
+    x = torch.zeros(2, 3, 40, 16)
+    assert len(with_descriptors(tile, x, x, 32)[1]) == 2
+    broadcast, turned = x[:1].expand(2, -1, -1, -1), x.transpose(2, 3)
+    odd, shifted = torch.zeros(2, 3, 40, 9), torch.zeros(2, 3, 40, 20)[..., 1:17]
+    for bad in (broadcast, turned, odd, shifted):
+        found, nothing = with_descriptors(tile, x, bad, 32)
+        assert not found.descriptors and nothing == ()
 
 
 @pytest.mark.parametrize("score", ["dot", "5.0 * tanh(dot / 5.0)"])
