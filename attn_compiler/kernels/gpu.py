@@ -18,7 +18,7 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import flash_triton, flash_triton_backward
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
-from attn_compiler.kernels.launch import Tile
+from attn_compiler.kernels.launch import Tile, described
 
 # by family and padded head dim: rows, keys, warps, stages
 _FORWARD = {
@@ -26,13 +26,20 @@ _FORWARD = {
     "hopper": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     "amd": {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
 }
-_FORWARD_32_BITS = {64: Tile(32, 32, 4, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)}
-# rows for a block of keys, then keys for a block of rows
-_BACKWARD = {
-    64: ((Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)), (Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))),
-    128: ((Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)), (Tile(16, 32, 8, 2), Tile(32, 16, 8, 2))),
-    256: ((Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)), (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))),
+# loads by descriptors leave registers for larger tiles
+_DESCRIBED = {
+    64: Tile(128, 128, 8, 3, descriptors=True),
+    128: Tile(128, 128, 8, 2, descriptors=True),
+    256: Tile(128, 64, 8, 2, descriptors=True),
 }
+_FORWARD_32_BITS = {64: Tile(32, 32, 4, 2), 128: Tile(32, 16, 8, 2), 256: Tile(32, 16, 8, 2)}
+# of the kernel that runs over rows for a block of keys; its opposite swaps the two
+_BACKWARD = {
+    "ampere": {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    "hopper": {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
+    "amd": {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 2)},
+}
+_BACKWARD_32_BITS = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 1)}
 # a query of at most so many rows shares its keys among the heads of a group
 _SHORT = 16
 _ROWS_OF_A_SHORT_QUERY = 64
@@ -62,7 +69,8 @@ def backward(
         i: torch.zeros(given.reads[i].shape, dtype=given.dtype, device=given.q.device)
         for i in wanted
     }
-    found = flash_triton_backward.backward(Frame(given), grad, saved, into, backward_tiles(given))
+    tiles = backward_tiles(given, family(given.q.device))
+    found = flash_triton_backward.backward(Frame(given), grad, saved, into, tiles)
     dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, given.qkv, strict=True))
     return dq, dk, dv, [into[i].to(given.reads[i].dtype) for i in wanted]
 
@@ -94,8 +102,10 @@ def processors(device: torch.device) -> int:
 
 def forward_tile(given: Inputs, family: str, programs: int) -> Tile:
     """The tile of a call on a device of this family that runs so many programs at once."""
-    wide = given.q.dtype is torch.float32
-    tile = (_FORWARD_32_BITS if wide else _FORWARD[family])[_width(given)]
+    wide, width = given.q.dtype is torch.float32, _width(given)
+    tile = (_FORWARD_32_BITS if wide else _FORWARD[family])[width]
+    if family == "hopper" and not wide and not given.reads and described(given.k, given.v):
+        tile = _DESCRIBED[width]
     group, length = given.q.shape[1] // given.k.shape[1], given.q.shape[2]
     if length > _SHORT:
         return replace(tile, warps=8) if given.reads else tile  # places of reads take registers
@@ -117,10 +127,12 @@ def _splits(given: Inputs, busy: int, keys: int, programs: int) -> int:
     return max(1, min(2 * programs // busy, tiles // _LEAST_TILES, 64))
 
 
-def backward_tiles(given: Inputs) -> tuple[Tile, Tile]:
+def backward_tiles(given: Inputs, family: str) -> tuple[Tile, Tile]:
     """Tiles for a block of keys and for a block of rows."""
-    by_key, by_row = _BACKWARD[_width(given)][given.q.dtype is torch.float32]
-    return (replace(by_key, warps=8), replace(by_row, warps=8)) if given.reads else (by_key, by_row)
+    wide = given.q.dtype is torch.float32
+    tile = (_BACKWARD_32_BITS if wide else _BACKWARD[family])[_width(given)]
+    tile = replace(tile, warps=8 if given.reads else tile.warps, descriptors=family == "hopper")
+    return tile, replace(tile, rows=tile.keys, keys=tile.rows)
 
 
 def _width(given: Inputs) -> int:

@@ -69,7 +69,7 @@ def with_descriptors(tile: Tile, x: Tensor, y: Tensor, rows: int) -> tuple[Tile,
         The tile as it was and the descriptors; or, where it asks for none or the hardware cannot
         read such tensors, the tile without descriptors and nothing.
     """
-    if not tile.descriptors or not (_regular(x) and _regular(y)):
+    if not tile.descriptors or not described(x, y):
         return replace(tile, descriptors=False), ()
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -79,11 +79,16 @@ def with_descriptors(tile: Tile, x: Tensor, y: Tensor, rows: int) -> tuple[Tile,
     )
 
 
-def _regular(x: Tensor) -> bool:
-    """Do all rows begin at multiples of 16 bytes, each in a place of its own?"""
-    unit = 16 // x.element_size()
-    strided = all(n > 0 and n % unit == 0 for n in x.stride()[:3])
-    return strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+def described(*tensors: Tensor) -> bool:
+    """Can descriptors say where they lie: do all rows begin at multiples of 16 bytes, each in a
+    place of its own?
+    """
+    for x in tensors:
+        unit = 16 // x.element_size()
+        strided = all(n > 0 and n % unit == 0 for n in x.stride()[:3])
+        if not strided or x.stride(3) != 1 or x.data_ptr() % 16 != 0:
+            return False
+    return True
 
 
 def structure_of(

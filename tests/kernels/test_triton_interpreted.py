@@ -63,7 +63,9 @@ def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     turn = list(CASES).index(name)
     tile = TILES[turn % len(TILES)]
     monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: tile)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given: (tile, TILES[(turn + 1) % len(TILES)]))
+    monkeypatch.setattr(
+        gpu, "backward_tiles", lambda given, family: (tile, TILES[(turn + 1) % len(TILES)])
+    )
     case, shape = CASES[name], SHAPES[turn % len(SHAPES)]
     given = tensors(shape, (torch.float32, torch.float32, torch.float16)[turn % 3])
     inputs = Inputs.of(
@@ -128,7 +130,7 @@ def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_LEAST", 0)
     monkeypatch.setattr(blocks, "_MOST_READ", 100)
     monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: by_row)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given: (by_key, by_row))
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (by_key, by_row))
     case, shape = LISTED[name], (Shape(H=4, G=2, T=53, S=67), Shape(H=2, G=1, T=70, S=37))[turn % 2]
     case = replace(case, program=case.program.replace("uniform", "zero"))
     given, reads = tensors(shape, torch.float32), case.reads(shape)
@@ -144,7 +146,7 @@ def test_loads_by_descriptors(name: str, turn: int, monkeypatch: pytest.MonkeyPa
     tile = replace(TILES[turn % len(TILES)], descriptors=True)
     monkeypatch.setattr(blocks, "_LEAST", 0)
     monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: tile)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given: (tile, tile))
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (tile, tile))
     case, shape = CASES[name], SHAPES[turn]
     case = replace(case, program=case.program.replace("uniform", "zero"))
     given, reads = tensors(shape, torch.float32), case.reads(shape)
