@@ -196,9 +196,9 @@ def whole_width(limit: float, multiples: tuple[int, ...] = (16, 8)) -> int:
 
 def feed_forward_width(base: int, width: int, left: float) -> int:
     """Hidden channels of a feed-forward net that also takes the parameters that attention left:
-    a channel has 2 D weights and a bias.
+    a channel has 2 D weights and a bias. To the nearest channel.
     """
-    return base + math.floor(left / (2 * width + 1))
+    return base + round(left / (2 * width + 1))
 
 
 def break_even_length(
