@@ -83,7 +83,8 @@ def reads_less(
 
 def most_heads(flops_per_byte: float, element_bytes: int = 2) -> float:
     """Heads below which attention over X is done sooner than an ordinary cache is read, even
-    where operations bound it: H D / e below this (e kv channels; H itself where e = D).
+    where operations bound it: H D / e below this (e kv channels; H itself where e = D). Where
+    reading bounds it, `reads_less` alone decides.
 
     Args:
         flops_per_byte: operations a second over bytes a second of the device.

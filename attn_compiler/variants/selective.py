@@ -10,7 +10,7 @@ Source: Selective Attention (arXiv 2410.02703), its definition and its memory cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -60,7 +60,7 @@ class Selective(VariantSpec):
         given = self.budgets
         if given is None:
             return
-        listed = isinstance(given, Mapping | Iterable) and not isinstance(given, str)
+        listed = isinstance(given, Mapping | Sequence) and not isinstance(given, str)
         do = "give one whole number for each layer, or a dict from module paths to them"
         demand(self, "budgets", listed, do)
         numbers = list(given.values() if isinstance(given, Mapping) else given)

@@ -214,7 +214,7 @@ def break_even_length(
     if never.
 
     Args:
-        spec: sizes, all numbers; experts on v and o.
+        spec: all sizes are numbers.
         width: of the model.
         inner: heads times head dim of the ordinary layer.
         causal: half of the pairs.

@@ -103,6 +103,8 @@ WRONG: list[tuple[type[VariantSpec], dict[str, Any], str]] = [
     (Selective, {"start": "cold"}, "start"),
     (Selective, {"budgets": 32}, "budgets"),
     (Selective, {"budgets": []}, "budgets"),
+    (Selective, {"budgets": {32, 64}}, "budgets"),
+    (Selective, {"budgets": "many"}, "budgets"),
     (Selective, {"budgets": [32, 1]}, "budgets"),
     (Selective, {"budgets": {"layer": 2.5}}, "budgets"),
     (SPION, {"mode": "CFF"}, "mode"),

@@ -3,9 +3,10 @@
     [U | V | Z] = silu(x W)    A = relu(q k^T)^2, q and k from Z    out = (U * A V) W_o
 
 One head: d is the width of Z (s = 128 in the paper), e the expanded width (2 D). In chunks of C
-tokens A stays inside a chunk, and what came before is a state of d x e:
+tokens A stays inside a chunk, and what came before is a state of d x e. Operations of a pair for a
+token, f the share of the pairs that is visited:
 
-    4 D to the pair's  2 (6 D e + 2 D d)  +  2 * 2 f C (d + e) + 8 d e  operations a token
+    12 D e + 4 D d   +   4 f C (d + e) + 8 d e   in chunks,   4 f T (d + e)   over all pairs
 
 Source: Transformer Quality in Linear Time (arXiv 2202.10447); costs derived from its equations.
 """
