@@ -6,6 +6,7 @@ import sympy
 
 from attn_compiler.cost.letters import B, Cost, D, G, H, K, S, T, d, e, n
 from attn_compiler.variants.base import Scope
+from attn_compiler.variants.costs.parts import linear
 from attn_compiler.variants.flash import Flash, cost
 
 
@@ -27,10 +28,36 @@ def test_training_computes_seven_products_backward_and_keeps_no_scores() -> None
     assert same(
         (both.flops - forward.flops).subs(e, d), sympy.Rational(7, 2) * forward.flops.subs(e, d)
     )
+    # scores and dq, dk: twice and once each; dP and dv: twice and once
+    pairs = B * H * T * S / 2
+    assert same(both.flops - forward.flops, 2 * pairs * ((2 + 1 + 1) * d + (2 + 1) * e))
     assert both.exps == 3 * forward.exps
     kept = n * B * (H * T + G * S) * (d + e) + 4 * B * H * T
     assert same(both.saved, kept)
     assert both.cache == 0
+
+
+def test_bytes_of_the_backward() -> None:
+    forward, both = cost(Flash(), "prefill"), cost(Flash(), "training")
+    q, k, v, out = n * B * H * T * d, n * B * G * S * d, n * B * G * S * e, n * B * H * T * e
+    sums = 4 * B * H * T  # the forward's logs, and the row sums of the gradient: float32
+    row_sums = out + out
+    one_kernel = q + k + v + out + sums + sums
+    assert same(both.read - forward.read, row_sums + 2 * one_kernel)
+    assert same(both.written - forward.written, sums + sums + q + k + v)
+    assert both.launches - forward.launches == 3
+
+
+def test_bytes_of_a_product() -> None:
+    rows, wide, out = sympy.symbols("rows wide out")
+    x, w, y = n * rows * wide, n * wide * out, n * rows * out
+    forward, both = linear(rows, wide, out), linear(rows, wide, out, training=True)
+    assert same(forward.read, x + w)
+    assert same(forward.written, y)
+    # dx from dy and w, dw from dy and x
+    assert same(both.read - forward.read, (y + w) + (y + x))
+    assert same(both.written - forward.written, x + w)
+    assert (forward.launches, both.launches) == (1, 3)
 
 
 def test_a_step_reads_every_beam_s_cache_whether_causal_or_not() -> None:

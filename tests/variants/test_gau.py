@@ -140,6 +140,24 @@ def test_chunks_pay_from_where_operations_are_equal(causal: bool) -> None:
     assert chunk_length(128, 2048, math.floor(length), causal=causal) is None
 
 
+def test_bytes_of_a_step_in_chunks() -> None:
+    """It reads the state, float32, and half a chunk of Z and V; it writes its own Z and V, and
+    once for a chunk the state.
+    """
+    step = formulas.core("decode", chunked=True)
+    state, token = 4 * d * e, n * (d + e)
+    assert sympy.expand(step.read - B * K * (state + token * C / 2)) == 0
+    assert sympy.expand(step.written - B * K * T * (token + state / C)) == 0
+    assert sympy.expand(step.cache - B * K * (state + token * C)) == 0
+
+
+def test_training_in_chunks_has_four_products_for_the_state_s_two() -> None:
+    both, forward = (formulas.core(x, chunked=True) for x in ("training", "prefill"))  # type: ignore[arg-type]
+    state, pairs = 4 * B * T * d * e, B * T * C
+    assert sympy.expand(forward.flops - state - 2 * pairs * (d + e)) == 0
+    assert sympy.expand(both.flops - forward.flops - 2 * state - 2 * pairs * (4 * d + 3 * e)) == 0
+
+
 def test_training_keeps_no_scores() -> None:
     for chunk in (256, None):
         both, forward = (cost(GAU(chunk=chunk), work) for work in ("training", "prefill"))

@@ -89,6 +89,8 @@ def test_costs_of_a_sequence() -> None:
     assert same((both.flops - found.flops).subs(SQUARE), 14 * B * H * rho * T**2 * d)
     # the list along rows and the list along columns, and nothing of the size of the scores
     assert same((both.saved - dense.saved).subs(SQUARE), 2 * index)
+    # one of them forward, both backward
+    assert same((both.read - dense.read).subs(SQUARE), 3 * index)
     assert same(both.flops.subs(rho, 1), dense.flops)
 
 

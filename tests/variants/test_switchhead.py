@@ -216,6 +216,18 @@ def test_training_has_three_products_for_one_and_the_values_again() -> None:
     assert sympy.expand(both - 3 * forward - again) == 0
 
 
+def test_bytes_of_the_routes() -> None:
+    """A gate, float32, and an expert, int32: written by both sides, read by values and outputs,
+    again by each of their two gradients, and kept.
+    """
+    routes = 2 * 8 * B * T * H
+    forward, both = cost(SwitchHead(), "prefill"), cost(SwitchHead(), "training")
+    assert sympy.expand(sympy.diff(forward.written, k) - routes) == 0
+    assert sympy.expand(sympy.diff(forward.read, k) - routes) == 0
+    assert sympy.expand(sympy.diff(both.read, k) - 3 * routes) == 0
+    assert sympy.expand(sympy.diff(both.saved, k) - routes) == 0
+
+
 @pytest.mark.parametrize(("heads", "head_dim"), [(4, 112), (2, 132)])
 def test_the_cache_shrinks_with_heads_and_width(heads: int, head_dim: int) -> None:
     spec = SwitchHead(heads=heads, head_dim=head_dim)
