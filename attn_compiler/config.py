@@ -104,7 +104,7 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             raise BadOption(
                 f"a key of option to is {glob!r}", do="use globs over module paths as keys"
             )
-        if target != "fastest" and not isinstance(target, VariantSpec):
+        if target != "fastest" and not isinstance(target, tuple(v.spec for v in VARIANTS)):
             names = ", ".join(v.spec.__name__ for v in VARIANTS)
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'

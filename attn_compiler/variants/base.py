@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from attn_compiler.errors import BadOption
 from attn_compiler.ir.site import AttentionSite, Reason
+
+V = TypeVar("V")
+
+# what a cost is asked for: a pass over a whole sequence, forward and backward, a step of generation
+Work = Literal["prefill", "training", "decode"]
 
 
 class Scope(enum.Enum):
@@ -26,9 +32,59 @@ class Fidelity(enum.Enum):
     RETRAINED = "retrained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VariantSpec:
-    """What a user may ask for; the fields are the options."""
+    """What a user may ask for; the fields are the options. Equal values are equal specs, with
+    equal hashes: Dynamo compares options, and caches are keyed by them.
+    """
+
+
+class ByPath(Mapping[str, V]):
+    """One value for each module path, immutable and hashable, equal to a dict of the same."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, V]) -> None:
+        self._items = dict(sorted(items.items()))
+
+    def __getitem__(self, path: str) -> V:
+        return self._items[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def demand(spec: VariantSpec, field: str, holds: bool, do: str, why: str = "") -> None:
+    """Raise BadOption about a field of a spec unless something holds."""
+    if not holds:
+        what = f"{type(spec).__name__} has {field}={getattr(spec, field)!r}"
+        raise BadOption(what, where=f"option {field}", why=[why] if why else [], do=do)
+
+
+def demand_one_of(spec: VariantSpec, field: str, *allowed: str | None) -> None:
+    """Raise BadOption unless a field of a spec is one of a few words."""
+    good = any(getattr(spec, field) == word for word in allowed)
+    demand(spec, field, good, f"give one of {', '.join(map(repr, allowed))}")
+
+
+def demand_flag(spec: VariantSpec, *names: str) -> None:
+    """Raise BadOption unless fields of a spec are True or False."""
+    for name in names:
+        demand(spec, name, isinstance(getattr(spec, name), bool), "give True or False")
+
+
+def is_size(value: object, least: int = 1) -> bool:
+    """Is it a whole number, at least so large?"""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)

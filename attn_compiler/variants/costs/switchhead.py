@@ -1,0 +1,95 @@
+"""What SwitchHead costs: the site, self-attention.
+
+    H heads d wide, E experts a head, k of them for a token     v, o:  2 B T H k d (D + 1) each
+
+Source: SwitchHead (arXiv 2312.07987v3), equations 7 to 10; counted from them, with routers and
+gates, which the paper's own tables leave out or count in part (see `switchhead_tables`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sympy import Min
+
+from attn_compiler.cost.letters import B, Cost, D, E, H, K, Number, T, d, k, n
+from attn_compiler.variants.base import Work
+from attn_compiler.variants.costs.parts import Core, linear
+
+Strategy = Literal["grouped", "masked"]
+
+# the gate, float32, and the number of the expert, int32, of one route
+ROUTE = 8
+
+
+def site(
+    work: Work,
+    *,
+    experts_on: tuple[str, ...] = ("v", "o"),
+    shared: bool = False,
+    strategy: Strategy = "grouped",
+    share: Number = 1,
+) -> Cost:
+    """The site.
+
+    Args:
+        work: see `Work`.
+        experts_on: which of q, k, v, o are experts.
+        shared: one router for both sides.
+        strategy: "grouped" sorts routes by expert and computes those that were chosen, "masked"
+            computes all E and gives the others a gate of 0.
+        share: of the pairs that are visited.
+    """
+    training = work == "training"
+    rows = B * K * T if work == "decode" else B * T
+    sides = _sides(experts_on, shared)
+    dense = [name for name in "qkv" if name not in experts_on]
+    # what reads x: the plain projections and the routers
+    cost = linear(rows, D, H * d * len(dense) + sides * H * E, training=training)
+    cost += _routes(rows * H, sides, strategy, training)
+    for name in experts_on:
+        cost += _experts(rows, strategy, training, out=name == "o", few=work == "decode")
+    if "o" not in experts_on:
+        cost += linear(rows, H * d, D, training=training, keeps=False)
+    core = Core(batch=B * K if work == "decode" else B, groups=H, v=d, share=share)
+    return cost + core.cost(training) + (Cost() if training else core.cache())
+
+
+def _sides(experts_on: tuple[str, ...], shared: bool) -> int:
+    """Routers: the keys' side chooses for k and v, the queries' side for q and o."""
+    sides = {"source" if name in "kv" else "destination" for name in experts_on}
+    return 1 if shared else len(sides)
+
+
+def _routes(rows: Number, sides: int, strategy: Strategy, training: bool) -> Cost:
+    """Sigmoids, the choice of k, and the sort by expert; rows are those of all heads."""
+    chosen = ROUTE * sides * rows * k
+    sort = sides if strategy == "grouped" else 0
+    return Cost(
+        exps=sides * rows * E, written=chosen, launches=sort, saved=chosen if training else 0
+    )
+
+
+def _experts(rows: Number, strategy: Strategy, training: bool, *, out: bool, few: bool) -> Cost:
+    """One projection by experts, gates applied: [rows, D] to [rows, H d], or back if `out`.
+
+    The backward has a product for the input and one for the weight, both d wide for each route;
+    where the gate multiplies after the product (not `out`), that is computed again for its
+    gradient. `few`: so few rows that only the experts chosen are read.
+    """
+    used = k if strategy == "grouped" else E
+    touched = Min(E, rows * k) if few and strategy == "grouped" else E
+    narrow, wide, weight = n * rows * H * d, n * rows * D, n * H * touched * d * D
+    x, y = (narrow, wide) if out else (wide, narrow)
+    gates = ROUTE * rows * H * k
+    flops = 2 * rows * H * used * d * (D + 1)
+    cost = Cost(flops=flops, read=x + weight + gates, written=y, launches=1)
+    if not training:
+        return cost
+    again = 0 if out else 1
+    return cost + Cost(
+        flops=(2 + again) * flops,
+        read=2 * (x + y + gates) + weight,
+        written=x + weight + gates,
+        launches=2,
+    )

@@ -1,0 +1,127 @@
+"""Selective attention: every token may tell those after it to ignore an earlier one.
+
+    softmax(z)   ->   softmax(z - F),   F[i,j] = sum over r < i of relu(z*[r,j]),  0 < j < r
+
+No parameters, another function: a model has to be trained with it. What is masked away can be
+dropped from the cache, down to a budget of tokens for each layer.
+
+Source: Selective Attention (arXiv 2410.02703), its definition and its memory claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from attn_compiler.variants.base import (
+    ByPath,
+    VariantSpec,
+    Work,
+    demand,
+    demand_one_of,
+    is_size,
+)
+
+if TYPE_CHECKING:
+    from attn_compiler.cost.letters import Cost
+
+# bytes that a kept token needs beside its key and value: F, float32, and its position, int32
+_STATE = 8
+# a tensor F of T x T numbers is worth its traffic up to here
+_LONGEST_TENSOR = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selective(VariantSpec):
+    """Selective attention.
+
+    Attributes:
+        head: whose logits select.
+        select_from: "qk" takes them before an additive bias, "logits" after it.
+        start: "direct" subtracts F at once, "gate" scales it by a number that starts at 0,
+            "dedicated_head" adds a head that selects nothing at first. The last two start exact.
+        budgets: tokens a layer keeps, one number for each layer or a dict by module path; None
+            keeps all. At least 2: the first token and the newest always stay.
+
+    Raises:
+        BadOption: a field has a wrong value.
+    """
+
+    head: int = 0
+    select_from: Literal["qk", "logits"] = "qk"
+    start: Literal["direct", "gate", "dedicated_head"] = "direct"
+    budgets: Sequence[int] | Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        demand(self, "head", is_size(self.head, 0), "give the number of a head, from 0")
+        demand_one_of(self, "select_from", "qk", "logits")
+        demand_one_of(self, "start", "direct", "gate", "dedicated_head")
+        given = self.budgets
+        if given is None:
+            return
+        listed = isinstance(given, Mapping | Sequence) and not isinstance(given, str)
+        do = "give one whole number for each layer, or a dict from module paths to them"
+        demand(self, "budgets", listed, do)
+        numbers = list(given.values() if isinstance(given, Mapping) else given)
+        good = bool(numbers) and all(is_size(number, 2) for number in numbers)
+        why = "the first token and the newest are never dropped"
+        demand(self, "budgets", good, do + ", each at least 2", why)
+        frozen = ByPath(given) if isinstance(given, Mapping) else tuple(numbers)
+        object.__setattr__(self, "budgets", frozen)
+
+
+def cost(spec: Selective, work: Work, *, group: int = 1, materialise: bool = False) -> Cost:
+    """What the core of one layer costs, causal, in the letters of `cost.letters`; in decoding S
+    is the number of tokens that are kept.
+
+    Args:
+        spec: the spec; a dedicated head is one more head, and one more kv head.
+        work: see `Work`.
+        group: heads that one program computes together.
+        materialise: F is written as a tensor.
+    """
+    from attn_compiler.variants.costs import selective
+
+    found = selective.core(work, group=group, materialise=materialise)
+    return selective.dedicated(found) if spec.start == "dedicated_head" else found
+
+
+def mean_budget(length: int, ratio: float) -> float:
+    """Tokens a layer keeps on average, where caches are `ratio` times smaller."""
+    return length / ratio
+
+
+def memory_ratio(length: int, budgets: Sequence[int]) -> float:
+    """Tokens of ordinary caches over those of budgets: n L / sum of budgets (the state of a kept
+    token left out, see `state_share`).
+    """
+    return length * len(budgets) / sum(budgets)
+
+
+def state_share(kv_inner: int, element_bytes: int = 2) -> float:
+    """Bytes of a kept token's state over those of its key and value.
+
+    Args:
+        kv_inner: kv heads times head dim.
+        element_bytes: of the cache.
+    """
+    return _STATE / (2 * kv_inner * element_bytes)
+
+
+def break_even_length(budget: int, kv_inner: int, element_bytes: int = 2) -> float:
+    """Length from which a step that keeps `budget` tokens reads less than the ordinary one."""
+    return budget * (1 + state_share(kv_inner, element_bytes))
+
+
+def extra_operations(heads: int, group: int = 1, materialise: bool = False) -> float:
+    """Operations of a whole sequence beyond the ordinary ones, as a share of them: the scores of
+    the selecting head in a pass of its own, and again in each group unless F is a tensor. Reading
+    a sequence never becomes cheaper: what pays is generation.
+    """
+    return 1 / (2 * heads) + (0 if materialise else 1 / (2 * group))
+
+
+def materialises(length: int) -> bool:
+    """Is F better written once than computed again by every group of heads?"""
+    return length <= _LONGEST_TENSOR
