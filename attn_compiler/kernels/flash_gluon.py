@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from attn_compiler.ir.expr import DOT, TRUE, Expr
+from attn_compiler.ir.mask import Mask
+from attn_compiler.ir.mask import Tile as Tiling
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
+from attn_compiler.kernels.grid import Grid
 from attn_compiler.kernels.launch import Launch, Tile, power, structure_of, table_on
 from attn_compiler.kernels.plan import plan
 from attn_compiler.kernels.schedule import by_rows
@@ -34,6 +37,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _NARROWEST = 64
 # what a copy engine wants of an address and of a stride
 _ALIGNMENT = 16
+# where so few rows share no key that is looked at, some row is taken to have none
+_FEW_ROWS = 16
 
 
 def refusal(given: Inputs) -> str:
@@ -50,6 +55,8 @@ def refusal(given: Inputs) -> str:
     program = Program.parse(given.program)
     if program.sink is not None:
         return "a sink"
+    if program.empty in ("uniform", "absorbed") and not _rows_see_keys(Frame(given).grid):
+        return "a row without keys takes the mean of all values"
     if program.score == DOT and not given.scale > 0:
         return f"the scale {given.scale} is not positive"
     width, value_width = _width(given.q), _width(given.v)
@@ -57,6 +64,32 @@ def refusal(given: Inputs) -> str:
         return f"head dims {given.q.shape[3]} and {given.v.shape[3]} need tiles of different width"
     names = zip("qkv", given.qkv, strict=True)
     return next((f"{name}: {why}" for name, x in names if (why := _uncopyable(x))), "")
+
+
+@lru_cache(maxsize=256)
+def _rows_see_keys(grid: Grid) -> bool:
+    """Is it certain that every row may see some key? A key is sought that many rows see at once."""
+    known = plan(grid.program)
+    if known.loose != TRUE:
+        return False
+    stack = [(0, grid.T)]
+    while stack:
+        first, last = stack.pop()
+        if _share_a_key(known.structural, grid, (first, last)):
+            continue
+        if last - first <= _FEW_ROWS:
+            return False
+        middle = (first + last) // 2
+        stack += [(middle, last), (first, middle)]
+    return True
+
+
+def _share_a_key(mask: Mask, grid: Grid, rows: tuple[int, int]) -> bool:
+    lo, hi = mask.key_range(rows, grid.sizes, grid.ints)
+    return any(
+        mask.tile(rows, (k, k + 1), grid.sizes, grid.ints) is Tiling.FULL
+        for k in sorted({lo, (lo + hi) // 2, hi - 1})
+    )
 
 
 def _uncopyable(x: Tensor) -> str:
@@ -89,7 +122,6 @@ def source(structure: Structure) -> str:
     full, cut = lines.fork(), lines.fork()
     full_keep = _keep(full, program.score, known.loose)
     cut_keep = _keep(cut, program.score, program.mask)
-    names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
     return render(
         "forward_hopper",
         row_lines=lines.outer,
@@ -98,7 +130,7 @@ def source(structure: Structure) -> str:
         full_keep=full_keep,
         cut_lines=cut.body,
         cut_keep=cut_keep,
-        empty=names.get(program.empty, "zero"),
+        empty="nan" if program.empty in ("nan", "nan_added") else "zero",
         **structure.common(),
     )
 
@@ -139,11 +171,9 @@ def prepare(frame: Frame, tile: Tile, out: Tensor, lse: Tensor) -> Launch:
         _copies(x, rows)
         for x, rows in ((given.q, half), (given.k, tile.keys), (given.v, tile.keys), (out, half))
     ]
-    strides = (*lse.stride(), *given.v.stride()[:3])
     sizes = (grid.B, grid.H, grid.T, grid.S)
     constants = {
         "SHARE": grid.H // given.k.shape[1],
-        "DV": given.v.shape[3],
         "BLOCK_D": _width(given.q),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
@@ -154,7 +184,7 @@ def prepare(frame: Frame, tile: Tile, out: Tensor, lse: Tensor) -> Launch:
     return Launch(
         load("forward_hopper", source(structure)).forward,
         (-(-grid.T // tile.rows), grid.B * grid.H, 1),
-        (lse, given.v, table, *copies, *given.ints, *strides, *sizes, given.scale),
+        (lse, table, *copies, *given.ints, *lse.stride(), *sizes, given.scale),
         constants,
     )
 
