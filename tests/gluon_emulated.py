@@ -233,6 +233,7 @@ class _Language:
             warp_specialize=self.world.specialise,
             allocate_shared_memory=self._allocate,
             static_range=range,
+            barrier=lambda: None,
             **_ARITHMETIC,
         )
         return {
@@ -349,13 +350,12 @@ _ARITHMETIC: dict[str, Any] = {
     "sum": lambda x, axis: x.sum(axis),
     "maximum": _largest,
     "minimum": _smallest,
-    "cdiv": lambda a, b: -(-a // b),
     "load": _load_number,
     "store": _store_rows,
     "convert_layout": lambda x, layout: x,
     "PropagateNan": SimpleNamespace(ALL=None),
     **dict.fromkeys(
-        ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *given: None
+        ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout"), lambda *args, **named: None
     ),
 }
 

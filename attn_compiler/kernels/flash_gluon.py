@@ -55,7 +55,7 @@ def refusal(given: Inputs) -> str:
     program = Program.parse(given.program)
     if program.sink is not None:
         return "a sink"
-    if program.empty in ("uniform", "absorbed") and not _rows_see_keys(Frame(given).grid):
+    if program.empty in ("uniform", "absorbed") and not _rows_see_keys(_grid(given)):
         return "a row without keys takes the mean of all values"
     if program.score == DOT and not given.scale > 0:
         return f"the scale {given.scale} is not positive"
@@ -64,6 +64,11 @@ def refusal(given: Inputs) -> str:
         return f"head dims {given.q.shape[3]} and {given.v.shape[3]} need tiles of different width"
     names = zip("qkv", given.qkv, strict=True)
     return next((f"{name}: {why}" for name, x in names if (why := _uncopyable(x))), "")
+
+
+def _grid(given: Inputs) -> Grid:
+    batch, heads, rows, _ = given.q.shape
+    return Grid(given.program, batch, heads, rows, given.k.shape[2], tuple(given.ints))
 
 
 @lru_cache(maxsize=256)

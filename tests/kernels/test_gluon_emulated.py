@@ -5,6 +5,9 @@ The order in which its warps run and its copies arrive is drawn anew for every s
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 pytest.importorskip("triton")
@@ -26,9 +29,11 @@ from attention_cases import (
 from gluon_emulated import Deadlock, run
 from torch import Tensor
 
+from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_gluon
 from attn_compiler.kernels.attention import reference
+from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
 from attn_compiler.kernels.launch import Tile, structure_of
 from attn_compiler.kernels.schedule import by_rows
@@ -47,6 +52,12 @@ PROGRAMS = {
     "one head": Case(text(mask="(k <= q) | (h == 1)")),
 }
 SHAPES = (Shape(H=4, G=2, T=13, S=23), Shape(H=2, G=1, T=23, S=17, d=40, dv=24))
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "ATTN_COMPILER_CACHE"
+    monkeypatch.setenv("ATTN_COMPILER_CACHE", str(folder))
 
 
 def emulate(
@@ -100,6 +111,50 @@ def test_numbers(name: str) -> None:
         assert not flash_gluon.refusal(given)
         tile = Tile((8, 16)[seed % 2], (8, 4)[turn % 2], 4, 1 + (turn + seed) % 3)
         judged(case, given, emulate(given, tile, seed))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"reads": [torch.ones(2, 3)]}, "reads a tensor"),
+        ({"program": text(sink="1.0")}, "sink"),
+        ({"drop": Drop(None, 0.1)}, "dropout"),
+        ({"scale": -1.0}, "scale"),
+        ({"program": text(mask=OFFSET, empty="uniform")}, "mean"),
+        ({"q": torch.empty(2, 4, 29, 64)}, "q, k and v are"),
+        ({"v": torch.empty(2, 2, 17, 96, dtype=torch.half)}, "head dims"),
+        ({"k": torch.empty(2, 2, 17, 65, dtype=torch.half)[..., 1:]}, "k: its address"),
+        ({"k": torch.empty(2, 2, 17, 68, dtype=torch.half)[..., :64]}, "k: a stride of 1156"),
+        (
+            {"k": torch.empty(2, 1, 17, 64, dtype=torch.half).expand(2, 2, 17, 64)},
+            "k: a stride of 0",
+        ),
+        ({"v": torch.empty(2, 2, 64, 17, dtype=torch.half).mT}, "v: "),
+        ({"v": torch.empty(2, 2, 17, 60, dtype=torch.half)}, "v: a head dim of 60"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_it_refuses(change: dict[str, Any], why: str) -> None:
+    given = inputs(PROGRAMS["offset"], Shape(H=4, G=2, T=29, S=17, d=64, dv=64))
+    assert not flash_gluon.refusal(given)
+    assert why in flash_gluon.refusal(replace(given, **change))
+
+
+@pytest.mark.parametrize(
+    ("mask", "ints", "sees"),
+    [(CAUSAL, (), True), (OFFSET, (), False), (WINDOW, (130,), True), (WINDOW, (0,), False)],
+)
+def test_the_mean_of_all_values_where_no_row_needs_it(
+    mask: str, ints: tuple[int, ...], sees: bool
+) -> None:
+    case = Case(text(mask=mask, empty="uniform"), ints=ints)
+    given = inputs(case, Shape(H=1, G=1, T=521, S=509))
+    assert (flash_gluon.refusal(given) == "") is sees
+    rows, keys = torch.arange(521)[:, None], torch.arange(509)
+    seen = evaluate(
+        Program.parse(case.program).mask, {"q": rows, "k": keys, "T": 521, "S": 509}, ints=ints
+    )
+    assert bool(seen.any(1).all()) is sees
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
