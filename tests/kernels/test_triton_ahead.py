@@ -18,7 +18,7 @@ from ahead import SHARED, Compiled, compile_for
 from attention_cases import CASES, CAUSAL, SOFTCAP, Shape, text
 from torch import Tensor
 
-from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu
+from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu_tiles
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.launch import Launch, Tile
 
@@ -66,7 +66,7 @@ def forward(given: Inputs, tile: Tile) -> Launch:
 def backward(target: str, given: Inputs, into: Mapping[int, Tensor] | None = None) -> list[Launch]:
     out, results = torch.empty_like(given.q), tuple(torch.empty_like(x) for x in given.qkv)
     saved = out, torch.empty(given.q.shape[:3])
-    tiles = gpu.backward_tiles(given, FAMILY[target])
+    tiles = gpu_tiles.backward_tiles(given, FAMILY[target])
     return flash_triton_backward.prepare_backward(
         Frame(given), out, saved, into or {}, tiles, (results[0], results[1], results[2])
     )
@@ -98,7 +98,7 @@ def predicted(target: str, tile: Tile, width: int) -> int:
 @pytest.mark.parametrize("target", SHARED)
 def test_forward(target: str, width: int) -> None:
     given = inputs(text(mask=CAUSAL), width)
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = gpu_tiles.forward_tile(given, FAMILY[target], 132)
     compiled = check(target, forward(given, tile))
     if target in ("sm_80", "sm_89", "sm_90") and tile.rows == 128:
         # a descriptor's tiles are aligned, and have barriers
@@ -117,9 +117,9 @@ def test_backward(target: str, width: int) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_score_program_and_single_precision(target: str) -> None:
     given = inputs(text(SOFTCAP, CAUSAL), 128)
-    check(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132)))
+    check(target, forward(given, gpu_tiles.forward_tile(given, FAMILY[target], 132)))
     given = inputs(text(mask=CAUSAL), 64, torch.float32)
-    check(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132)), False)
+    check(target, forward(given, gpu_tiles.forward_tile(given, FAMILY[target], 132)), False)
 
 
 @pytest.mark.parametrize("name", ["keys absorbed", "softcap and sink", "learned bias", "alibi"])
@@ -130,7 +130,7 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
     given = replace(given, reads=case.reads(shape), ints=case.ints)
     into = {i: torch.empty_like(given.reads[i]) for i in case.grads}
     launches = [
-        forward(given, gpu.forward_tile(given, "hopper", 132)),
+        forward(given, gpu_tiles.forward_tile(given, "hopper", 132)),
         *backward("sm_90", given, into),
     ]
     for launch in launches:
@@ -140,7 +140,7 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_short_query(target: str) -> None:
     given = inputs(text(mask="k <= q + (S - T)"), 128, rows=1, group=4)
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = gpu_tiles.forward_tile(given, FAMILY[target], 132)
     assert tile.heads == 4 and tile.splits > 1
     check(target, forward(given, tile))
 
@@ -149,7 +149,7 @@ def test_a_short_query(target: str) -> None:
 def test_tiles_from_lists(target: str) -> None:
     given = inputs(text(mask="t0[q // 128, k // 128]", empty="zero"), 128, rows=2048, keys=2048)
     given = replace(given, reads=[torch.ones(16, 16, dtype=torch.bool)])
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = gpu_tiles.forward_tile(given, FAMILY[target], 132)
     for launch in (forward(given, tile), *backward(target, given)):
         if "PRECISION" in launch.constants:
             assert "full_index_ptr" in launch.kernel.arg_names
