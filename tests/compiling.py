@@ -34,7 +34,9 @@ from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.launch import Launch, Tile
 
 TABLE = Path(attn_compiler.cost.__file__).parent / "compiled.json"
-TARGETS.setdefault("sm_120", GPUTarget("cuda", 120, 32))
+TARGETS |= {"sm_120": GPUTarget("cuda", 120, 32)} | {
+    arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx950")
+}
 LENGTH = 1024
 Row = list[int]
 
@@ -70,7 +72,7 @@ def launch(
     return launches[{"queries": 1, "keys_and_values": 2}[template]]
 
 
-def facts(target: str, found: Launch) -> tuple[int, int, int]:
+def facts_of(target: str, found: Launch) -> tuple[int, int, int]:
     """Bytes of shared memory, registers of a thread, and what did not fit into them."""
     triton.runtime.driver.set_active(_Driver(TARGETS[target]))
     kernel = found.kernel.warmup(*found.args, grid=found.grid, **found.constants)
@@ -140,7 +142,7 @@ def main(seconds: float, targets: list[str]) -> None:
             continue
         if time.monotonic() > until:
             break
-        found = facts(target, launch(template, width, itemsize, Tile(*tile)))
+        found = facts_of(target, launch(template, width, itemsize, Tile(*tile)))
         rows.append([*tile, *found])
         rows.sort()
         TABLE.write_text(as_text(table))

@@ -4,7 +4,7 @@
     sdpa      PyTorch's fused kernel in one call: scores stay in cache, a causal half is skipped
     blocked   the same kernel by blocks of rows, each with the keys its band reaches
 
-Good enough to rank these. The seconds themselves are rough: a busy machine needs several times more.
+Good enough to rank these; a busy machine needs several times the seconds.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Problem:
         tf32: products of 32-bit numbers may be rounded to tf32.
         left, right, shift: the band of visible keys (above).
         score_bytes: bytes read per score, as for a bias or a mask of T x S.
-        reads: the score reads tensors, be they small.
+        extra: the score does more than a mask by position: it reads, caps or drops.
         whole: the keys of a row must be seen by one program: no split.
     """
 
@@ -66,7 +66,7 @@ class Problem:
     right: int | None = None
     shift: int = 0
     score_bytes: float = 0.0
-    reads: bool = False
+    extra: bool = False
     whole: bool = False
 
     @property

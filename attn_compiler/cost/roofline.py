@@ -1,12 +1,13 @@
 """How long it takes: what every unit needs for itself, how far they overlap, how evenly they share.
 
     tile = max(tensor, special) + (1 - hidden) min(tensor, special)
-    time = launches + max(processors, last cache, memory)
+    time = launches + norm(processors, last cache, memory)
 
 Processors: with m of them, programs of v_1 >= v_2 >= ... tiles take at least
 max(sum(v) / m, ceil(i / m) v_i for every i): the longest-first makespan for unequal programs and
 the ceiling of whole waves for equal ones. Splitting the keys among programs is in the same formula,
-ceil(waves) (tiles / split + prologue) + merge split.
+ceil(waves) (tiles / split + prologue) + merge split. The norm is nearly a maximum: units that take
+equally long get in each other's way.
 
 Source: Williams et al., Roofline (CACM 2009); two units instead of one, FlashAttention-3 (2024);
 longest processing time first, Graham (1969).
@@ -112,7 +113,17 @@ def time_of_work(
         ("dram", dram),
         ("launch", launch),
     )
-    return Time(launch + max(processors, l2, dram), _limit(parts, even, uneven, machine), parts)
+    return Time(
+        launch + _together(processors, l2, dram), _limit(parts, even, uneven, machine), parts
+    )
+
+
+def _together(*seconds: float) -> float:
+    """Of units that work at the same time: the 8-norm, 9 percent above two equal ones (assumed)."""
+    longest = max(seconds)
+    if longest == 0.0:
+        return 0.0
+    return longest * math.pow(sum((s / longest) ** 8 for s in seconds), 1 / 8)
 
 
 def _limit(
@@ -208,7 +219,7 @@ def time_of(
     )  # fmt: skip
     busy = max(tensor, special) + (1.0 - fit.hidden) * min(tensor, special)
     limit = max(parts, key=lambda part: part[1])[0]
-    return Time(launch + max(busy, moved / rate), limit, parts)
+    return Time(launch + _together(busy, moved / rate), limit, parts)
 
 
 # seconds of an operator's way through PyTorch

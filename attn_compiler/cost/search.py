@@ -26,8 +26,8 @@ def choose(
 ) -> tuple[Choice, ...]:
     """All tiles that fit, the fastest first; empty where no generated kernel runs.
 
-    The times are those of the class of shapes, not of the single length. Of equal times the smaller
-    tile comes first: it leaves more room for what the model does not see.
+    The times are those of the class of shapes, not of the single length. Of equal times the deeper
+    pipeline comes first: it waits less for loads that are later than the model thinks.
     """
     return _choose(hardware, problem.bucketed(), template, calibration)
 
@@ -40,8 +40,8 @@ def _choose(
         (tile, predict(hardware, problem, template, tile, resident, calibration))
         for tile, resident in legal(hardware, problem, template)
     ]
-    return tuple(sorted(found, key=lambda choice: (choice[1].seconds, _size(choice[0]))))
+    return tuple(sorted(found, key=lambda choice: (choice[1].seconds, _rank(choice[0]))))
 
 
-def _size(tile: TileConfig) -> tuple[int, ...]:
-    return tile.splits, tile.block_m * tile.block_n, tile.stages, tile.warps, tile.block_m
+def _rank(tile: TileConfig) -> tuple[int, ...]:
+    return tile.splits, -tile.stages, tile.block_m * tile.block_n, tile.warps, tile.block_m

@@ -26,9 +26,9 @@ _SHORT, _PACKED = 16, 64
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 # no split where programs fill so much of the processors
 _BUSY = 0.8
-# what places of reads may take beside the plain kernel: registers, bytes per score and buffer
-_REGISTERS_OF_READS = 48
-_BYTES_OF_READS = 4
+# what a score program may take beside the plain kernel: registers, bytes per score and buffer
+_EXTRA_REGISTERS = 48
+_EXTRA_BYTES = 4
 
 
 def legal(hardware: Hardware, problem: Problem, template: Template) -> list[tuple[TileConfig, int]]:
@@ -44,8 +44,8 @@ def legal(hardware: Hardware, problem: Problem, template: Template) -> list[tupl
         least = min((tile.block_m for tile, _ in fitting), default=0)
         fitting = tuple(f for f in fitting if f[0].block_m <= max(enough, least))
     for tile, takes in fitting:
-        if problem.reads or problem.score_bytes:
-            takes = _with_reads(takes, tile)
+        if problem.extra or problem.score_bytes:
+            takes = _with_extra(takes, tile)
         count = resident(hardware, tile.warps, takes.registers, takes.shared)
         if count:
             found += [(t, count) for t in _launched(hardware, problem, template, tile)]
@@ -69,12 +69,10 @@ def _fitting(
     return tuple(found)
 
 
-def _with_reads(takes: Facts, tile: TileConfig) -> Facts:
-    """The most that a kernel takes whose score reads tensors."""
-    more = tile.block_m * tile.block_n * _BYTES_OF_READS * tile.stages
-    return replace(
-        takes, shared=takes.shared + more, registers=takes.registers + _REGISTERS_OF_READS
-    )
+def _with_extra(takes: Facts, tile: TileConfig) -> Facts:
+    """The most that a kernel takes whose score is a program."""
+    more = tile.block_m * tile.block_n * _EXTRA_BYTES * tile.stages
+    return replace(takes, shared=takes.shared + more, registers=takes.registers + _EXTRA_REGISTERS)
 
 
 def _heads(problem: Problem) -> int:

@@ -59,7 +59,7 @@ def tiles(*templates: str) -> list[tuple[str, str, int, TileConfig]]:
     """Everything with 16-bit numbers that the compiler was asked about."""
     return [
         (arch, template, width, tile)
-        for arch in ("sm_80", "sm_90", "gfx942")
+        for arch in ("sm_80", "sm_90")
         for template in TEMPLATES
         if template in templates
         for width in WIDTHS

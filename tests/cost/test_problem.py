@@ -46,20 +46,27 @@ def counted(problem: Problem, template: Template, tile: TileConfig) -> list[int]
     return sorted(found * pairs, reverse=True)
 
 
+sides = st.sampled_from([16, 32])
+
+
 @given(
-    st.sampled_from(TEMPLATES), st.integers(1, 70), st.integers(1, 70), bands, bands,
-    st.integers(-20, 20), st.sampled_from([16, 32]), st.sampled_from([16, 32]),
-    st.sampled_from([1, 2]),
-)  # fmt: skip
+    st.sampled_from(TEMPLATES),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    st.tuples(bands, bands, st.integers(-20, 20)),
+    st.builds(TileConfig, sides, sides, st.just(4), st.just(2), st.sampled_from([1, 2])),
+)
 def test_blocks_are_those_of_the_band(
-    template: Template, rows: int, keys: int, left: int | None, right: int | None,
-    shift: int, m: int, n: int, heads: int,
-) -> None:  # fmt: skip
-    problem = replace(SMALL, rows=rows, keys=keys, left=left, right=right, shift=shift)
-    tile = TileConfig(m, n, 4, 2, heads=1 if template == "keys_and_values" else heads)
-    found = blocks(problem, template, tile)
+    template: Template,
+    lengths: tuple[int, int],
+    band: tuple[int | None, int | None, int],
+    tile: TileConfig,
+) -> None:
+    left, right, shift = band
+    problem = replace(SMALL, rows=lengths[0], keys=lengths[1], left=left, right=right, shift=shift)
     each = problem.group if template == "keys_and_values" else 1
-    expanded = [t for count, t in found for _ in range(round(count))]
+    if template == "keys_and_values":
+        tile = replace(tile, heads=1)
+    expanded = [t for count, t in blocks(problem, template, tile) for _ in range(round(count))]
     assert expanded == [each * t for t in counted(problem, template, tile)]
 
 
