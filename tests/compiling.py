@@ -73,7 +73,10 @@ def launch(
 
 
 def facts_of(target: str, found: Launch) -> tuple[int, int, int]:
-    """Bytes of shared memory, registers of a thread, and what did not fit into them."""
+    """Bytes of shared memory, registers of a thread, and what did not fit into them.
+
+    A tile that asks for more than the 512 columns of Blackwell's tensor memory does not fit either.
+    """
     triton.runtime.driver.set_active(_Driver(TARGETS[target]))
     kernel = found.kernel.warmup(*found.args, grid=found.grid, **found.constants)
     if target.startswith("gfx"):
@@ -90,22 +93,29 @@ def facts_of(target: str, found: Launch) -> tuple[int, int, int]:
         command = [str(tool), "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used, spilled = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return kernel.metadata.shared, used, spilled
+    too_much = max(0, (kernel.metadata.tmem_size or 0) - 512)
+    return kernel.metadata.shared, used, spilled + too_much
 
 
 def lattice(template: str, width: int, itemsize: int) -> Iterator[tuple[int, int, int, int]]:
     """Tiles that are worth a compilation: fewer than some 200 registers for what is added up."""
-    sides, depths = ((16, 32, 64, 128), (2, 3, 4)) if itemsize == 2 else ((16, 32), (1, 2))
-    for m, n, warps, stages in itertools.product(sides, sides, (4, 8), depths):
+    if itemsize == 4:
+        # without matrix units a product takes a register for every number it multiplies
+        deep = 1 if width == 256 and template != "forward" else 2
+        yield from ((m, n, 4 if width == 64 else 8, deep) for m in (16, 32) for n in (16, 32))
+        return
+    for m, n, warps, stages in itertools.product(_SIDES, _SIDES, (4, 8), (2, 3, 4)):
         if template == "forward":
             values = m * width + 1.5 * m * n
-            odd = itemsize == 2 and _odd_forward(m, n, warps, stages, width)
+            odd = _odd_forward(m, n, warps, stages, width)
         else:
             values = (m if template == "queries" else 2 * n) * width + 3 * m * n
-            odd = stages == 4 or (itemsize == 2 and _odd_backward(m, n, stages, width))
-        odd |= m * n < 512 and warps == 8
-        if not odd and values / (32 * warps) <= (190 if itemsize == 2 else 100):
+            odd = stages == 4 or _odd_backward(m, n, stages, width)
+        if not (odd or (m * n < 512 and warps == 8)) and values / (32 * warps) <= 190:
             yield m, n, warps, stages
+
+
+_SIDES = (16, 32, 64, 128)
 
 
 def _odd_forward(m: int, n: int, warps: int, stages: int, width: int) -> bool:
@@ -124,7 +134,7 @@ def _odd_backward(m: int, n: int, stages: int, width: int) -> bool:
 def main(seconds: float, targets: list[str]) -> None:
     until = time.monotonic() + seconds
     table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    here = table.setdefault(triton.__version__, {"estimates": {}}).setdefault("tiles", {})
+    here = table.setdefault(triton.__version__, {})
     jobs = [
         (target.partition(":")[0], template, width, itemsize, tile)
         for target in targets

@@ -3,8 +3,9 @@
     128 x 64 tile, head dim 128, 8 warps, 3 stages on sm_90:  131072 bytes, 176 registers, 1 program
 
 What the compiler said of a tile is kept in `compiled.json`, by Triton version. For other tiles of
-the forward kernel there are formulas, which give the same numbers where both exist; where neither
-is known the answer is None: ask the compiler.
+the forward kernel there are formulas: of shared memory exact wherever both exist, of registers an
+estimate (constants in `registers.json`). Where neither is known the answer is None: ask the
+compiler.
 
 Source: NVIDIA's cuda_occupancy.h; AMD's instruction set manuals (waves of a SIMD); the buffers that
 Triton's pipeliner allocates.
@@ -149,18 +150,17 @@ _LAYOUTS = {
 def registers_of(arch: str, width: int, itemsize: int, tile: TileConfig) -> tuple[int, bool] | None:
     """Registers of a thread of the forward kernel, and whether they overflow: an estimate.
 
-    base + a acc + b s,   acc = rows x width / threads,   s = rows x keys / threads
+    base + a acc + b s,   acc = rows x width / threads,   s = rows x keys / threads that share them
 
-    Where four warps share one instruction of 64 rows, further warps hold the same s again. Fitted
-    to what the compiler said; off by less than 17 registers on average.
+    A warp multiplies 16 rows or more, so more warps than that hold the same s again. Fitted to what
+    the compiler said; off by less than 17 registers on average. Of fifty tiles it lets one pass
+    that keeps some bytes on the stack: what is chosen was compiled.
     """
-    fits = _table()["estimates"].get(_COMPILED_AS.get(arch, arch))
+    fits = _table("registers.json").get(_COMPILED_AS.get(arch, arch))
     if itemsize != 2 or fits is None:
         return None
     base, by_acc, by_s = fits["long" if tile.block_m >= _ROWS_OF_WGMMA else "short"]
-    sharing = tile.warps
-    if _LAYOUTS[arch] == "wgmma":
-        sharing = min(tile.warps, max(1, tile.block_m // 16))
+    sharing = min(tile.warps, max(1, tile.block_m // 16))
     acc = tile.block_m * width / (32 * tile.warps)
     guess = base + by_acc * acc + by_s * tile.block_m * tile.block_n / (32 * sharing)
     return min(_REGISTERS_OF_A_THREAD["nvidia"], round(guess)), guess > _FULL
@@ -171,10 +171,10 @@ def registers_of(arch: str, width: int, itemsize: int, tile: TileConfig) -> tupl
 _Key = tuple[str, int, int, int, int, int, int]
 
 
-@lru_cache(maxsize=1)
-def _table() -> dict[str, Any]:
+@lru_cache(maxsize=2)
+def _table(name: str) -> dict[str, Any]:
     """Of the Triton that is installed; of the newest known one where that is another or none."""
-    text = (files("attn_compiler.cost") / "compiled.json").read_text(encoding="utf-8")
+    text = (files("attn_compiler.cost") / name).read_text(encoding="utf-8")
     found: dict[str, dict[str, Any]] = json.loads(text)
     try:
         own = version("triton")
@@ -187,7 +187,7 @@ def _table() -> dict[str, Any]:
 @lru_cache(maxsize=16)
 def _compiled(arch: str) -> dict[_Key, tuple[int, int, int]]:
     found = {}
-    for name, rows in _table()["tiles"].get(arch, {}).items():
+    for name, rows in _table("compiled.json").get(arch, {}).items():
         template, width, itemsize = name.split()
         for m, n, warps, stages, *rest in rows:
             found[template, int(width), int(itemsize), m, n, warps, stages] = tuple(rest)

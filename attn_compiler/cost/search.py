@@ -24,7 +24,7 @@ def choose(
     template: Template = "forward",
     calibration: Calibration | None = None,
 ) -> tuple[Choice, ...]:
-    """All tiles that fit, the fastest first; empty where no generated kernel runs.
+    """All tiles that fit, the fastest first; empty where none is known to.
 
     The times are those of the class of shapes, not of the single length. Of equal times the deeper
     pipeline comes first: it waits less for loads that are later than the model thinks.

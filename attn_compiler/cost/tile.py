@@ -3,7 +3,8 @@
     h200, forward, head dim 128   ->   (64, 32, 4, 2) ... (128, 128, 8, 3), each with residents
 
 The lattice is what the compiler was asked about (`limits`) for the architecture, and for those that
-run its code; a target it was never asked about has no tiles.
+run its code; a target it was never asked about has no tiles, nor have those below sm_80, where
+Triton uses no matrix units.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.limits import Facts, compiled_tiles, facts, resident
 from attn_compiler.cost.problem import Problem, Template, TileConfig, padded
 
-# Triton uses no matrix units below
-_OLD = ("sm_70", "sm_75")
 _WIDEST = 256
 # narrower heads take no more than these
 _NARROWEST = 64
@@ -34,7 +33,8 @@ _EXTRA_BYTES = 4
 def legal(hardware: Hardware, problem: Problem, template: Template) -> list[tuple[TileConfig, int]]:
     """Tiles with the number of programs that live on a processor at once."""
     width = max(_NARROWEST, problem.width, problem.value_width)
-    if width > _WIDEST:
+    # the compiler was asked about exact products of 32-bit numbers only
+    if width > _WIDEST or (problem.itemsize == 4 and problem.tf32):
         return []
     found = []
     fitting = _fitting(hardware, template, width, problem.itemsize)
@@ -57,8 +57,6 @@ def _fitting(
     hardware: Hardware, template: Template, width: int, itemsize: int
 ) -> tuple[tuple[TileConfig, Facts], ...]:
     """Every tile of the lattice that runs at all."""
-    if hardware.kind == "cpu" or hardware.arch in _OLD:
-        return ()
     found = []
     for tile in compiled_tiles(hardware.arch, template, width, itemsize):
         takes = facts(hardware, template, width, itemsize, tile)

