@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attn_compiler.cost.hardware import Hardware
+from attn_compiler.errors import BadOption
 from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import flash_triton, flash_triton_backward, sdpa_gpu
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
@@ -34,7 +36,7 @@ def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     if name != "triton":
         return sdpa_gpu.forward(name, given)
     device = given.q.device
-    tile = forward_tile(given, family(device), processors(device))
+    tile = forward_tile(given, family(device), hardware(device))
     return flash_triton.forward(Frame(given), tile)
 
 
@@ -53,7 +55,8 @@ def backward(
     }
     found: Any
     if name == "triton":
-        tiles = backward_tiles(given, family(given.q.device))
+        device = given.q.device
+        tiles = backward_tiles(given, family(device), hardware(device))
         found = flash_triton_backward.backward(Frame(given), grad, saved, into, tiles)
     else:
         found = sdpa_gpu.backward(name, given, grad, saved)
@@ -96,6 +99,9 @@ def family(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=64)
-def processors(device: torch.device) -> int:
-    """How many programs run at once, at least."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def hardware(device: torch.device) -> Hardware | None:
+    """The numbers of the device, None where they are not known."""
+    try:
+        return Hardware.from_device(device)
+    except BadOption:
+        return None
