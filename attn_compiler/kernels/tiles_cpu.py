@@ -30,11 +30,11 @@ from attn_compiler.kernels.grid import Grid
 from attn_compiler.kernels.plan import plan
 
 # below so many elements of the grid the lists cost more than they save
-_LEAST = 2**18
+_LEAST = 2**16
 # rows and keys of a tile: smaller ones make slow matrix products
 _LEAST_SIDE = 16
 # share of kept elements above which gathering costs more than it saves
-_MOST_DENSITY = 0.5
+_MOST_DENSITY = 0.4
 # elements of a mask that are looked at in one go
 _ELEMENTS = 2**21
 
