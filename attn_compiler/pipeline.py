@@ -208,7 +208,7 @@ def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Cor
             fidelity=variant.fidelity.value,
         )
         if variant.lower is not None and not reasons:
-            lowering = variant.lower(site, spec, site.length or 0)
+            lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
             decision = _may_install(decision, lowering, work.config)
     if decision.accepted and work.change:
         try:

@@ -12,7 +12,7 @@ from the rule that makes the pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.expr import TRUE, call, parse
+from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.variants.base import (
     ByPath,
+    Fidelity,
+    Lowering,
+    NewTensor,
+    Scope,
+    Variant,
     VariantSpec,
     Work,
     demand,
@@ -176,6 +183,64 @@ class SPION(VariantSpec):
         return self.pattern  # type: ignore[no-any-return]
 
 
+# ---------------------------------------------------------------- replacing a site
+
+
+# names of what a module gets; the number of the site in it follows
+BLOCKS, REST = "attn_blocks", "attn_rest"
+
+
+def legality(site: AttentionSite, spec: SPION) -> Iterator[Reason]:
+    if site.length is None or site.length < 2:
+        text = "a pattern belongs to a sequence that attends to itself, all rows at once"
+        yield Reason("spion.not_square", text, site.location)
+        return
+    try:
+        made = filled(spec, site.length, path=site.path)
+    except BadOption as error:
+        yield Reason("spion.pattern", "; ".join((error.what, *error.why)), site.location)
+        return
+    assert isinstance(made.block, int)
+    if site.length <= made.block:
+        yield Reason("spion.one_block", f"{site.length} tokens are one block", site.location)
+    if spec.softmax == "zero_logit" and site.program.sink is not None:
+        text = "a sink and zero logits would both be in the denominator"
+        yield Reason("spion.sink", text, site.location)
+    if spec.per_head and site.query_heads is None:
+        yield Reason("spion.heads", "the number of heads is not known", site.location)
+
+
+def lower(site: AttentionSite, spec: SPION, length: int, slots: int) -> Lowering:
+    """A map of blocks joins the mask; until it is written to, it keeps them all.
+
+    What zero logits add to the denominator is the exponential of a sink, log(L - kept).
+    """
+    block = filled(spec, length, path=site.path).block
+    assert isinstance(block, int)
+    side = -(-length // block)
+    heads = (site.query_heads or 1,) if spec.per_head else ()
+    prefix = "h, " if spec.per_head else ""
+    place = f"{prefix}q // {block}"
+    program = site.program
+    kept = parse(f"t{slots}[{place}, k // {block}]")
+    mask = kept if program.mask == TRUE else call("and", program.mask, kept)
+    reads = [NewTensor(BLOCKS, (*heads, side, side), torch.bool, True)]
+    sink = program.sink
+    if spec.softmax == "zero_logit":
+        sink = parse(f"t{slots + 1}[{place}]")
+        reads.append(NewTensor(REST, (*heads, side), torch.float32, -math.inf))
+    # the blocks of a padded row may hold padding alone: it gets 0, and no NaN for others to read
+    made = replace(program, mask=mask, sink=sink, empty="zero")
+    return Lowering(made, tuple(reads), length=length)
+
+
+def left_out(kept: Tensor, length: int, block: int) -> Tensor:
+    """log(L - c) for each row of blocks, c the keys that it keeps: what REST holds."""
+    widths = torch.full((kept.shape[-1],), float(block), device=kept.device)
+    widths[-1] = length - block * (kept.shape[-1] - 1)
+    return (length - (kept * widths).sum(-1)).log()
+
+
 def _is_share(value: object) -> bool:
     return value == "auto" or (isinstance(value, float) and 0 < value < 1)
 
@@ -277,3 +342,13 @@ def most_density(*, causal: bool = False, efficiency: float = 1.0, imbalance: fl
         imbalance: the longest wave of programs over the mean; 1 if rows are equally long.
     """
     return (0.5 if causal else 1.0) * efficiency / imbalance
+
+
+SPION_ = Variant(
+    name="spion",
+    spec=SPION,
+    scope=Scope.CORE,
+    fidelity=Fidelity.CALIBRATED,
+    legality=legality,
+    lower=lower,
+)
