@@ -44,7 +44,7 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     given = Inputs.of(*args, **kwargs)
     check(given.q, given.k, given.v, given.drop)
     with full_precision(given.q.device.type):
-        return _kernels(given).forward(given)
+        return kernels_for(given).forward(given)
 
 
 def backward(
@@ -55,7 +55,7 @@ def backward(
     given = Inputs.of(*forward_args, **kwargs)
     needs = needs[: len(given.reads)]  # the seed has no gradient
     with full_precision(given.q.device.type):
-        return _kernels(given).backward(given, grad_out, (out, lse), needs)
+        return kernels_for(given).backward(given, grad_out, (out, lse), needs)
 
 
 def _kernels(given: Inputs) -> Implementation:
