@@ -58,7 +58,8 @@ def backward(
         return kernels_for(given).backward(given, grad_out, (out, lse), needs)
 
 
-def _kernels(given: Inputs) -> Implementation:
+def kernels_for(given: Inputs) -> Implementation:
+    """Those of the device that the tensors are on."""
     return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
 
 

@@ -96,25 +96,15 @@ class _Subtracted(Frame):
         """Are all reads slices? Otherwise F would be gathered from."""
         return any(piece.slot == self._slot for piece in self.plan.slices)
 
-    def tensors(self, span: Span) -> list[Tensor]:
-        views = [
-            self._amount(span)
-            if piece.slot == self._slot
-            else super(_Subtracted, self).view(piece, self.reads[piece.slot], span)
-            for piece in self.plan.slices
-        ]
-        return self.reads[: self.plan.base] + views
-
     def view(self, piece: Slice, tensor: Tensor, span: Span) -> Tensor:
-        """Asked for where a gradient is added up; F's is that of one block."""
         if piece.slot != self._slot:
             return super().view(piece, tensor, span)
+        if tensor is self.reads[self._slot]:
+            return self._selection.weighed(self._masking.block(span).amount).unsqueeze(1)
+        # where a gradient is added up: that of one block
         shape = (span.b1 - span.b0, 1, span.r1 - span.r0, span.hi - span.lo)
         self.gradient = torch.zeros(shape, dtype=self.dtype, device=self.device)
         return self.gradient
-
-    def _amount(self, span: Span) -> Tensor:
-        return self._selection.weighed(self._masking.block(span).amount).unsqueeze(1)
 
 
 def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +168,7 @@ def _blocked_steps(
         masking.block(span)
     dq, dk, dv = (empty_heads(x, x.shape, given.dtype).zero_() for x in given.qkv)
     unmasking, selector = _unmasking(selection, masking, into, (dq, dk))
-    slots = into | {len(given.reads): frame.gradient}
+    slots = into | {len(given.reads): torch.empty(0)}  # see `_Subtracted.view`
     steps = rows.backward_steps(frame, grad, saved[0], slots, (dq, dk, dv), reversed(order))
     for span in steps:
         unmasking.block(span, frame.gradient.squeeze(1))
