@@ -1,6 +1,6 @@
 """What Selective attention subtracts, by blocks of rows: a scan downwards, and its reverse.
 
-    S[r,j] = relu(z*[r,j])  where row r sees key j, j < r, and j is protected by nobody;  0 elsewhere
+    S[r,j] = relu(z*[r,j])  where row r sees key j, j < r, and j is not protected;  0 elsewhere
     F[i,j] = sum over r < i of S[r,j]
     dS[r,j] = sum over i > r of dF[i,j];     dz*[r,j] = dS[r,j] where S[r,j] > 0
 

@@ -1,7 +1,7 @@
 """The programs of Selective attention, made from the program of the attention it replaces.
 
-    dot - t0[h] * float(q - k), k <= q   ->   dot, k <= q                         what head 1 selects by
-                                         ->   dot - t0[h] * float(q - k) - t1[b, q, k]   with F as t1
+    dot - t0[h] * float(q - k)   ->   dot                                         what selects
+                                 ->   dot - t0[h] * float(q - k) - t1[b, q, k]    with F as t1
 
 The selecting logits of a score with a soft-cap are capped; an additive bias is left out of them
 unless it is asked for. F is subtracted after everything else.
@@ -52,21 +52,30 @@ def pruned(program: str, slot: int) -> str:
 
 
 @lru_cache(maxsize=512)
-def in_slots(program: str, slot: int, total: int) -> str:
-    """The program over the slots of a cache instead of over positions.
+def in_slots(program: str, slot: int, number: int, subtract: bool) -> str:
+    """The program of one row over the slots of a cache instead of over positions.
 
     Args:
         program: over positions.
         slot: of an integer tensor [B, slots], the position that each slot holds, -1 for none.
-        total: number of the integer that says how many positions there are by now.
+        number: of the first of three integers: which row this is, how many rows and how many
+            positions the program speaks of.
+        subtract: F, a tensor [B, slots] in the slot after it, is subtracted.
     """
-    own = Program.parse(program)
-    position = Read(slot, (Var("b"), Var("k")))
-    table: dict[Expr, Expr] = {Var("k"): position, Var("S"): Int(total)}
-    held = call("ge", position, 0)
+    own, index = Program.parse(program), (Var("b"), Var("k"))
+    position = Read(slot, index)
+    row, rows, positions = (Int(number + i) for i in range(3))
+    table: dict[Expr, Expr] = {
+        Var("k"): position,
+        Var("q"): call("add", Var("q"), row),
+        Var("T"): rows,
+        Var("S"): positions,
+    }
     score, mask = substitute(own.score, table), substitute(own.mask, table)
+    if subtract:
+        score = call("sub", score, Read(slot + 1, index))
     sink = None if own.sink is None else substitute(own.sink, table)
-    return str(Program(score, call("and", mask, held), sink, own.empty))
+    return str(Program(score, call("and", mask, call("ge", position, 0)), sink, own.empty))
 
 
 def unbiased(expr: Expr) -> Expr:

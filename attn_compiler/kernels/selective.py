@@ -5,13 +5,19 @@
 
     out = softmax(score - gate * F) v,     F[b,i,j] = sum over r < i of relu(z*[b,r,j])
 
-The first six tensors, the program, scale and dropout are those of attn_compiler::attention; the
-program is causal, and what forbids keys stands in its mask. F is shared by all heads. z* are the
-logits of query head `head`, or of `selector` = [q* [B, 1, T, e], k* [B, 1, S, e]] with its reads as
-that head has them; select_from "qk" leaves additive biases out, "logits" keeps them. `gate` is one
-number, None for 1. `carry` [B, P] says what F is in row 0 for the P keys before it (None: P = 0), so
-row i stands at key P + i. `state` [B, S] is the same for the rows that follow: F >= 0, or -1 for a
-key that nobody may mask, because it saw nothing but itself. Only `out` has a gradient.
+The first six arguments, the program, scale and dropout are those of attn_compiler::attention; the
+program is causal, and what forbids keys stands in its mask. F is shared by all heads.
+
+select_from   "qk": z* without additive biases, "logits": with them
+head          the query head whose logits are z*
+selector      [] or [q* [B, 1, T, e], k* [B, 1, S, e]], whose logits are z* instead, with reads and
+              mask as `head` has them
+gate          one number, None for 1
+carry         [B, P]: F in row 0 of the P keys before it, None for P = 0; row i stands at key P + i
+state         [B, S]: the same for the rows that follow: F >= 0, or -1 for a key that nobody may
+              mask, because it saw nothing but itself
+
+Only `out` has a gradient; gate, carry and the selector get one.
 
 `reference` is the specification: it builds F.
 
@@ -97,9 +103,14 @@ def _selector_problem(selector: Sequence[Tensor], q: Tensor, k: Tensor) -> str:
         return ""
     shapes = [x.shape for x in selector]
     wanted = [(x.shape[0], 1, x.shape[2]) for x in (q, k)]
-    if len(shapes) != 2 or [tuple(s[:3]) for s in shapes] != wanted or shapes[0] != (
-        *wanted[0],
-        shapes[1][3],
+    if (
+        len(shapes) != 2
+        or [tuple(s[:3]) for s in shapes] != wanted
+        or shapes[0]
+        != (
+            *wanted[0],
+            shapes[1][3],
+        )
     ):
         return "selector is empty, or a query and a key of one head"
     return ""
@@ -116,7 +127,7 @@ def masking(selection: Selection) -> tuple[Tensor, Tensor]:
     env: dict[str, Any] = {"B": batch, "T": length, "S": keys}
     for i, (name, size) in enumerate((("b", batch), ("q", length), ("k", keys))):
         env[name] = torch.arange(size, device=device).view((-1,) + (1,) * ((3, 1, 0)[i]))
-    dot = alone.q @ alone.k.transpose(-1, -2) * alone.scale
+    dot = alone.q.to(dtype) @ alone.k.to(dtype).transpose(-1, -2) * alone.scale
     z = evaluate(program.score, env, alone.reads, alone.ints, dot, dtype).to(dtype)
     allowed = evaluate(program.mask, env, alone.reads, alone.ints).to(device).bool()
     z, allowed = (x.expand(batch, 1, length, keys).squeeze(1) for x in (z, allowed))
@@ -243,7 +254,14 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         sizes = ((4, length, 8), (2, 7, 8), (2, 7, 6))
         q, k, v = (heads(*size).to(dtype).detach().requires_grad_() for size in sizes)
         options = {"program": causal, "dropout": 0.0, "head": 0, "select_from": "qk"} | call
-        names = {"reads": [], "ints": [], "seed": None, "selector": [], "gate": None, "carry": None}
+        names: dict[str, Any] = {
+            "reads": [],
+            "ints": [],
+            "seed": None,
+            "selector": [],
+            "gate": None,
+            "carry": None,
+        }
         args = (q, k, v, *(options.pop(name, usual) for name, usual in names.items()))
         options["scale"] = 0.35
         yield selective_attention, args, options

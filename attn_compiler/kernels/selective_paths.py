@@ -21,7 +21,7 @@ from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import devices, rows
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
+from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads
 from attn_compiler.kernels.grid import Grid, Span, spans
 from attn_compiler.kernels.masking import Masking, Unmasking
 from attn_compiler.kernels.plan import Slice
@@ -62,8 +62,8 @@ class Selection:
         else:
             q = given.q[:, self.head : self.head + 1]
             k = given.k[:, self.key_head : self.key_head + 1]
-        # its arithmetic is that of the attention
-        q, k = q.to(given.dtype), k.to(given.dtype)
+        if accumulator(q, k) != given.dtype:  # its arithmetic is that of the attention
+            q, k = q.to(given.dtype), k.to(given.dtype)
         program = selecting(given.program, self.head, heads, self.select_from)
         return replace(given, q=q, k=k, v=k, drop=Drop(None, 0.0), program=program)
 

@@ -1,4 +1,4 @@
-"""attn_compiler::selective_attention: the worked case, its invariants, kernels against reference."""
+"""attn_compiler::selective_attention: the worked case, invariants, kernels and their reference."""
 
 from __future__ import annotations
 
@@ -173,7 +173,9 @@ def test_kernels_equal_the_reference(name: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["causal", "documents", "alibi selects", "softcap, gate, selector"])
+@pytest.mark.parametrize(
+    "name", ["causal", "documents", "alibi selects", "softcap, gate, selector"]
+)
 def test_numbers_in_other_types(name: str, dtype: torch.dtype, way: str) -> None:
     """F is float32 in each of them: what bfloat16 loses is what it loses without F."""
     case = CASES[name]
@@ -262,9 +264,7 @@ def selected(case: Case, given: list[Tensor], **extra: Any) -> list[Tensor]:
 def test_three_tokens_are_never_masked(length: int) -> None:
     given = qkv(torch.float32, length)
     out, *_ = selected(CASES["causal"], given)
-    plain, _ = attention(
-        *given, [], [], None, program=text(mask=CAUSAL), scale=0.3, dropout=0.0
-    )
+    plain, _ = attention(*given, [], [], None, program=text(mask=CAUSAL), scale=0.3, dropout=0.0)
     torch.testing.assert_close(out, plain, rtol=0, atol=1e-6)
 
 
@@ -274,9 +274,7 @@ def test_starts_are_exact() -> None:
     zero = [draw(B, 1, T, E), torch.zeros(B, 1, T, E)]
     case, biased = CASES["causal"], subtracting(text(mask=CAUSAL), 0)
     nothing = torch.zeros(B, T, T)
-    plain, _ = attention(
-        *given, [nothing], [], None, program=biased, scale=0.3, dropout=0.0
-    )
+    plain, _ = attention(*given, [nothing], [], None, program=biased, scale=0.3, dropout=0.0)
     negative = [-draw(B, 1, T, E).abs(), draw(B, 1, T, E).abs()]
     for extra in ({"gate": torch.zeros(1)}, {"selector": zero}, {"selector": negative}):
         assert torch.equal(selected(case, given, **extra)[0], plain), extra
