@@ -15,7 +15,7 @@ Source: Selective Attention (arXiv 2410.02703).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,7 @@ from attn_compiler.kernels.rows import pull_back, through
 from attn_compiler.kernels.slope import slope
 
 PROTECTED = -1.0
+Pull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,15 @@ class Unmasking:
         given = masking.frame.given
         self.total = masking.key.new_zeros(given.q.shape[0], given.k.shape[2])
         self.dgate = masking.key.new_zeros(())
+
+    def whole(self, grad: Tensor, amount: Tensor, pull: Pull) -> None:
+        """All blocks at once, by what brings the gradient of F [B, T, S] to q, k and row 0."""
+        if self._gate is not None:
+            self.dgate += (grad * amount).sum()
+            grad = grad * self._gate
+        dq, dk, self.total = pull(grad)
+        self._dq += dq
+        self._dk += dk
 
     def block(self, span: Span, grad: Tensor) -> None:
         """`grad` [b, rows, keys] is that of what was subtracted in the rows of `span`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.kernels import attention as composite
-from attn_compiler.kernels import devices, rows
+from attn_compiler.kernels import devices, masking_triton, rows
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads
@@ -114,9 +114,9 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         return *composite.forward(given), masking.state()
     frame = _blocked(selection, masking)
     if frame is None:
-        amount = _materialised(selection, masking)
+        amount, state = _materialised(selection, masking, scan_of(selection))
         read = selection.reading(selection.weighed(amount))
-        return *devices.kernels_for(read).forward(read), masking.state()
+        return *devices.kernels_for(read).forward(read), state
     if flash.fits(frame):
         out, lse = flash.forward(frame)
     else:
@@ -182,18 +182,34 @@ def _whole_steps(
     saved: tuple[Tensor, Tensor],
     into: dict[int, Tensor],
 ) -> Gradients:
-    given = selection.given
-    read = selection.reading(selection.weighed(_materialised(selection, masking)))
+    given, scan = selection.given, scan_of(selection)
+    if scan is not None and not masking_triton.differentiates(scan.alone, into):
+        scan = None
+    amount, _ = _materialised(selection, masking, scan)
+    read = selection.reading(selection.weighed(amount))
     needs = [i in into for i in range(len(given.reads))] + [True]
     dq, dk, dv, found = devices.kernels_for(read).backward(read, grad, saved, needs)
     *own, damount = found
     into = {i: x.to(given.dtype) for i, x in zip(into, own, strict=True)}
     dq, dk = (x.to(given.dtype) for x in (dq, dk))
     unmasking, selector = _unmasking(selection, masking, into, (dq, dk))
-    for span in reversed(list(_spans(masking))):
-        part = damount[span.b0 : span.b1, span.r0 : span.r1, span.lo : span.hi]
-        unmasking.block(span, part)
+    if scan is not None:
+        unmasking.whole(damount, amount, scan.pull)
+    else:
+        for span in reversed(list(_spans(masking))):
+            part = damount[span.b0 : span.b1, span.r0 : span.r1, span.lo : span.hi]
+            unmasking.block(span, part)
     return Gradients(dq, dk, dv, into, selector, unmasking.dgate, unmasking.total)
+
+
+def scan_of(selection: Selection) -> masking_triton.Scan | None:
+    """Generated kernels that compute F, where the device has some."""
+    if selection.given.q.device.type not in devices.IMPLEMENTATIONS:
+        return None
+    alone = selection.alone
+    if not masking_triton.runs(alone):
+        return None
+    return masking_triton.Scan.of(alone, selection.past, selection.carry)
 
 
 def _unmasking(
@@ -224,14 +240,18 @@ def _blocked(selection: Selection, masking: Masking) -> _Subtracted | None:
     return frame if frame.sliced else None
 
 
-def _materialised(selection: Selection, masking: Masking) -> Tensor:
-    """F as a tensor [B, T, S]; 0 at keys that no row of a block may see."""
+def _materialised(
+    selection: Selection, masking: Masking, scan: masking_triton.Scan | None
+) -> tuple[Tensor, Tensor]:
+    """F as a tensor [B, T, S], 0 at keys that no row of a block may see; and the state."""
+    if scan is not None:
+        return scan.amounts()
     given = selection.given
     shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
     amount = torch.zeros(shape, dtype=given.dtype, device=given.q.device)
     for span in _spans(masking):
         amount[:, span.r0 : span.r1, span.lo : span.hi] = masking.block(span).amount
-    return amount
+    return amount, masking.state()
 
 
 def _spans(masking: Masking) -> Iterator[Span]:
