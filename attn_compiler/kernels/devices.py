@@ -46,7 +46,7 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     for observer in _observers:
         observer(given)
     with full_precision(given.q.device.type):
-        return _kernels(given).forward(given)
+        return kernels_for(given).forward(given)
 
 
 _observers: list[Callable[[Inputs], None]] = []
@@ -70,10 +70,11 @@ def backward(
     given = Inputs.of(*forward_args, **kwargs)
     needs = needs[: len(given.reads)]  # the seed has no gradient
     with full_precision(given.q.device.type):
-        return _kernels(given).backward(given, grad_out, (out, lse), needs)
+        return kernels_for(given).backward(given, grad_out, (out, lse), needs)
 
 
-def _kernels(given: Inputs) -> Implementation:
+def kernels_for(given: Inputs) -> Implementation:
+    """Those of the device that the tensors are on."""
     return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
 
 
