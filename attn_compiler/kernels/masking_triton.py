@@ -39,7 +39,7 @@ TILE_32_BITS = Tile(rows=32, keys=32, warps=4, stages=2)
 
 def runs(alone: Inputs) -> bool:
     """Are there kernels for this selecting head on its device?"""
-    return gpu.runs(alone) and alone.dtype is torch.float32
+    return gpu.generates(alone) and alone.dtype is torch.float32
 
 
 def differentiates(alone: Inputs, wanted: dict[int, Tensor]) -> bool:

@@ -118,7 +118,7 @@ def backward_steps(
 def probabilities(frame: Frame) -> Iterator[tuple[Span, Tensor]]:
     """The softmax block by block, [items, H, rows, keys] each; rows without a key are 0."""
     key = frame.given.k.to(frame.dtype).contiguous()
-    for start in _spans(frame):
+    for start in blocks(frame):
         block = _block(frame, start, _query(frame, frame.given.q, start, frame.given.scale), key)
         yield block.span, block.e.div_(block.total).masked_fill_(block.empty, 0.0)
 

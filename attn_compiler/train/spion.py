@@ -110,7 +110,7 @@ class Layer:
         assert self.site.length is not None and isinstance(self.spec.block, int)
         self.blocks.copy_(pattern)
         if self.spec.softmax == "zero_logit":
-            rest = left_out(self.blocks, self.site.length, self.spec.block)
+            rest = left_out(self.site.program, self.blocks, self.spec.block, self.site.length)
             self._tensor(REST).copy_(rest)
 
     @property

@@ -15,6 +15,7 @@ from attention_cases import (
     SCALE,
     SOFTCAP,
     B,
+    Largest,
     Shape,
     double,
     run,
@@ -23,8 +24,7 @@ from attention_cases import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels import attention as composite
@@ -87,19 +87,6 @@ def test_dropout_is_independent_and_of_the_right_rate() -> None:
 
 
 # ---------------------------------------------------------------- memory and layout
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any operation gave out."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
-        return result
 
 
 @pytest.mark.parametrize(
