@@ -33,7 +33,7 @@ _HOMES = {
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
     "last_report": "attn_compiler.backend",
-    "op_samples": "attn_compiler.kernels.library",
+    "op_samples": "attn_compiler.kernels.operators",
     "plan": "attn_compiler.planning",
     "rewrite": "attn_compiler.api",
     "spion_pattern": "attn_compiler.kernels.pattern",

@@ -127,7 +127,8 @@ class _Search:
                 variants.append(specialise(owner, base, call.values, attempt.plan)[0])
         accepted = tuple(s for s in report.sites if s.decision.accepted)
         install(owner, variants, attempt.plan, accepted)
-        problem = verify_owner(owner, call) if self.verify else None
+        exact = all(site.decision.fidelity == "exact" for site in accepted)
+        problem = verify_owner(owner, call, exact) if self.verify else None
         if problem is not None:
             restore(owner)
             report = refused(report, problem)

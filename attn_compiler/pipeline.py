@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops

@@ -12,7 +12,7 @@ from attn_compiler.variants.flash import FLASH, Flash
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, spion.SPION_)
+VARIANTS = (FLASH, spion.SPION_, selective.SELECTIVE)
 
 __all__ = ["VARIANTS", "Flash", "costed", "needs_data", "ordinary"]
 

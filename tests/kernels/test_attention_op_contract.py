@@ -32,7 +32,7 @@ from attn_compiler.kernels import rows
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Inputs
-from attn_compiler.kernels.library import attention, attention_backward, op_samples
+from attn_compiler.kernels.library import attention, attention_backward, samples
 
 # ---------------------------------------------------------------- dropout
 
@@ -144,9 +144,9 @@ def test_layout_is_that_of_the_fake(sizes: tuple[int, ...], score: str) -> None:
 
 @pytest.mark.parametrize("index", range(24))
 def test_opcheck(index: int) -> None:
-    samples = list(op_samples())
-    assert len(samples) == 24
-    torch.library.opcheck(*samples[index])
+    found = list(samples())
+    assert len(found) == 24
+    torch.library.opcheck(*found[index])
 
 
 # ---------------------------------------------------------------- refusals
