@@ -1,7 +1,7 @@
 """attn_compiler::el_attention: attention over the tensor that keys and values are made of.
 
-    k = x W_k^T + b_k,  v = x W_v^T + b_v,  out = softmax(program(scale q k^T)) v
-      =  q' = scale q W_k;   P = softmax(program(q' x^T + scale q b_k));   out = (P x) W_v^T + (P 1) b_v
+    k = x W_k^T + b_k;     v = x W_v^T + b_v;                       out = softmax(scale q k^T) v
+    q' = scale q W_k;      P = softmax(q' x^T + scale q b_k);       out = (P x) W_v^T + (P 1) b_v
 
     el_attention(q, x, w_k, b_k, w_v, b_v, reads, ints, *, program, scale) -> (out, lse)
 
@@ -12,8 +12,8 @@ beams, D wide, which is H times the operations of ordinary attention and pays wh
 for a long x. `b_k` moves the scores of a row together; whoever knows that its softmax does not see
 that leaves it out. Rows of P need not sum to one (sinks, empty rows), so b_v is weighed.
 
-`reference` is the specification: ordinary attention over keys and values that are built. Gradients
-come from it.
+`reference` is the specification: ordinary attention over keys and values that are built, as the
+gradients do.
 
 Source: EL-Attention (arXiv 2105.04779).
 """
@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as ordinary
+from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads
@@ -48,7 +48,14 @@ LIBRARY.define(
     "Tensor[] reads, SymInt[] ints, *, str program, float scale) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+LIBRARY.define(
+    "el_attention_backward(Tensor grad_out, Tensor q, Tensor x, Tensor w_k, Tensor? b_k, "
+    "Tensor w_v, Tensor? b_v, Tensor[] reads, SymInt[] ints, Tensor out, Tensor lse, "
+    "bool[] needs, *, str program, float scale) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 el_attention = torch.ops.attn_compiler.el_attention.default
+el_attention_backward = torch.ops.attn_compiler.el_attention_backward.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ class _Call:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Of the result."""
-        return (*self.q.shape[:3], self.w_v.shape[1])  # type: ignore[return-value]
+        return (*self.q.shape[:3], self.w_v.shape[1])
 
     @property
     def beams(self) -> int:
@@ -95,6 +102,14 @@ class _Call:
             if bias is not None and bias.shape != weight.shape[:2]:
                 return "a bias has the shape of its weight without the width"
         return ""
+
+    def built(self) -> tuple[Tensor, Tensor]:
+        """Keys and values in the accumulator's dtype, for every row of q."""
+        x, sides = self.x.to(self.dtype), ((self.w_k, self.b_k), (self.w_v, self.b_v))
+        key, value = (
+            built(x, w.to(self.dtype), None if b is None else b.to(self.dtype)) for w, b in sides
+        )
+        return key.repeat_interleave(self.beams, 0), value.repeat_interleave(self.beams, 0)
 
     def checked(self) -> _Call:
         reason = self.problem()
@@ -127,7 +142,8 @@ def built(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     flat = None if bias is None else bias.reshape(-1)
     wide = torch.nn.functional.linear(x, weight.reshape(-1, weight.shape[2]), flat)
-    return wide.unflatten(-1, tuple(weight.shape[:2])).transpose(1, 2)
+    heads: Tensor = wide.unflatten(-1, tuple(weight.shape[:2]))
+    return heads.transpose(1, 2)
 
 
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -137,16 +153,9 @@ def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         out [B, H, T, dv] and lse [B, H, T].
     """
     call = _Call(*args, **kwargs).checked()
-    kv = (
-        built(
-            call.x.to(call.dtype),
-            weight.to(call.dtype),
-            None if bias is None else bias.to(call.dtype),
-        ).repeat_interleave(call.beams, 0)
-        for weight, bias in ((call.w_k, call.b_k), (call.w_v, call.b_v))
-    )
+    key, value = call.built()
     out, lse = ordinary.reference(
-        call.q, *kv, call.reads, call.ints, call.program, call.scale
+        call.q, key, value, call.reads, call.ints, call.program, call.scale
     )
     return out.to(call.x.dtype), lse
 
@@ -168,6 +177,14 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _tensors(args: Sequence[Any]) -> Iterator[Tensor]:
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (t for t in value if isinstance(t, Tensor))
+
+
 def _fill(call: _Call, out: Tensor, lse: Tensor) -> None:
     states = call.x[:, None]
     given = Inputs(
@@ -184,7 +201,9 @@ def _fill(call: _Call, out: Tensor, lse: Tensor) -> None:
         shift = None if call.b_k is None else _per_head(q, call.b_k.to(call.dtype)[..., None])
         mass = wide.new_empty((*wide.shape[:3], 1))
         for near in _items(call):
-            span = Span(r0, r1, 0, frame.grid.S, near.start * call.beams, near.stop * call.beams, True)
+            span = Span(
+                r0, r1, 0, frame.grid.S, near.start * call.beams, near.stop * call.beams, True
+            )
             mass[span.b0 : span.b1], lse[span.rows] = _attend(call, frame, span, wide, shift, near)
         part = _per_head(wide, w_v.transpose(1, 2))
         if call.b_v is not None:
@@ -228,12 +247,58 @@ def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """
     batch, heads, rows, width = x.shape
     groups = weight.shape[0]
-    grouped = x.view(batch, groups, -1, width) if x.is_contiguous() else x.reshape(
-        batch, groups, -1, width
+    grouped = (
+        x.view(batch, groups, -1, width)
+        if x.is_contiguous()
+        else x.reshape(batch, groups, -1, width)
     )
     product = grouped.transpose(0, 1).reshape(groups, -1, width) @ weight
     product = product.view(groups, batch, heads // groups, rows, weight.shape[2])
     return product.transpose(0, 1).reshape(batch, heads, rows, weight.shape[2])
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def backward(grad_out: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """Gradients of the tensors that `needs` marks, by those of keys and values that are built.
+
+    dx = dk W_k + dv W_v;   dW = dk^T x;   db = sum of dk
+    """
+    *forward_args, out, lse, needs = args
+    call = _Call(*forward_args, **kwargs)
+    with full_precision(call.q.device.type):
+        return _gradients(call, grad_out, (out, lse), needs)
+
+
+def _gradients(
+    call: _Call, grad: Tensor, saved: tuple[Tensor, Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    x, w_k, w_v = (t.to(call.dtype) for t in (call.x, call.w_k, call.w_v))
+    key, value = call.built()
+    rest = (call.reads, call.ints, Drop(None, 0.0), call.program, call.scale)
+    count = len(needs) - len(call.reads)
+    found = ordinary.backward(
+        Inputs(call.q.to(call.dtype), key, value, *rest), grad, saved, needs[count:]
+    )
+    dq, *dkv = found[:3]
+    # [B, G, S, d] -> the sum over beams, [Bx, S, G, d]
+    dk, dv = (g.unflatten(0, (-1, call.beams)).sum(1).transpose(1, 2) for g in dkv)
+    dx = torch.einsum("bsgd,gdw->bsw", dk, w_k) + torch.einsum("bsgd,gdw->bsw", dv, w_v)
+    sides = []
+    for g, bias in ((dk, call.b_k), (dv, call.b_v)):
+        sides.append(torch.einsum("bsgd,bsw->gdw", g, x))
+        sides += [] if bias is None else [g.sum((0, 1))]
+    tensors, dreads = (
+        list(_tensors((call.q, call.x, call.w_k, call.b_k, call.w_v, call.b_v, call.reads))),
+        iter(found[3]),
+    )
+    results = [dq, dx, *sides]
+    return [
+        (results[i] if i < count else next(dreads)).to(tensor.dtype)
+        for i, (tensor, need) in enumerate(zip(tensors, needs, strict=True))
+        if need
+    ]
 
 
 # ---------------------------------------------------------------- the operator
@@ -246,28 +311,17 @@ def _fake(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return empty_heads(call.x, call.shape), lse
 
 
-def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    """The kernel is for inference: where somebody differentiates, the reference runs."""
-    tensors = [t for a in args for t in (a if isinstance(a, list | tuple) else (a,))]
-    tensors = [t for t in tensors if isinstance(t, Tensor)]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if wanted or any(map(_transformed, tensors)):
-        with full_precision(args[0].device.type):
-            out, lse = reference(*args, **kwargs)
-        return out, lse.detach()
-    below = keyset & torch._C._after_autograd_keyset
-    with torch._C._AutoDispatchBelowAutograd():
-        return el_attention.redispatch(below, *args, **kwargs)
-
-
-def _transformed(tensor: Tensor) -> bool:
-    if torch._C._functorch.is_gradtrackingtensor(tensor):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+@torch.library.register_fake("attn_compiler::el_attention_backward", lib=LIBRARY)
+def _fake_backward(grad_out: Tensor, *args: Any, **_: Any) -> list[Tensor]:
+    *forward_args, _out, _lse, needs = args
+    q = forward_args[0]
+    wanted = [t for t, need in zip(_tensors(forward_args), needs, strict=True) if need]
+    return [empty_heads(t, t.shape) if t is q else t.new_empty(t.shape) for t in wanted]
 
 
 LIBRARY.impl("el_attention", forward, "CompositeExplicitAutograd")
-LIBRARY.impl("el_attention", _autograd, "Autograd", with_keyset=True)
+LIBRARY.impl("el_attention_backward", backward, "CompositeExplicitAutograd")
+derive(el_attention, el_attention_backward, reference=reference, kernels=(forward, backward))
 
 
 # ---------------------------------------------------------------- samples
@@ -292,5 +346,5 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         q = some(4, 3, 6, 5, dtype=dtype).transpose(1, 2)
         x, w_k, w_v = (some(*s, dtype=dtype) for s in ((2, 7, 11), (2, 5, 11), (2, 3, 11)))
         biases = (some(2, 5, dtype=dtype), some(2, 3, dtype=dtype)) if reads else (None, None)
-        args = (q, x, w_k, biases[0], w_v, biases[1], reads, [])
+        args: tuple[Any, ...] = (q, x, w_k, biases[0], w_v, biases[1], reads, [])
         yield el_attention, args, {"program": str(program), "scale": 0.45}
