@@ -1,0 +1,1 @@
+"""Caches of the variants that change what a cache holds."""
