@@ -102,6 +102,7 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
         return None
     if [inputs(b) for b in bias] != vectors or products[0].kwargs:
         return None
+    assert isinstance(weight, fx.Node)
     transposed = ops.name(weight) not in ("t", "transpose", "permute")
     return matrices[0], vectors[0] if vectors else None, transposed
 

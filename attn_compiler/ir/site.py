@@ -95,6 +95,8 @@ class AttentionSite:
         dropout: probability.
         projections: of q, k and v, where they could be found.
         facts: further findings by name ("rotary", "cache", "spelling").
+        obstacles: why a cache cannot hold what keys and values are made of in their place; None
+            where nobody has asked.
         decision: what was chosen.
     """
 
@@ -116,6 +118,7 @@ class AttentionSite:
     decision: Decision
     projections: dict[str, Projection] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    obstacles: tuple[Reason, ...] | None = None
 
 
 @dataclass(frozen=True)
