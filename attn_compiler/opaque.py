@@ -118,7 +118,8 @@ class Opaque:
         return type(object.__getattribute__(self, "_attn_value"))
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._attn_value, name)
+        with self._attn_recorder.paused():
+            value = getattr(self._attn_value, name)
         text = f"{self._attn_text}.{name}" if self._attn_text else ""
         if callable(value) and not isinstance(value, type):
             return _Method(self, name, value, text)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
@@ -33,12 +33,15 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
+from attn_compiler.ir.states import Kept, find_states
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
+from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.report import Report
+from attn_compiler.variants.base import Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
 
@@ -56,9 +59,16 @@ class _Work:
     touched: set[fx.Node] = field(default_factory=set)
     done: set[fx.Node] = field(default_factory=set)
     memo: Memo = field(default_factory=dict)
+    cache: CacheCalls | None = None
 
 
-def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = True) -> Report:
+def compile_graph(
+    gm: fx.GraphModule,
+    config: CompileConfig,
+    *,
+    change: bool = True,
+    cache: CacheCalls | None = None,
+) -> Report:
     """Find every attention of a traced module, and rewrite in place those that may be.
 
     Args:
@@ -66,6 +76,7 @@ def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = T
             submodules.
         config: what is allowed.
         change: False only looks.
+        cache: what may stand for the calls of a cache, where its layout may change.
 
     Raises:
         NoLegalVariant: `on_reject="raise"` and a site stays as it is.
@@ -73,6 +84,7 @@ def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = T
     before = gm.print_readable(print_output=False) if config.keep_graphs else ""
     works = list(_graphs(gm, config, change))
     for work in works:
+        work.cache = cache
         _run(work)
     for _, child in gm.named_modules():
         if isinstance(child, fx.GraphModule):
@@ -193,28 +205,52 @@ def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Cor
     site = describe(region, functional, core)
     target = work.config.wanted(site.path)
     if target is None:
-        decision = Decision(
-            False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),)
-        )
+        reason = Reason("config.not_selected", "no pattern of `to` names this module")
+        site = replace(site, decision=Decision(False, reasons=(reason,)))
     else:
-        variant = variant_of(target)
-        spec = variant.spec() if target == "fastest" else target
-        reasons = tuple(variant.legality(site, spec))
-        decision = Decision(
-            not reasons,
-            variant.name if not reasons else "",
-            reasons,
-            fidelity=variant.fidelity.value,
-        )
-    if decision.accepted and work.change:
-        try:
-            rewrite_site(region, functional, core)
-            work.touched |= set(region.nodes)
-        except (NotAttention, RegionError) as refusal:
-            decision = Decision(False, reasons=(Reason(refusal.code, refusal.text, site.location),))
-    site = replace(site, decision=decision)
+        site = _chosen(work, (region, functional, core), site, target)
     log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
     work.sites.append(site)
+
+
+def _chosen(
+    work: _Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    target: VariantSpec | Literal["fastest"],
+) -> AttentionSite:
+    """The site with the decision about what is wanted for it, carried out."""
+    variant, kept = variant_of(target), None
+    spec = variant.spec() if target == "fastest" else target
+    region, functional, core = raised
+    if variant.scope is Scope.SITE and work.cache is not None:
+        found = find_states(region.end, functional, core, work.state)
+        site, kept = replace(site, obstacles=found.obstacles), found.kept
+    reasons = tuple(variant.legality(site, spec))
+    if not reasons and work.change:
+        try:
+            work.touched |= _carry_out(work, raised, spec, kept)
+        except (NotAttention, RegionError) as refusal:
+            reasons = (Reason(refusal.code, refusal.text, site.location),)
+    name = "" if reasons else variant.name
+    decision = Decision(not reasons, name, reasons, fidelity=variant.fidelity.value)
+    return replace(site, decision=decision)
+
+
+def _carry_out(
+    work: _Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    spec: VariantSpec,
+    kept: Kept | None,
+) -> set[fx.Node]:
+    """Rewrite; the nodes that may be dead now."""
+    region, functional, core = raised
+    if kept is None or work.cache is None:
+        rewrite_site(region, functional, core)
+        return set(region.nodes)
+    key_bias = bool(getattr(spec, "keep_key_bias", True))
+    dead = rewrite_states(region, functional, core, kept, work.cache, key_bias)
+    return dead | set(region.nodes)
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

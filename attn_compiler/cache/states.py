@@ -14,8 +14,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.el import built
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Which outputs of a linear map are the features of which head.
 
     Feature f of head g is output  start + g * step + f.
@@ -185,6 +183,12 @@ class States:
     def shorten(self, count: int) -> None:
         """Drop the last keys."""
         self.put(self.x[:, : self.x.shape[1] - count], self.beams)
+
+    def shape_of(self, maps: Maps, position: int) -> Tensor:
+        """An empty tensor without memory in the shape of keys (0) or values (1)."""
+        rows = maps.rows[position]
+        shape = (self.rows, rows.heads, self.x.shape[1], rows.features)
+        return torch.empty(shape, dtype=self.x.dtype, device="meta")
 
     def keys_and_values(self, maps: Maps) -> tuple[Tensor, Tensor]:
         """What an ordinary cache holds: [rows, G, S, d] and [rows, G, S, dv]."""

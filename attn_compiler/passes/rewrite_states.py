@@ -24,7 +24,13 @@ from attn_compiler.ir.trace import Region
 from attn_compiler.kernels.frame import empty_heads
 from attn_compiler.kernels.plan import plan
 from attn_compiler.passes.emit import Emitter
-from attn_compiler.passes.rewrite_site import check_readers, finish, live_nodes, operands, unread_numbers
+from attn_compiler.passes.rewrite_site import (
+    check_readers,
+    finish,
+    live_nodes,
+    operands,
+    unread_numbers,
+)
 
 _SIZES = frozenset({"size", "sym_size", "dim", "shape"})
 
@@ -66,7 +72,8 @@ def rewrite_states(
     emitter = Emitter(region, functional)
     try:
         handle: fx.Node = kept.update or kept.layer  # type: ignore[assignment]
-        result = _emit(emitter, core, handle, calls, keep_key_bias)
+        width = ops.value(kept.places[1]).shape[3]
+        result = _emit(emitter, core, handle, calls, keep_key_bias, width)
     except Exception:
         emitter.undo()
         raise
@@ -75,7 +82,12 @@ def rewrite_states(
 
 
 def _emit(
-    emitter: Emitter, core: Core, handle: fx.Node, calls: CacheCalls, keep_key_bias: bool
+    emitter: Emitter,
+    core: Core,
+    handle: fx.Node,
+    calls: CacheCalls,
+    keep_key_bias: bool,
+    width: Any,
 ) -> fx.Node:
     q, reads, ints = operands(emitter, core)
     kwargs = {
@@ -84,7 +96,6 @@ def _emit(
         "key_bias": keep_key_bias or not falls_out(str(core.program)),
     }
     value = ops.value(q)
-    width = emitter.functional_size(core.roles.value)
     with emitter.mode, torch.no_grad():
         like = empty_heads(value, (*value.shape[:3], width))
     out = emitter.opaque(calls.attend, (handle, q, reads, ints), kwargs, like)
