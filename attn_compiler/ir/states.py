@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from attn_compiler.ir.provenance import location, sources
 from attn_compiler.ir.pull import Puller, shape
 from attn_compiler.ir.region import FunctionalRegion, cut, functionalise, is_boundary, order
 from attn_compiler.ir.site import Reason
-from attn_compiler.ir.trace import RegionError
+from attn_compiler.ir.trace import Region, RegionError, fake_mode
 
 State = Mapping[fx.Node, tuple[Any, ...]]
 _NAMES = ("keys", "values")
@@ -226,7 +227,9 @@ def _followed(given: fx.Node, state: State, name: str) -> Followed:
     graph = given.graph
     region = cut(given, order(graph), [n for n in graph.nodes if ops.written(n)])
     try:
-        functional = functionalise(region, state)
+        # what is learnt about sizes here must not rename those that the core is written in
+        with _unlearnt(region):
+            functional = functionalise(region, state)
     except RegionError as error:
         raise Blocked(
             given, ("no_projection", f"the {name} cannot be analysed: {error.text}")
@@ -239,6 +242,11 @@ def _followed(given: fx.Node, state: State, name: str) -> Followed:
     if len(indices) != len(where):
         found = None
     return functional, frozenset(region.nodes), found, indices, axes
+
+
+def _unlearnt(region: Region) -> AbstractContextManager[Any]:
+    env = fake_mode(ops.value(node) for node in (region.end, *region.inputs)).shape_env
+    return nullcontext() if env is None else env.suppress_guards()
 
 
 def _rows(
