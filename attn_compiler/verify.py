@@ -100,7 +100,7 @@ def _outputs(
     names = [p.name for p in parameters_of(base.forward)]
     args, kwargs = as_call(base, dict(zip(names, values, strict=True)))
     result = forward(owner, *args, **kwargs)
-    return [*_tensors(result), *tensors_of(values, 0)]
+    return [*_tensors(result), *tensors_of(values, 0, ordinary=True)]
 
 
 def verify_graph(

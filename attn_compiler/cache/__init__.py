@@ -1,1 +1,1 @@
-"""Caches for generation, one file each, and what belongs to them; nothing is imported here."""
+"""Caches of generation whose layout a variant changes; they plug into transformers' own classes."""

@@ -175,9 +175,19 @@ def blocks(frame: Frame) -> Iterator[Span]:
 
 def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     """`query` [B, G, R * rows, d] of the span's rows, times the scale; `key` [B, G, S, d]."""
-    plan, grid = frame.plan, frame.grid
+    grid = frame.grid
     shape = (span.b1 - span.b0, grid.H, span.r1 - span.r0, span.hi - span.lo)
-    dot = (query @ key[span.keys].transpose(-1, -2)).view(shape)
+    block = weighed(frame, span, (query @ key[span.keys].transpose(-1, -2)).view(shape))
+    reaches_all = frame.plan.program.empty in ("uniform", "absorbed", "nan", "nan_added")
+    if reaches_all and shape[3] < grid.S and bool(block.empty.any()):
+        # such a row reaches all keys, not only those that the span kept
+        return _block(frame, replace(span, lo=0, hi=grid.S, masked=True), query, key)
+    return block
+
+
+def weighed(frame: Frame, span: Span, dot: Tensor) -> Block:
+    """The block whose scaled products [B, H, rows, keys] are `dot`, which may be written over."""
+    plan, shape = frame.plan, dot.shape
     tensors = widened(frame.tensors(span), frame.dtype)
     s = _masked_scores(frame, span, tensors, dot)
     sink = None if plan.sink is None else frame.value(plan.sink, span, tensors).to(frame.dtype)
@@ -186,19 +196,12 @@ def _block(frame: Frame, span: Span, query: Tensor, key: Tensor) -> Block:
     dead = top == -INF
     top = top.masked_fill(dead, 0.0)
     policy = plan.program.empty
-    if (
-        policy in ("uniform", "absorbed", "nan", "nan_added")
-        and shape[3] < grid.S
-        and bool(dead.any())
-    ):
-        # such a row reaches all keys, not only those that the span kept
-        return _block(frame, replace(span, lo=0, hi=grid.S, masked=True), query, key)
     e = s.sub_(top).exp_()
     extra = None if sink is None else torch.exp(sink - top)
     total = e.sum(-1, keepdim=True) if extra is None else e.sum(-1, keepdim=True) + extra
     lse = (top + torch.log(total)).squeeze(-1)
     if policy in ("uniform", "absorbed"):
-        e.masked_fill_(dead, 1 / grid.S)
+        e.masked_fill_(dead, 1 / frame.grid.S)
     # an empty row stays 0 / 0 where the program says so
     total = total if policy in ("nan", "nan_added") else total.masked_fill(dead, 1.0)
     return Block(span, tensors, dot, e, total, extra, lse, dead)

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
+from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, spion.SPION_, selective.SELECTIVE)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE)
 
-__all__ = ["VARIANTS", "Flash", "costed", "needs_data", "ordinary"]
+__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
 
 
 def needs_data(spec: VariantSpec) -> bool:
