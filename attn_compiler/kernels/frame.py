@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.expr import TRUE, Expr
+from attn_compiler.ir.expr import TRUE, Expr, slots
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.grid import Grid, Span
 from attn_compiler.kernels.plan import Slice, plan
@@ -34,6 +34,13 @@ def empty_heads(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
     """
     batch, heads, length, *rest = shape
     return like.new_empty((batch, length, heads, *rest), dtype=dtype).transpose(1, 2)
+
+
+def empty_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, T], as PyTorch's own kernels of the device lay it out."""
+    if q.device.type == "cuda":
+        return q.new_empty(q.shape[:3], dtype=dtype)
+    return empty_heads(q, q.shape[:3], dtype)
 
 
 def in_heads_layout(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,9 +138,17 @@ class Frame:
             tensor = tensor.unsqueeze(position)
         return tensor
 
-    def tensors(self, span: Span) -> list[Tensor]:
-        """The tensor of every slot of the local expressions."""
-        views = [self.view(s, self.reads[s.slot], span) for s in self.plan.slices]
+    def tensors(self, span: Span, expr: Expr | None = None) -> list[Tensor]:
+        """The tensor of every slot of the local expressions, or of one of them: what that does not
+        read is not cut.
+        """
+        wanted = None if expr is None else slots(expr)
+        views = [
+            self.view(piece, self.reads[piece.slot], span)
+            if wanted is None or self.plan.base + i in wanted
+            else self.reads[piece.slot]
+            for i, piece in enumerate(self.plan.slices)
+        ]
         return self.reads[: self.plan.base] + views
 
     def value(

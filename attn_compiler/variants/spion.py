@@ -12,7 +12,7 @@ from the rule that makes the pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +24,14 @@ from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import TRUE, Expr, Int, call, parse, walk
 from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.score import Program
+from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.variants.base import (
     ByPath,
+    Fidelity,
+    Lowering,
+    NewTensor,
+    Scope,
+    Variant,
     VariantSpec,
     Work,
     demand,
@@ -180,6 +186,47 @@ class SPION(VariantSpec):
         return self.pattern  # type: ignore[no-any-return]
 
 
+# ---------------------------------------------------------------- replacing a site
+
+
+# names of what a module gets; the number of the site in it follows
+BLOCKS, REST = "attn_blocks", "attn_rest"
+
+
+def legality(site: AttentionSite, spec: SPION) -> Iterator[Reason]:
+    if site.length is None or site.length < 2:
+        text = "a pattern belongs to a sequence that attends to itself, all rows at once"
+        yield Reason("spion.not_square", text, site.location)
+        return
+    try:
+        made = filled(spec, site.length, path=site.path)
+    except BadOption as error:
+        yield Reason("spion.pattern", "; ".join((error.what, *error.why)), site.location)
+        return
+    assert isinstance(made.block, int)
+    if site.length <= made.block:
+        yield Reason("spion.one_block", f"{site.length} tokens are one block", site.location)
+    known = _is_causal(site.program.mask, site.length) is not None and site.program.sink is None
+    if spec.softmax == "zero_logit" and not known:
+        text = "zero logits have no meaning beside a sink, or a mask not causal or padding"
+        yield Reason("spion.softmax", text, site.location)
+    if spec.per_head and site.query_heads is None:
+        yield Reason("spion.heads", "the number of heads is not known", site.location)
+
+
+def lower(site: AttentionSite, spec: SPION, length: int, slots: int) -> Lowering:
+    """A map of blocks joins the mask; until it is written to, it keeps them all."""
+    block = filled(spec, length, path=site.path).block
+    assert isinstance(block, int)
+    side = -(-length // block)
+    heads = (site.query_heads or 1,) if spec.per_head else ()
+    reads = [NewTensor(BLOCKS, (*heads, side, side), torch.bool, True)]
+    if spec.softmax == "zero_logit":
+        reads.append(NewTensor(REST, (*heads, side), torch.float32, -math.inf))
+    made = _joined(site.program, block, slots, spec.per_head, spec.softmax)
+    return Lowering(made, tuple(reads), length=length)
+
+
 def _is_share(value: object) -> bool:
     return value == "auto" or (isinstance(value, float) and 0 < value < 1)
 
@@ -321,19 +368,26 @@ def sparse(
             where="option pattern",
             do=f"give booleans [{side}, {side}], or one such for each head",
         )
-    head = "h, " if pattern.dim() == 3 else ""
-    kept = parse(f"t{slot}[{head}q // {block}, k // {block}]")
-    mask = kept if program.mask == TRUE else call("and", kept, program.mask)
-    reads, sink = [pattern], program.sink
+    reads = [pattern]
     if softmax == "zero_logit":
-        left = _left_out(program, pattern, block, length)
-        reads, sink = [pattern, left.log()], parse(f"t{slot + 1}[{head}q // {block}]")
+        reads.append(left_out(program, pattern, block, length))
+    return _joined(program, block, slot, pattern.dim() == 3, softmax), reads
+
+
+def _joined(program: Program, block: int, slot: int, per_head: bool, softmax: str) -> Program:
+    """A map of blocks in the mask, and the logits of 0 as a sink. A row without any key, as the
+    blocks of padding may leave it, gets 0: NaN would be read by others.
+    """
+    place = f"{'h, ' * per_head}q // {block}"
+    kept = parse(f"t{slot}[{place}, k // {block}]")
+    mask = kept if program.mask == TRUE else call("and", kept, program.mask)
+    sink = parse(f"t{slot + 1}[{place}]") if softmax == "zero_logit" else program.sink
     empty = program.empty if program.empty in ("any", "zero") else "zero"
-    return replace(program, mask=mask, sink=sink, empty=empty), reads
+    return replace(program, mask=mask, sink=sink, empty=empty)
 
 
-def _left_out(program: Program, pattern: Tensor, block: int, length: int) -> Tensor:
-    """How many keys a row of each block has lost to the pattern, [nb] or [H, nb], float32.
+def left_out(program: Program, pattern: Tensor, block: int, length: int) -> Tensor:
+    """The logarithm of how many keys a row of each block has lost to the pattern, [nb] or [H, nb].
 
     Keys of padding count, as they do for the authors; keys after the query do not.
     """
@@ -356,7 +410,7 @@ def _left_out(program: Program, pattern: Tensor, block: int, length: int) -> Ten
             do='keep the diagonal, or give softmax="neg_inf"',
         )
     lost = lost.tril() if causal else lost
-    return (lost * sizes).sum(-1).to(pattern.device, torch.float32)
+    return (lost * sizes).sum(-1).to(pattern.device, torch.float32).log()
 
 
 def _is_causal(mask: Expr, length: int) -> bool | None:
@@ -370,3 +424,13 @@ def _is_causal(mask: Expr, length: int) -> bool | None:
         return None
     shift = evaluate(offset, {"T": length, "S": length})
     return True if int(shift) == 0 else None
+
+
+SPION_ = Variant(
+    name="spion",
+    spec=SPION,
+    scope=Scope.CORE,
+    fidelity=Fidelity.CALIBRATED,
+    legality=legality,
+    lower=lower,
+)
