@@ -16,6 +16,9 @@ from attn_compiler.errors import BadOption
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.library import attention
+from attn_compiler.kernels.maps import add_blocks
+from attn_compiler.kernels.pattern import pattern_of
+from attn_compiler.kernels.pooled import BlockMap
 from attn_compiler.variants.spion import sparse
 
 LENGTH, BLOCK, SIDE = 37, 8, 5
@@ -134,6 +137,24 @@ def test_gradcheck(softmax: Any) -> None:
     qkv = inputs(heads=1)
     program, reads = sparse(CAUSAL, pattern(3), block=BLOCK, length=LENGTH, slot=0, softmax=softmax)
     assert torch.autograd.gradcheck(lambda *x: attend(list(x), program, reads), qkv, fast_mode=True)
+
+
+def test_from_maps_to_attention() -> None:
+    """Calibrate, make the pattern of each head, attend; what is lost bounds the difference."""
+    qkv = inputs()
+    q, k, v = (x.detach() for x in qkv)
+    maps = BlockMap.zeros(LENGTH, block=BLOCK, filter=5, heads=(3,))
+    add_blocks(3 * q, k, [], [], program=str(CAUSAL), scale=SCALE, into=maps)
+    kept = pattern_of(maps, alpha=0.6, causal=True)
+    assert kept.shape == (3, SIDE, SIDE) and not bool(kept.triu(1).any())
+    program, reads = sparse(CAUSAL, kept, block=BLOCK, length=LENGTH, slot=0)
+    qkv = [3 * q, k, v]
+    dense, _ = attention(*qkv, [], [], None, program=str(CAUSAL), scale=SCALE, dropout=0.0)
+    # |out - dense| <= 2 lost max |v| in each row, so in the mean
+    error = (attend(qkv, program, reads) - dense).norm(dim=-1).mean((0, 2))
+    lost = maps.lost(kept)
+    assert bool((lost > 0).all()) and bool((error > 0).all())
+    assert bool((error <= 2 * lost * v.norm(dim=-1).max()).all())
 
 
 def test_texts() -> None:
