@@ -1,17 +1,19 @@
-"""Derivatives of the operators: reverse mode by the backward operator, all others by the reference.
+"""Derivatives of an operator: reverse mode by its backward operator, all others by its reference.
 
-    ordinary backward             attention_backward; it has no derivative, a second order raises
-    torch.func (grad, jvp, ...)   `reference` at that level, which has all of them
-    forward-mode AD               `reference`
+    ordinary backward             the backward operator; it has no derivative, a second order raises
+    torch.func (grad, jvp, ...)   the reference at that level, which has all of them
+    forward-mode AD               the reference
     vmap                          one call per element
 
-The operators have kernels of their own for the Autograd key, instead of
+Operators have kernels of their own for the Autograd key, instead of
 `torch.library.register_autograd`, because only there can a call be sent to the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,67 +21,144 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from attn_compiler.errors import UnsupportedCall
-from attn_compiler.kernels import devices
-from attn_compiler.kernels.attention import reference
-from attn_compiler.kernels.frame import Inputs
-from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
+from attn_compiler.kernels.schema import LIBRARY
 
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _BELOW = torch._C._after_autograd_keyset - _VIEWS
 _DEVICES = frozenset({torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA})
 
 
-def _below(operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the kernel of the device; its results are no views: anybody may write to them."""
-    keyset = keyset & _BELOW
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-        if keyset.highestPriorityTypeId() in _DEVICES:
-            # no mode looks on: the dispatcher would take longer than a short attention
-            return _KERNELS[operator](*args, **kwargs)
-        return operator.redispatch(keyset, *args, **kwargs)
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """What is known about the derivative of an operator; see `derive`."""
+
+    operator: Any
+    backward: Any
+    reference: Callable[..., Any]
+    always: int
+    kernels: dict[Any, Callable[..., Any]]
+
+    def below(self, operator: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the kernel of the device; its results are no views: anybody may write to them."""
+        keyset = keyset & _BELOW
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            if operator in self.kernels and keyset.highestPriorityTypeId() in _DEVICES:
+                # no mode looks on: the dispatcher would take longer than a short attention
+                return self.kernels[operator](*args, **kwargs)
+            return operator.redispatch(keyset, *args, **kwargs)
+
+    @property
+    def title(self) -> str:
+        return str(self.operator.overloadpacket).rpartition(".")[2]
 
 
-_KERNELS: dict[Any, Callable[..., Any]] = {
-    attention: devices.forward,
-    attention_backward: devices.backward,
-}
+def derive(
+    operator: Any,
+    backward: Any,
+    *,
+    reference: Callable[..., Any],
+    always: int = 0,
+    kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+) -> None:
+    """Give an operator its derivatives.
+
+    Args:
+        operator: `operator(*args, **kwargs) -> (out, *saved)`, tensors, of which only `out` has a
+            gradient.
+        backward: `backward(grad_out, *args, out, *saved, needs, **kwargs)` -> gradients, where
+            `needs` has a boolean for each tensor of `args` (lists flattened, None skipped) beyond
+            the first `always`. The result, flattened, lists the gradients of the first `always`
+            tensors and then of those that `needs` marks.
+        reference: the same in plain PyTorch, differentiable to any order.
+        always: how many tensors always get a gradient.
+        kernels: what both run on any device, called directly where nothing looks on.
+    """
+    direct = {} if kernels is None else dict(zip((operator, backward), kernels, strict=True))
+    formula = Formula(operator, backward, reference, always, direct)
+    for target, rule in ((operator, _autograd), (backward, _autograd_backward)):
+        name = str(target.overloadpacket).rpartition(".")[2]
+        LIBRARY.impl(name, partial(rule, formula), "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"attn_compiler::{name}", _looped(target), lib=LIBRARY)
 
 
-class _Attention(torch.autograd.Function):
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor of a list of tensors goes."""
+
+    index: int
+
+
+def _taken_out(args: Sequence[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The arguments with a place for each tensor, and the tensors."""
+    tensors: list[Tensor] = []
+
+    def place(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return _Place(len(tensors) - 1)
+        return [place(x) for x in value] if isinstance(value, list | tuple) else value
+
+    return [place(value) for value in args], tensors
+
+
+def _put_back(template: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(template, _Place):
+        return tensors[template.index]
+    if isinstance(template, list):
+        return [_put_back(value, tensors) for value in template]
+    return template
+
+
+def _flat(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _flat(value)
+
+
+# ---------------------------------------------------------------- reverse mode
+
+
+class _Reverse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keyset: Any, kwargs: dict[str, Any], ints: Any, seed: Any, *tensors: Tensor
+        ctx: Any, formula: Formula, keyset: Any, call: tuple[list[Any], Any], *tensors: Tensor
     ) -> Any:
-        q, k, v, *reads = tensors
-        out, lse = _below(attention, keyset, q, k, v, reads, ints, seed, **kwargs)
-        ctx.save_for_backward(out, lse, seed, *tensors)
-        ctx.kwargs, ctx.ints = kwargs, ints
-        ctx.mark_non_differentiable(lse)
+        template, kwargs = call
+        args = _put_back(template, tensors)
+        results = tuple(formula.below(formula.operator, keyset, *args, **kwargs))
+        ctx.save_for_backward(*results, *tensors)
+        ctx.formula, ctx.call, ctx.results = formula, call, len(results)
+        ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return out, lse
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> Any:
-        wants = ctx.needs_input_grad[4:]
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
+        formula, (template, kwargs) = ctx.formula, ctx.call
+        wants = ctx.needs_input_grad[3:]
         if grad_out is None:
-            return (None,) * (4 + len(wants))
-        out, lse, seed, q, k, v, *reads = ctx.saved_tensors
-        needs = list(wants[3:])
-        dq, dk, dv, dreads = attention_backward(
-            grad_out, q, k, v, reads, ctx.ints, seed, out, lse, needs, **ctx.kwargs
-        )
-        rest = iter(dreads)
-        return (None,) * 4 + (dq, dk, dv, *(next(rest) if need else None for need in needs))
+            return (None,) * (3 + len(wants))
+        saved = ctx.saved_tensors  # to be asked for only once: checkpoints count
+        results, tensors = saved[: ctx.results], saved[ctx.results :]
+        args, needs = _put_back(template, tensors), list(wants[formula.always :])
+        found = _flat(formula.backward(grad_out, *args, *results, needs, **kwargs))
+        wanted = [True] * formula.always + needs
+        return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
 
-def _autograd(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    *qkv, reads, ints, seed = args
-    tensors = (*qkv, *reads)
+def _autograd(formula: Formula, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    template, tensors = _taken_out(args)
     if any(_transformed(t) for t in tensors):
-        return _by_reference(*args, **kwargs)
+        out, *rest = formula.reference(*args, **kwargs)
+        return (out, *(x.detach() for x in rest))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Attention.apply(keyset, kwargs, ints, seed, *tensors)
-    return _below(attention, keyset, *args, **kwargs)
+        return _Reverse.apply(formula, keyset, (template, kwargs), *tensors)
+    return formula.below(formula.operator, keyset, *args, **kwargs)
 
 
 def _transformed(tensor: Tensor) -> bool:
@@ -89,57 +168,50 @@ def _transformed(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _by_reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    given = Inputs.of(*args, **kwargs)
-    drop = given.drop
-    check(*given.qkv, drop)
-    (batch, heads, length, _), keys = given.q.shape, given.k.shape[2]
-    with devices.full_precision(given.q.device.type):
-        dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, keys))
-        factor = None if dropped is None else (~dropped).to(given.dtype) * drop.gain
-        out, lse = reference(
-            *given.qkv, given.reads, given.ints, given.program, given.scale, factor
-        )
-    return out, lse.detach()
-
-
 class _OnlyOnce(torch.autograd.Function):
-    """The backward operator where somebody may differentiate it: refused when it happens."""
+    """A backward operator where somebody may differentiate it: refused when it happens."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, call: Callable[[], Any], *tensors: Tensor) -> Any:
-        dq, dk, dv, dreads = call()
-        return dq, dk, dv, *dreads
+    def forward(ctx: Any, name: str, call: Callable[[], Any], *tensors: Tensor) -> Any:
+        ctx.name = name
+        return tuple(_flat(call()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise UnsupportedCall(
-            "the gradient of attention_backward was asked for",
-            why=("fused attention has first derivatives only",),
+            f"the gradient of {ctx.name}_backward was asked for",
+            why=(f"fused {ctx.name} has first derivatives only",),
             do="use torch.func or forward-mode AD, which run the plain reference",
         )
 
 
-def _autograd_backward(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-    tensors = (*args[:4], *args[4])
+def _autograd_backward(formula: Formula, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    tensors = list(_flat(args))
     if any(_transformed(t) for t in tensors):
         raise UnsupportedCall(
-            "a backward of attention was recorded outside of the transform that differentiates it",
-            why=("attention_backward has no forward-mode derivative",),
+            f"a backward of {formula.title} was recorded outside of the transform that"
+            " differentiates it",
+            why=(f"{formula.title}_backward has no forward-mode derivative",),
             do="run the forward pass inside the same torch.func transform or dual level",
         )
+    shape: Any = None
 
     def call() -> Any:
-        return _below(attention_backward, keyset, *args, **kwargs)
+        nonlocal shape
+        found = formula.below(formula.backward, keyset, *args, **kwargs)
+        shape, _ = _taken_out([found])
+        return found
 
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return call()
-    dq, dk, dv, *dreads = _OnlyOnce.apply(keyset, call, *tensors)
-    return dq, dk, dv, dreads
+    flat = _OnlyOnce.apply(formula.title, call, *tensors)
+    (found,) = _put_back(shape, flat)
+    return found if _is_list(formula.backward) else tuple(found)
 
 
-LIBRARY.impl("attention", _autograd, "Autograd", with_keyset=True)
-LIBRARY.impl("attention_backward", _autograd_backward, "Autograd", with_keyset=True)
+def _is_list(operator: Any) -> bool:
+    """Does it return one list of tensors, and not several results?"""
+    return len(operator._schema.returns) == 1
 
 
 # ---------------------------------------------------------------- vmap
@@ -159,6 +231,9 @@ def _looped(operator: Any) -> Callable[..., Any]:
             operator(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True)), **kwargs)
             for i in range(info.batch_size)
         ]
+        if _is_list(operator):
+            stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+            return stacked, [0] * len(stacked)
         results = tuple(
             [torch.stack(parts) for parts in zip(*column, strict=True)]
             if isinstance(column[0], list | tuple)
@@ -168,9 +243,3 @@ def _looped(operator: Any) -> Callable[..., Any]:
         return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)
 
     return rule
-
-
-torch.library.register_vmap("attn_compiler::attention", _looped(attention), lib=LIBRARY)
-torch.library.register_vmap(
-    "attn_compiler::attention_backward", _looped(attention_backward), lib=LIBRARY
-)

@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.ir.expr import DOT, TRUE, Expr
+from attn_compiler.ir.expr import DOT, TRUE
 from attn_compiler.ir.mask import Mask
 from attn_compiler.ir.mask import Tile as Tiling
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
 from attn_compiler.kernels.grid import Grid
-from attn_compiler.kernels.launch import Launch, Tile, power, structure_of, table_on
+from attn_compiler.kernels.launch import Launch, Tile, power, rows_visited, structure_of
 from attn_compiler.kernels.plan import plan
-from attn_compiler.kernels.schedule import by_rows
 from attn_compiler.kernels.template import load, render
-from attn_compiler.kernels.triton_source import Structure
+from attn_compiler.kernels.triton_source import Structure, keep
 from attn_compiler.kernels.triton_text import Lines
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -122,11 +121,11 @@ def _width(x: Tensor) -> int:
 @lru_cache(maxsize=512)
 def source(structure: Structure) -> str:
     """The text of the kernel."""
-    program, known = Program.parse(structure.program), plan(structure.program, sliced=False)
+    program, masks = Program.parse(structure.program), structure.masks()
     lines = Lines(structure.kinds)
     full, cut = lines.fork(), lines.fork()
-    full_keep = _keep(full, program.score, known.loose)
-    cut_keep = _keep(cut, program.score, program.mask)
+    full_keep = keep(full, program.score, masks["full"])
+    cut_keep = keep(cut, program.score, masks["cut"])
     return render(
         "forward_hopper",
         row_lines=lines.outer,
@@ -138,14 +137,6 @@ def source(structure: Structure) -> str:
         empty="nan" if program.empty in ("nan", "nan_added") else "zero",
         **structure.common(),
     )
-
-
-def _keep(lines: Lines, score: Expr, mask: Expr) -> dict[str, str]:
-    """The names of the score (none for the product itself) and of the mask (none without one)."""
-    return {
-        "score": "" if score == DOT else lines.as_kind(score, "float"),
-        "mask": "" if mask == TRUE else lines.as_kind(mask, "bool"),
-    }
 
 
 # ---------------------------------------------------------------- launch
@@ -169,8 +160,7 @@ def forward(frame: Frame, tile: Tile) -> tuple[Tensor, Tensor]:
 def prepare(frame: Frame, tile: Tile, out: Tensor, lse: Tensor) -> Launch:
     """The kernel of a call; its results are [B, H, T, dv] and [B, H, T]."""
     given, grid = frame.given, frame.grid
-    visits = by_rows(grid, tile.rows, tile.keys)
-    table = lse if visits is None else table_on(visits, given.q.device)
+    visited = rows_visited(frame, tile)
     half = tile.rows // 2
     copies = [
         _copies(x, rows)
@@ -185,11 +175,11 @@ def prepare(frame: Frame, tile: Tile, out: Tensor, lse: Tensor) -> Launch:
         "STAGES": tile.stages,
         "num_warps": 4,  # of one group; Triton adds the others
     }
-    structure = structure_of(frame, tile, visits is not None)
+    structure = structure_of(frame, tile, visited.kind)
     return Launch(
         load("forward_hopper", source(structure)).forward,
         (-(-grid.T // tile.rows), grid.B * grid.H, 1),
-        (lse, table, *copies, *given.ints, *lse.stride(), *sizes, given.scale),
+        (lse, *visited.args, *copies, *given.ints, *lse.stride(), *sizes, given.scale),
         constants,
     )
 

@@ -74,7 +74,7 @@ def with_descriptors(tile: Tile, x: Tensor, y: Tensor, rows: int) -> tuple[Tile,
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return tile, tuple(
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, power(t.shape[3])])
+        TensorDescriptor(t, list(t.shape), _strides(t), [1, 1, rows, power(t.shape[3])])
         for t in (x, y)
     )
 
@@ -84,11 +84,23 @@ def described(*tensors: Tensor) -> bool:
     place of its own?
     """
     for x in tensors:
-        unit = 16 // x.element_size()
-        strided = all(n > 0 and n % unit == 0 for n in x.stride()[:3])
-        if not strided or x.stride(3) != 1 or x.data_ptr() % 16 != 0:
+        unit, strides = _unit(x), _strides(x)
+        if strides[3] != 1 or not all(n > 0 and n % unit == 0 for n in strides[:3]):
+            return False
+        if x.data_ptr() % 16 != 0:
             return False
     return True
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Its strides; a dimension of one element has any, and gets a good one."""
+    unit = _unit(x)
+    first = [unit if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return [*first, x.stride(3)]
+
+
+def _unit(x: Tensor) -> int:
+    return 16 // x.element_size()
 
 
 def structure_of(

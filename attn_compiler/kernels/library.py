@@ -18,9 +18,11 @@ from torch import Tensor
 
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels import derivatives as derivatives  # registers them
-from attn_compiler.kernels.frame import accumulator, empty_heads
-from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward
+from attn_compiler.kernels import devices
+from attn_compiler.kernels.attention import reference
+from attn_compiler.kernels.derivatives import derive
+from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads
+from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
 __all__ = [
     "attention",
@@ -40,10 +42,34 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, 
 def _fake_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], *rest: Any, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    needs = rest[-1]
+    needs = rest[-1][: len(reads)]
     dreads = [r.new_empty(r.shape) for r, need in zip(reads, needs, strict=True) if need]
     dq, dk, dv = (empty_heads(x, x.shape) for x in (q, k, v))
     return dq, dk, dv, dreads
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+def _plain(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """`reference` with the arguments of the operator."""
+    given = Inputs.of(*args, **kwargs)
+    drop = given.drop
+    check(*given.qkv, drop)
+    (batch, heads, length, _), keys = given.q.shape, given.k.shape[2]
+    with devices.full_precision(given.q.device.type):
+        dropped = drop.dropped((heads, length), (0, batch), (0, length), (0, keys))
+        factor = None if dropped is None else (~dropped).to(given.dtype) * drop.gain
+        return reference(*given.qkv, given.reads, given.ints, given.program, given.scale, factor)
+
+
+derive(
+    attention,
+    attention_backward,
+    reference=_plain,
+    always=3,
+    kernels=(devices.forward, devices.backward),
+)
 
 
 # ---------------------------------------------------------------- flops

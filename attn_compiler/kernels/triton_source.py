@@ -89,7 +89,8 @@ class _Keep:
     grads: tuple[str, ...] = ()
 
 
-def _keep(lines: Lines, score: Expr, mask: Expr) -> _Keep:
+def keep(lines: Lines, score: Expr, mask: Expr) -> _Keep:
+    """The names of the score (none for the product itself) and of the mask (none without one)."""
     name = "" if score == DOT else lines.as_kind(score, "float")
     return _Keep(name, "" if mask == TRUE else lines.as_kind(mask, "bool"))
 
@@ -101,8 +102,8 @@ def forward_source(structure: Structure) -> str:
     lines = Lines(structure.kinds)
     sink = None if program.sink is None else lines.as_kind(program.sink, "float")
     full, cut = lines.fork(), lines.fork()
-    full_keep = _keep(full, program.score, masks["full"])
-    cut_keep = _keep(cut, program.score, masks["cut"])
+    full_keep = keep(full, program.score, masks["full"])
+    cut_keep = keep(cut, program.score, masks["cut"])
     names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
     return render(
         "forward",
@@ -150,7 +151,7 @@ def _both_tiles(
     found: dict[str, Any] = {}
     for kind, mask in structure.masks().items():
         inner = lines.fork()
-        keep = _keep(inner, program.score, mask)
+        kept = keep(inner, program.score, mask)
         through = slope(program.score, DOT)
         chain = "" if through == ONE else inner.as_kind(through, "float")
         grads = tuple(
@@ -158,7 +159,7 @@ def _both_tiles(
             for read in _reads(program.score, needs)
             for text in _gradient(inner, read, program)
         )
-        found[f"{name}_{kind}_keep"] = _Keep(keep.score, keep.mask, chain, grads)
+        found[f"{name}_{kind}_keep"] = _Keep(kept.score, kept.mask, chain, grads)
         found[f"{name}_{kind}_lines"] = inner.body
     return found | {f"{name}_lines": lines.outer}
 
