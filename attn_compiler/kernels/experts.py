@@ -78,6 +78,17 @@ def _problem(
     return ""
 
 
+def in_one_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and weights as autocast hands them to other projections."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
+        return x, w
+    if not torch.is_autocast_enabled(device):
+        return x, w
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), w.to(dtype)
+
+
 # ---------------------------------------------------------------- the specification
 
 
