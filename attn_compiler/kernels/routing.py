@@ -19,6 +19,7 @@ from torch import Tensor
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.dropout import Drop
+from attn_compiler.kernels.frame import accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def route(
     """
     _check(w, heads, k, dropout, seed)
     # half precision would tie logits that differ; under autocast it would come back
-    wide = torch.promote_types(torch.result_type(x, w), torch.float32)
+    wide = accumulator(x, w)
     with full_precision(x.device.type):
         logits = (x.to(wide) @ w.to(wide).mT).unflatten(-1, (heads, -1))
     batch, length, _, experts = logits.shape

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
+from attn_compiler.ir.score import Program
 from attn_compiler.kernels.experts import expert_merge, expert_project, in_one_dtype
 from attn_compiler.kernels.library import attention
 from attn_compiler.kernels.routing import Routes, route
@@ -79,7 +80,7 @@ class Scores:
             the last: see `relative_positions`.
     """
 
-    program: str = "score: dot; mask: true; empty: any"
+    program: str = str(Program())
     reads: Sequence[Tensor] = ()
     ints: Sequence[int] = ()
     scale: float | None = None
@@ -251,8 +252,8 @@ def relative_positions(w_p: Tensor, keys: int) -> Tensor:
     """Projected sinusoids of the distances 1 - S to S - 1, Transformer-XL's: [H, 2 S - 1, c].
 
     With them as `Scores.offsets`, read number i, the score of a query that sees T - S earlier keys
-    is dot + t<i>[b, h, q, q - k + 2 * S - T - 1]. Source: Transformer-XL (arXiv 1901.02860) without its
-    two biases, which SwitchHead leaves out.
+    is dot + t<i>[b, h, q, q - k + 2 * S - T - 1]. Source: Transformer-XL (arXiv 1901.02860) less
+    its two biases, which SwitchHead leaves out.
 
     Args:
         w_p: [H, D, c], D even.
