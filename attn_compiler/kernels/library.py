@@ -21,7 +21,7 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import devices
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.derivatives import derive
-from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads
+from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads, empty_lse
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 
 @torch.library.register_fake("attn_compiler::attention", lib=LIBRARY)
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    lse = empty_heads(q, q.shape[:3], accumulator(q, k, v))
+    lse = empty_lse(q, accumulator(q, k, v))
     return empty_heads(v, (*q.shape[:3], v.shape[-1])), lse
 
 

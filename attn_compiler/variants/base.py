@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 from attn_compiler.errors import BadOption
@@ -14,6 +14,10 @@ V = TypeVar("V")
 
 # what a cost is asked for: a pass over a whole sequence, forward and backward, a step of generation
 Work = Literal["prefill", "training", "decode"]
+
+
+# a query of at most so many rows, with more keys, is a step of generation
+_STEP = 16
 
 
 class Scope(enum.Enum):
@@ -103,3 +107,59 @@ class Variant:
     scope: Scope
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of an attention.
+
+    Attributes:
+        batch, query, key, heads, head_dim: B, T, S, H, d.
+        kv_heads, value_dim: None is heads, head_dim.
+        width: of the model; None is heads times head dim.
+        layers, beams: L that share a cache, K of each sample.
+        causal: a token sees those before it.
+        training: forward and backward.
+    """
+
+    batch: int
+    query: int
+    key: int
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    width: int | None = None
+    layers: int = 1
+    beams: int = 1
+    causal: bool = True
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise BadOption(
+                    f"Shape has {field.name}={value!r}", do="give a whole number from 1"
+                )
+        if self.heads % self.groups:
+            raise BadOption(
+                f"Shape has {self.heads} heads over {self.groups} kv heads",
+                do="the number of kv heads divides that of heads",
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def channels(self) -> int:
+        return self.width or self.heads * self.head_dim
+
+    @property
+    def work(self) -> Work:
+        if self.training:
+            return "training"
+        return "decode" if self.query <= _STEP and self.key > self.query else "prefill"
