@@ -87,7 +87,7 @@ class Scores:
     offsets: Tensor | None = None
 
 
-_PLAIN = Scores()
+PLAIN = Scores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def switchhead_attention(
     x_kv: Tensor,
     weights: Weights,
     mixture: Mixture,
-    scores: Scores = _PLAIN,
+    scores: Scores = PLAIN,
     *,
     rotate: tuple[Rotate, Rotate] | None = None,
     seed: Tensor | None = None,
@@ -168,7 +168,7 @@ def attend(
     written: Written,
     weights: Weights,
     mixture: Mixture,
-    scores: Scores = _PLAIN,
+    scores: Scores = PLAIN,
     *,
     rotate: Rotate | None = None,
     routes: Routes | None = None,
