@@ -64,6 +64,8 @@ def rewrite(  # noqa: PLR0913  (the public signature)
         NoLegalVariant: with `on_reject="raise"`; the model is as before.
     """
     config = _config(to, hardware, on_reject)
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        config = replace(config, installs=True)
     if calibration is not None:
         raise BadOption(
             "calibration is given",
