@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ _RECIPE = Recipe()
 
 @dataclass(slots=True)
 class Distilled:
-    """What happened: the losses of both phases, one for each step, and the layers that were taught."""
+    """What happened: the layers that were taught, and the losses of each phase, step by step."""
 
     layers: tuple[str, ...]
     losses: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in _PHASES})
@@ -255,8 +255,9 @@ class _Run:
 
     def __init__(self, student: nn.Module, recipe: Recipe, lr: float, result: Distilled) -> None:
         self.student, self.recipe, self.lr, self.result = student, recipe, lr, result
+        self._phase = ""
         self._optimizer: torch.optim.AdamW | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {"phase": None}
 
     def phase(
         self,
@@ -270,40 +271,34 @@ class _Run:
         if len(losses) >= steps:
             return
         chosen = [(n, p) for n, p in self.student.named_parameters() if id(p) in trained]
-        chosen = [(n, p) for n, p in chosen if p.requires_grad]
-        optimizer = self._optimizer = self._prepared(chosen)
+        self._phase, self._optimizer = name, _optimizer(chosen, self.lr, self.recipe)
+        if self._resumed["phase"] == name:
+            self._optimizer.load_state_dict(self._resumed["optimizer"])
         stream = islice(_again(batches), len(losses), None)
-        recipe = self.recipe
-        with bar(name, steps, len(losses), shown=recipe.progress) as advance:
+        with bar(name, steps, len(losses), shown=self.recipe.progress) as advance:
             for step in range(len(losses), steps):
-                loss = objective(next(stream))
-                grads = torch.autograd.grad(loss, [p for _, p in chosen], allow_unused=True)
-                for (_, p), grad in zip(chosen, grads, strict=True):
-                    p.grad = grad
-                nn.utils.clip_grad_norm_([p for _, p in chosen], recipe.clip)
-                for group in optimizer.param_groups:
-                    group["lr"] = self.lr * group["rate"] * rate(step, steps, recipe.warm_up)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(float(loss.detach()))
+                share = rate(step, steps, self.recipe.warm_up)
+                losses.append(self._step(objective(next(stream)), share))
                 advance(losses[-1])
-                if (step + 1) % recipe.save_every == 0:
+                if (step + 1) % self.recipe.save_every == 0:
                     self.save()
-        self._optimizer = None
 
-    def _prepared(self, chosen: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
-        routers = [p for n, p in chosen if n.rpartition(".")[2] in _ROUTERS]
-        others = [p for n, p in chosen if n.rpartition(".")[2] not in _ROUTERS]
-        groups = [(others, 1.0), (routers, self.recipe.router_rate)]
-        optimizer = torch.optim.AdamW(
-            [{"params": params, "rate": rate} for params, rate in groups if params],
-            lr=self.lr,
-            weight_decay=0.0,
-        )
-        if self._resumed is not None:
-            optimizer.load_state_dict(self._resumed)
-            self._resumed = None
-        return optimizer
+    def _step(self, loss: Tensor, share: float) -> float:
+        """One step of the optimiser at a share of the learning rate. Gradients that others left in
+        the parameters do not count, and are gone afterwards.
+        """
+        assert self._optimizer is not None
+        groups = self._optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"]]
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, found, strict=True):
+            parameter.grad = grad
+        nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+        for group in groups:
+            group["lr"] = self.lr * group["rate"] * share
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(loss.detach())
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same in the run that is continued."""
@@ -318,9 +313,11 @@ class _Run:
         state = {
             "identity": self._identity(),
             "student": self.student.state_dict(),
+            "phase": self._phase,
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
-            "losses": asdict(self.result)["losses"],
+            "losses": self.result.losses,
             "random": torch.get_rng_state(),
+            "random of GPUs": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         temporary = path.with_name(path.name + ".tmp")
         torch.save(state, temporary)
@@ -345,8 +342,23 @@ class _Run:
             )
         self.student.load_state_dict(state["student"])
         self.result.losses = state["losses"]
-        self._resumed = state["optimizer"]
+        self._resumed = state
         torch.set_rng_state(state["random"])
+        if len(state["random of GPUs"]) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all(state["random of GPUs"])
+
+
+def _optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], lr: float, recipe: Recipe
+) -> torch.optim.AdamW:
+    """Routers in a group of their own."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], recipe.router_rate: []}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            router = name.rpartition(".")[2] in _ROUTERS
+            groups[recipe.router_rate if router else 1.0].append(parameter)
+    given = [{"params": found, "rate": times} for times, found in groups.items() if found]
+    return torch.optim.AdamW(given, lr=lr, weight_decay=0.0)
 
 
 def _again(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -2,8 +2,7 @@
 
 with bar("layers", 500, 0) as advance:  advance(0.031)
 
-Both go to standard error, and neither is drawn where that is no terminal, except for the plain
-lines: logs want them.
+Both go to standard error. A bar needs a terminal; a log gets lines.
 """
 
 from __future__ import annotations
