@@ -142,7 +142,7 @@ def compare(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def compare_forms(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Sorted routes against all products, forward and backward, at several E / k."""
     rows = []
-    for experts, k in ((4, 4), (4, 3), (5, 3), (4, 2), (5, 2), (8, 2)):
+    for experts, k in ((4, 4), (4, 3), (5, 3), (4, 2), (5, 2), (8, 2), (8, 1), (16, 1)):
         for merge in (False, True):
             ratios = form_ratios(LAYERS[name].width, (experts, k), merge, options)
             kind = "merge" if merge else "project"
@@ -163,10 +163,11 @@ def form_ratios(
     router = torch.randn(heads * experts, width)
     routes = route(torch.randn(1, length, width), router, heads=heads, k=k)
     ends = (inner, width) if merge else (width, inner)
-    a = torch.randn(length * heads if merge else length, ends[0])
-    w = torch.randn(heads * experts, *ends)
+    dtype = getattr(torch, options.dtype)
+    a = torch.randn(length * heads if merge else length, ends[0], dtype=dtype)
+    w = torch.randn(heads * experts, *ends, dtype=dtype)
     call = forms.Routed(a, w, routes.index.flatten(0, 1), routes.gate.flatten(0, 1), experts, merge)
-    grad, needs = torch.randn(call.rows, ends[1]), (True, True, True)
+    grad, needs = torch.randn(call.rows, ends[1], dtype=dtype), (True, True, True)
     ways = {
         "forward": (lambda: forms._masked(call), lambda: forms._grouped(call)),
         "backward": (

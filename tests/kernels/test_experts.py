@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,7 +32,7 @@ PAIRS = {
     "project": (expert_project, reference_project),
     "merge": (expert_merge, reference_merge),
 }
-FORMS = {"grouped": 0.0, "masked": float("inf")}
+FORMS = ("grouped", "masked")
 
 
 class Sizes(NamedTuple):
@@ -67,8 +68,8 @@ def drawn(name: str, s: Sizes, dtype: torch.dtype = torch.float64) -> list[Tenso
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, form: str, chunk: int = 2**22) -> None:
-    monkeypatch.setattr(forms, "_WORTH_SORTING", FORMS[form])
-    monkeypatch.setattr(forms, "_CHUNK", chunk)
+    monkeypatch.setattr(forms, "_sorts", lambda call, wide: form == "grouped")
+    monkeypatch.setitem(forms._CHUNK, "cpu", chunk)
 
 
 def by_hand(name: str, rows: Tensor, w: Tensor, index: Tensor, gate: Tensor, s: Sizes) -> Tensor:
@@ -103,6 +104,33 @@ def test_means_the_sum_over_routes(
     exact = by_hand(name, *args, s)
     for function in PAIRS[name]:
         torch.testing.assert_close(function(*args, experts=s.experts), exact, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts", "sorted_merge", "sorted_project"),
+    [
+        (torch.float32, 3, False, False),
+        (torch.float32, 4, True, True),
+        (torch.bfloat16, 4, False, False),
+        (torch.bfloat16, 8, False, True),
+        (torch.float16, 17, True, True),
+    ],
+)
+def test_sorts_where_few_are_chosen(
+    dtype: torch.dtype, experts: int, sorted_merge: bool, sorted_project: bool
+) -> None:
+    """Of every dtype as it was measured; elsewhere than on a CPU never, nothing may wait."""
+    for device in ("cpu", "meta"):
+        for name in PAIRS:
+            with torch.device(device):
+                index = torch.zeros(7, 1, 2, dtype=torch.int32)
+                a, w = torch.empty(7, 5, dtype=dtype), torch.empty(experts, 5, 5, dtype=dtype)
+                call = forms.Routed(a, w, index, index.float(), experts, name == "merge")
+            here = device == "cpu"
+            assert forms._sorts(call, True) == (sorted_merge and here)
+            assert forms._sorts(call, False) == (sorted_project and here)
+            one = replace(call, index=index[:1], gate=index[:1].float())
+            assert forms._sorts(one, True) == here  # one token leaves some experts out
 
 
 SHAPES = {
