@@ -13,14 +13,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from gpu_table import wrong
+
 from attn_compiler.cost.fit import Measurement, fit
 from attn_compiler.cost.hardware import Hardware, of_properties
 from attn_compiler.cost.limits import facts, resident
 from attn_compiler.cost.problem import TEMPLATES, Problem, Template, TileConfig
 from attn_compiler.cost.roofline import Calibration, predict
-
-# relative distance from the first way's result above which a way is not counted
-_WRONG = 0.02
 
 
 def hardware_of(result: dict[str, Any]) -> Hardware:
@@ -38,9 +37,7 @@ def measurements(result: dict[str, Any]) -> dict[Template, list[Measurement]]:
         problem = Problem(**row["problem"])
         for way in row["ways"].values():
             template = way.get("template")
-            if template not in found or not way.get("seconds") or way.get("spills"):
-                continue
-            if any(not share <= _WRONG for share in way.get("differences", ())):
+            if template not in found or not way.get("seconds") or way.get("spills") or wrong(way):
                 continue
             tile = _tile(way["tile"])
             lives = _resident(hardware, problem, template, tile, way)
@@ -88,6 +85,8 @@ def off(
 
 def report(result: dict[str, Any]) -> str:
     """The fitted constants of each template, as text."""
+    if "arch" not in result:
+        return "not measured on a GPU: nothing to fit"
     hardware, lines = hardware_of(result), []
     for template, found in measurements(result).items():
         if not found:

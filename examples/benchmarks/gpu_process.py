@@ -1,8 +1,8 @@
 """Measures in a process of its own, which may die or hang without losing what was measured.
 
     parent                          child
-    gather(start, names, ...)  -->  work through the cases, a line of JSON for each event:
-                                    {"case", "way"} begins, {"row"} is measured, {"lost"} by an error
+    gather(start, names, ...)  -->  works through the cases, a line of JSON for each event:
+                                    {"case", "way"} begins, {"row"} is done, {"lost"} an error
 
 A kernel that writes where it must not takes the whole process with it, and one that waits for
 itself never returns. The way that did it is reported with what happened; a new process goes on.
@@ -97,7 +97,7 @@ def _follow(
             child.kill()
             child.wait()
             _collect(task, found)
-            return f"no answer for {now - heard:.0f} seconds"
+            return f"no answer for {now - heard:.0f} seconds" if now <= end else "out of time"
     _collect(task, found)
     return f"its process ended with code {child.returncode}" if child.returncode else ""
 

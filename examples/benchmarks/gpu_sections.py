@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_cases import Case
-from gpu_timing import Machine, Makers, NotHere, Note, Way, measure, tensors_of
+from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
 from gpu_ways import Call, makers
 from torch import Tensor
 

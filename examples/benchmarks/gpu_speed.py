@@ -25,6 +25,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 # its own folder, also where PYTHONSAFEPATH keeps it off the path
@@ -100,7 +101,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         print(f"dropped, out of time: {name}")
     return {
         **_described(given.device),
-        "method": METHOD if given.device == "cuda" else "a clock, tiny sizes: not a measurement",
+        "method": METHOD if given.device == "cuda" else "A clock and tiny sizes: no measurement.",
         "rounds": given.rounds,
         "seconds": time.monotonic() - began,
         "dropped": dropped,
@@ -188,8 +189,11 @@ def work_through(task: Task, machine: Machine, rounds: int) -> int:
 
 def _told(case: Case, row: dict[str, Any]) -> str:
     ways = row.get("ways", {})
-    parts = [f"{way} {1e3 * sorted(s)[len(s) // 2]:.3f} ms" if (s := found.get("seconds"))
-             else f"{way} failed" if "error" in found else way for way, found in ways.items()]  # fmt: skip
+    parts = []
+    for way, found in ways.items():
+        seconds = found.get("seconds")
+        text = "failed" if "error" in found else ""
+        parts.append(f"{way} {1e3 * median(seconds):.3f} ms" if seconds else f"{way} {text}")
     return f"{case.name}: {', '.join(parts) or row.get('error', '')}"
 
 

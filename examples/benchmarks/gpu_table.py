@@ -1,6 +1,6 @@
 """From results to the table in docs/performance.md, between its two markers.
 
-    {"rows": [{"section": "forward", "ways": ...}]}   ->   | forward, head dim 64 ... | 480 TFLOP/s |
+    {"rows": [{"section": "forward", "ways": ...}]}   ->   | forward, full ... | 480 TFLOP/s | ...
 
 A ratio is taken inside of each round; medians, with the smallest and the largest.
 """
@@ -46,7 +46,7 @@ def _one(result: Row) -> str:
     lines = ["| what | ours | against |", "|---|---|---|"]
     ceiling = _ceiling(result)
     for section, (what, against) in SECTIONS.items():
-        rows = [row for row in result["rows"] if row.get("section") == section]
+        rows = [r for r in result["rows"] if r.get("section") == section and "ways" in r]
         if not rows:
             lines.append(f"| {what} | {NOT_MEASURED} | {against} |")
         for row in rows:
@@ -63,7 +63,7 @@ def _one(result: Row) -> str:
             f"{key} {result[key]}" for key in ("driver", "torch", "triton") if key in result
         )
         head = f"{result['gpu']} ({where}), {result['dtype']}, {result['rounds']} rounds."
-        text = f"{head} {result['method'].capitalize()}.\n\n{text}"
+        text = f"{head} {result['method']}\n\n{text}"
     return "\n\n".join([text, "\n".join(notes)]) if notes else text
 
 

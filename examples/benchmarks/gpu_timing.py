@@ -27,9 +27,9 @@ _WRITES = 32
 _WARM_UP = 2
 _SAID = 400
 METHOD = (
-    f"CUDA events; before each call {_SCRATCH >> 20} MiB are written {_WRITES} times, so the last "
-    "cache holds nothing of it and the host is ahead; compilation and two calls come before the "
-    "first round; the order of the ways turns around each round; random data"
+    f"CUDA events. Before each call {_SCRATCH >> 20} MiB are written {_WRITES} times, so the last "
+    "cache holds nothing of it and the host is ahead. Compilation and two calls come before the "
+    "first round, and the order of the ways turns around in each. Random data."
 )
 
 
@@ -137,7 +137,7 @@ def measure(
     Args:
         makers: make a way; what fails here or later costs this way and no other.
         seconds: of one call, as `Machine.seconds`.
-        note: told which way is next.
+        note: told which way is next, in each round too.
 
     Raises:
         DeviceLost: the device is of no use any more.
@@ -157,6 +157,7 @@ def measure(
             found[name] = _failed(machine, error)
     for turn in range(rounds):
         for name in list(ready)[:: 1 if turn % 2 == 0 else -1]:
+            note(name)
             try:
                 found[name]["seconds"].append(seconds(ready[name].call))
             except Exception as error:
