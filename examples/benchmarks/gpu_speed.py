@@ -37,7 +37,7 @@ import torch
 from gpu_cases import Case, Section, cases, next_case, shrunk
 from gpu_process import Task, gather
 from gpu_sections import run
-from gpu_timing import METHOD, DeviceLost, Machine, said
+from gpu_timing import METHOD, DeviceLost, Machine, Note, failure
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 ROUNDS = 11
@@ -172,19 +172,28 @@ def work_through(task: Task, machine: Machine, rounds: int) -> int:
             small = case if machine.cuda else shrunk(case)
             tell(case=case.name)
             try:
-                row = run(
+                row = _row(
                     small, machine, rounds,
                     lambda way, name=case.name: tell(case=name, way=way),
-                    task.lost.get(case.name),
+                    task.lost.get(case.name, {}),
                 )  # fmt: skip
             except DeviceLost as error:
                 tell(lost=str(error))
                 return 3
-            except Exception as error:  # the case itself cannot be made
-                row = {"section": case.section, "error": said(error)}
             tell(row={**row, "name": case.name})
             print(f"{end - time.monotonic():6.0f} s left  {_told(case, row)}", flush=True)
     return 0
+
+
+def _row(
+    case: Case, machine: Machine, rounds: int, note: Note, lost: dict[str, str]
+) -> dict[str, Any]:
+    try:
+        return run(case, machine, rounds, note, lost)
+    except DeviceLost:
+        raise
+    except Exception as error:  # the case itself cannot be made
+        return {"section": case.section, **failure(machine, error)}
 
 
 def _told(case: Case, row: dict[str, Any]) -> str:

@@ -154,14 +154,14 @@ def measure(
                 facts["differences"] = differences(result, first)
             found[name], ready[name] = {"seconds": [], **facts}, way
         except Exception as error:
-            found[name] = _failed(machine, error)
+            found[name] = failure(machine, error)
     for turn in range(rounds):
         for name in list(ready)[:: 1 if turn % 2 == 0 else -1]:
             note(name)
             try:
                 found[name]["seconds"].append(seconds(ready[name].call))
             except Exception as error:
-                found[name] = _failed(machine, error)
+                found[name] = failure(machine, error)
                 del ready[name]
     return found
 
@@ -188,6 +188,7 @@ def _warmed_up(
     machine.wait()
     if way.compiled is not None and machine.cuda:
         facts.update(way.compiled())
+        machine.wait()
     return way, facts, tensors_of(result)
 
 
@@ -206,7 +207,12 @@ def differences(result: tuple[Tensor, ...], first: tuple[Tensor, ...]) -> list[f
     return found
 
 
-def _failed(machine: Machine, error: Exception) -> dict[str, Any]:
+def failure(machine: Machine, error: Exception) -> dict[str, Any]:
+    """What a row says instead of seconds.
+
+    Raises:
+        DeviceLost: the device is of no use any more.
+    """
     text = said(error)
     try:
         machine.wait()

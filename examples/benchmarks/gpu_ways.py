@@ -153,9 +153,9 @@ def _liked(number: int, call: Call) -> Way:
     """The tiles that the cost model likes best, without the picked one."""
     if call.problem is None:
         raise NotHere("the cost model knows bands only")
-    hardware = Hardware.from_device(call.machine.device if call.machine.cuda else None)
-    if not call.machine.cuda:
-        hardware = Hardware.named("a100")
+    # without a GPU that of the family which the machine stands for
+    cuda = call.machine.cuda
+    hardware = Hardware.from_device(call.machine.device) if cuda else Hardware.named("a100")
     own = picked(call)
     tiles = [
         Tile(t.block_m, t.block_n, t.warps, t.stages, t.heads, t.splits)
@@ -175,7 +175,9 @@ def _dense(call: Call) -> Way:
     """The same sizes without the map of blocks."""
     case = replace(call.case, rule="full", section="forward")
     way = _triton(replace(call, case=case, reads=[]))
-    return replace(way, compared=False)
+    s = case.sizes
+    facts = {**way.facts, "flops": 4.0 * s.B * s.H * s.T * s.S * s.d}
+    return replace(way, facts=facts, compared=False)
 
 
 def _gluon(call: Call) -> Way:
@@ -274,8 +276,9 @@ def _flex_call(call: Call) -> Callable[..., Tensor]:
 
 def _plain_flex(*qkv: Tensor, **options: Any) -> Tensor:
     # a CPU refuses gradients here, so it sees none of them
+    attend: Any = flex_attention
     with torch.no_grad():
-        return flex_attention(*qkv, **options)  # type: ignore[return-value]
+        return attend(*qkv, **options)
 
 
 def _flex(call: Call) -> Way:
