@@ -86,7 +86,9 @@ class GauInputs:
     @staticmethod
     def of(*tensors: Any, dropout: float, **options: Any) -> GauInputs:
         """From the arguments as the schema orders them."""
-        return GauInputs(*tensors[:9], Drop(tensors[9], dropout), **options)
+        q, k, v, q_lin, k_lin, gate, bias, valid, documents, seed = tensors
+        found = (q, k, v, q_lin, k_lin, gate, bias, valid, documents)
+        return GauInputs(*found, drop=Drop(seed, dropout), **options)
 
     @property
     def dtype(self) -> torch.dtype:
