@@ -56,7 +56,8 @@ def _near(given: GauInputs) -> Tensor:
     if given.inside:
         scores, by = scores / by, torch.ones_like(by)
     if given.bias is not None:
-        scores = scores + given.bias.to(given.dtype)[j - i + given.bias.shape[0] // 2]
+        last = given.bias.shape[0] - 1  # what is further away is masked
+        scores = scores + given.bias.to(given.dtype)[(j - i + last // 2).clamp(0, last)]
     weights = torch.where(seen, scores.relu().square() / by, 0.0)
     batch, length, _, _ = given.size
     dropped = given.drop.dropped((1, length), (0, batch), (0, length), (0, length))

@@ -78,6 +78,16 @@ class _Call:
         self.within = self.reach.within()
         self.q_lin = given.q if given.q_lin is None else given.q_lin
         self.k_lin = given.k if given.k_lin is None else given.k_lin
+        self._biases: tuple[tuple[int, ...], Tensor | None] = ((), None)
+
+    def bias(self, table: Tensor, rows: slice, keys: slice) -> Tensor:
+        """[rows, keys]; squares of all chunks have the same."""
+        place = (rows.start - keys.start, rows.stop - rows.start, keys.stop - keys.start)
+        known, found = self._biases
+        if found is None or known != place:
+            found = toeplitz(table.to(self.given.dtype), rows, keys)
+            self._biases = (place, found)
+        return found
 
     def part(self, x: Tensor, rows: slice, factors: Tensor | None = None) -> Tensor:
         """[B, rows, features], times the factors [b, T] of rows."""
@@ -172,7 +182,7 @@ class _Square:
         self._mask, self._outer = reach.mask(rows, keys), reach.outer[:, rows, None]
         scores = self._q @ self._k.mT
         if given.bias is not None:
-            scores += toeplitz(given.bias.to(given.dtype), rows, keys)
+            scores += call.bias(given.bias, rows, keys)
         # relu, 0 where masked
         self._hinge = self._masked(scores.relu_())
         self._kept = self._dropout()
