@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attn_compiler.kernels import gau_cpu
+from attn_compiler.kernels import gau_cpu, gau_triton, gpu
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.gau_schema import (
@@ -101,7 +101,17 @@ def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     given = GauInputs.of(*args, **kwargs)
     check_gau(given)
     with full_precision(given.q.device.type):
+        if runs_triton(given):
+            return gau_triton.forward(given, gau_triton.tile(given))
         return gau_cpu.forward(given)
+
+
+def runs_triton(given: GauInputs) -> bool:
+    """Is there a generated kernel for this call on its device?"""
+    device = given.q.device
+    if device.type != "cuda" or not given.q.numel() or not given.v.numel():
+        return False
+    return not gau_triton.refusal(given) and bool(gpu.family(device))
 
 
 def _backward(grad_out: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:

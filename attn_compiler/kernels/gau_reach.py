@@ -44,7 +44,8 @@ class Reach:
     sequences.
 
     Attributes:
-        lo, hi: keys that a row sees by A.
+        lo, hi: keys that a row sees by A, where they are valid.
+        near: 1 over what its scores or their squares are divided by.
         inner: factors of the queries, the scale included.
         outer: factors of the rows of A.
     """
@@ -63,10 +64,10 @@ class Reach:
         counted = torch.ones_like(index) if given.valid is None else given.valid.long()
         self._before = pad(counted.cumsum(1), (1, 0))
         seen = self._count(self.lo, own if given.scale_mode == "valid" else self.hi)
-        near = self._divided(seen, given.chunk)
+        self.near = near = self._divided(seen, given.chunk)
         whole = torch.ones_like(near)
         self.inner = (near if given.inside else whole) * given.scale
-        self.outer = self._rows(whole if given.inside else near)
+        self.outer = self.rows(whole if given.inside else near)
 
     def _documents(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """First token of each token's document, and the one after its last."""
@@ -93,7 +94,8 @@ class Reach:
             return torch.full(seen.shape, 1 / by, dtype=given.dtype, device=seen.device)
         return torch.where(seen > 0, 1 / seen.clamp(min=1).to(given.dtype), 0.0)
 
-    def _rows(self, factors: Tensor) -> Tensor:
+    def rows(self, factors: Tensor) -> Tensor:
+        """Factors of rows, 0 for rows that are not valid."""
         return factors if self._given.valid is None else factors * self._given.valid
 
     def sweeps(self) -> Iterator[Sweep]:
@@ -104,7 +106,7 @@ class Reach:
         first, last, start, stop = self._first, self._last, self._start, self._stop
         ends_before = given.causal and given.scale_mode != "valid"
         seen = self._count(first, start if ends_before else last)
-        reads = self._rows(self._divided(seen, given.chunk if given.causal else self._length))
+        reads = self.rows(self._divided(seen, given.chunk if given.causal else self._length))
         write = None if given.valid is None else given.valid.to(given.dtype)
         if given.documents is None:
             yield Sweep("before" if given.causal else "all", reads, write, None)
@@ -128,7 +130,7 @@ class Reach:
         else:
             ends = list(range(0, self._length, chunk))
         carry = read[:, ends].to(given.dtype)[..., None, None]
-        return Sweep(direction, reads * read, self._rows(write.to(given.dtype)), carry)
+        return Sweep(direction, reads * read, self.rows(write.to(given.dtype)), carry)
 
     def within(self) -> Tensor | None:
         """[b, T] factors of linear attention within a chunk, which documents in both directions
@@ -137,7 +139,7 @@ class Reach:
         given = self._given
         if given.chunk is None or given.causal or given.documents is None:
             return None
-        return self._rows(self._divided(self._count(self._first, self._last), self._length))
+        return self.rows(self._divided(self._count(self._first, self._last), self._length))
 
     def mask(self, rows: slice, keys: slice) -> Tensor | None:
         """0 and 1 [b, rows, keys], None where a row sees all keys, or those up to itself."""
