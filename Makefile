@@ -61,7 +61,7 @@ check: setup
 pytest: setup
 	$(BIN)/python -m pytest -n $(WORKERS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m interpret tests/kernels
-	$(BIN)/python -m pytest -n $(WORKERS) -m aot tests/kernels
+	$(BIN)/python -m pytest -n $(WORKERS) -m aot tests/kernels tests/cost
 
 zoo: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow" tests/zoo

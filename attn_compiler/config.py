@@ -29,6 +29,7 @@ class CompileConfig:
         mode: mode of torch.compile for Inductor.
         inductor: options for Inductor.
         keep_graphs: keep the text of the graphs before and after for the report.
+        installs: a module is at hand that new tensors can be put into.
     """
 
     to: tuple[tuple[str, Target], ...] = (("*", "fastest"),)
@@ -37,6 +38,7 @@ class CompileConfig:
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
     keep_graphs: bool = False
+    installs: bool = False
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
@@ -39,6 +39,7 @@ from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.report import Report
+from attn_compiler.variants.base import Lowering
 
 log = logging.getLogger("attn_compiler")
 
@@ -191,7 +192,7 @@ def _miss(work: _Work, node: fx.Node, reason: Reason) -> None:
 
 def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
     site = describe(region, functional, core)
-    target = work.config.wanted(site.path)
+    target, lowering = work.config.wanted(site.path), None
     if target is None:
         decision = Decision(
             False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),)
@@ -206,15 +207,27 @@ def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Cor
             reasons,
             fidelity=variant.fidelity.value,
         )
+        if variant.lower is not None and not reasons:
+            lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
+            decision = _may_install(decision, lowering, work.config)
     if decision.accepted and work.change:
         try:
-            rewrite_site(region, functional, core)
+            tensors = rewrite_site(region, functional, core, lowering)
+            decision = replace(decision, tensors=tensors)
             work.touched |= set(region.nodes)
         except (NotAttention, RegionError) as refusal:
             decision = Decision(False, reasons=(Reason(refusal.code, refusal.text, site.location),))
     site = replace(site, decision=decision)
     log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
     work.sites.append(site)
+
+
+def _may_install(decision: Decision, lowering: Lowering, config: CompileConfig) -> Decision:
+    """New tensors need a module that they can be put into."""
+    if config.installs or not lowering.tensors:
+        return decision
+    text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
+    return Decision(False, reasons=(Reason("needs_rewrite", text),), fidelity=decision.fidelity)
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

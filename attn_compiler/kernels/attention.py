@@ -23,7 +23,14 @@ from attn_compiler.ir.expr import TRUE
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels import rows
-from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads, in_heads_layout
+from attn_compiler.kernels.frame import (
+    Frame,
+    Inputs,
+    accumulator,
+    empty_heads,
+    empty_lse,
+    in_heads_layout,
+)
 
 INF = float("inf")
 
@@ -88,15 +95,15 @@ def reference(
 
 
 def forward(given: Inputs) -> tuple[Tensor, Tensor]:
-    """out and lse, both in the layout of `empty_heads`."""
+    """out and lse, in the layouts of `empty_heads` and `empty_lse`."""
     shape = (*given.q.shape[:3], given.v.shape[-1])
     if _no_elements(given):
-        out, lse = empty_heads(given.v, shape), empty_heads(given.q, shape[:3], given.dtype)
+        out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         return out.zero_(), lse.fill_(-INF)
     frame = Frame(given)
     if flash.fits(frame):
         return flash.forward(frame)
-    out, lse = empty_heads(given.v, shape), empty_heads(given.q, shape[:3], given.dtype)
+    out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
     rows.forward(frame, out, lse)
     return out, lse
 

@@ -5,8 +5,8 @@ attention(q on "cpu", ...)   ->   IMPLEMENTATIONS.get("cpu", COMPOSITE).forward
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,23 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """attn_compiler::attention, without derivatives."""
     given = Inputs.of(*args, **kwargs)
     check(given.q, given.k, given.v, given.drop)
+    for observer in _observers:
+        observer(given)
     with full_precision(given.q.device.type):
         return kernels_for(given).forward(given)
+
+
+_observers: list[Callable[[Inputs], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Inputs], None]) -> Iterator[None]:
+    """Show every call of attention to an observer, before it runs."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def backward(

@@ -23,7 +23,7 @@ from attn_compiler.ir.mask import Mask
 from attn_compiler.ir.mask import Tile as Tiling
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
-from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
+from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, empty_lse
 from attn_compiler.kernels.grid import Grid
 from attn_compiler.kernels.launch import Launch, Tile, power, rows_visited, structure_of
 from attn_compiler.kernels.plan import plan
@@ -152,7 +152,7 @@ def forward(frame: Frame, tile: Tile) -> tuple[Tensor, Tensor]:
     """
     q, v = frame.given.q, frame.given.v
     out = empty_heads(v, (*q.shape[:3], v.shape[3]))
-    lse = empty_heads(q, q.shape[:3], torch.float32)
+    lse = empty_lse(q, torch.float32)
     prepare(frame, tile, out, lse).run()
     return out, lse
 

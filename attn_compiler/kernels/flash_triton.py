@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attn_compiler.ir.expr import Call, walk
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
+from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, empty_lse
 from attn_compiler.kernels.launch import (
     Launch,
     Tile,
@@ -63,7 +63,7 @@ def forward(frame: Frame, tile: Tile) -> tuple[Tensor, Tensor]:
     """out [B, H, T, dv] and lse [B, H, T] in the layout of `empty_heads`."""
     given, q, v = frame.given, frame.given.q, frame.given.v
     out = empty_heads(v, (*q.shape[:3], v.shape[3]))
-    lse = empty_heads(q, q.shape[:3], torch.float32)
+    lse = empty_lse(q, torch.float32)
     part, part_lse = out[None], lse[None]
     if tile.splits > 1:
         part = torch.empty((tile.splits, *out.shape), dtype=torch.float32, device=q.device)

@@ -36,6 +36,13 @@ def empty_heads(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
     return like.new_empty((batch, length, heads, *rest), dtype=dtype).transpose(1, 2)
 
 
+def empty_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, T], as PyTorch's own kernels of the device lay it out."""
+    if q.device.type == "cuda":
+        return q.new_empty(q.shape[:3], dtype=dtype)
+    return empty_heads(q, q.shape[:3], dtype)
+
+
 def in_heads_layout(x: Tensor, dtype: torch.dtype) -> Tensor:
     heads, length, width = x.shape[1], x.shape[2], x.shape[3] if x.dim() == 4 else 1
     strides = (length * heads * width, width, heads * width, 1)[: x.dim()]

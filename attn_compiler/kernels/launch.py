@@ -93,7 +93,7 @@ def described(*tensors: Tensor) -> bool:
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Its strides; that of a dimension of one element may be any number, and has to be a good one."""
+    """Its strides; a dimension of one element has any, and gets a good one."""
     unit = _unit(x)
     first = [unit if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return [*first, x.stride(3)]

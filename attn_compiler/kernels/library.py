@@ -21,20 +21,20 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import devices
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.derivatives import derive
-from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads
+from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads, empty_lse
 from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward, check
 
 __all__ = [
     "attention",
     "attention_backward",
-    "op_samples",
     "register_flops",
+    "samples",
 ]
 
 
 @torch.library.register_fake("attn_compiler::attention", lib=LIBRARY)
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    lse = empty_heads(q, q.shape[:3], accumulator(q, k, v))
+    lse = empty_lse(q, accumulator(q, k, v))
     return empty_heads(v, (*q.shape[:3], v.shape[-1])), lse
 
 
@@ -138,7 +138,7 @@ class _Sample:
         return {"program": str(self.program), "scale": 0.35, "dropout": self.dropout}
 
 
-def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(operator, args, kwargs) for every operator and every kind of program, small, on the CPU."""
     draw = torch.Generator().manual_seed(1)
     padding = torch.arange(7) >= torch.tensor([[2], [0]])

@@ -44,7 +44,7 @@ TILES_32_BITS = {
 
 def runs(alone: Inputs) -> bool:
     """Are there kernels for this selecting head on its device?"""
-    return gpu.runs(alone) and alone.dtype is torch.float32
+    return gpu.generates(alone) and alone.dtype is torch.float32
 
 
 def differentiates(alone: Inputs, wanted: dict[int, Tensor]) -> bool:

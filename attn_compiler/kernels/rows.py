@@ -115,6 +115,14 @@ def backward_steps(
         yield span
 
 
+def probabilities(frame: Frame) -> Iterator[tuple[Span, Tensor]]:
+    """The softmax block by block, [items, H, rows, keys] each; rows without a key are 0."""
+    key = frame.given.k.to(frame.dtype).contiguous()
+    for start in blocks(frame):
+        block = _block(frame, start, _query(frame, frame.given.q, start, frame.given.scale), key)
+        yield block.span, block.e.div_(block.total).masked_fill_(block.empty, 0.0)
+
+
 def _score_gradient(
     frame: Frame, block: Block, p: Tensor, dp: Tensor, delta: Tensor, into: Mapping[int, Tensor]
 ) -> Tensor:

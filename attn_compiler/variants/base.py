@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.score import Program
 from attn_compiler.ir.site import AttentionSite, Reason
 
 V = TypeVar("V")
 
 # what a cost is asked for: a pass over a whole sequence, forward and backward, a step of generation
 Work = Literal["prefill", "training", "decode"]
+
+
+# a query of at most so many rows, with more keys, is a step of generation
+_STEP = 16
 
 
 class Scope(enum.Enum):
@@ -87,6 +94,55 @@ def is_size(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that a rewritten module gets; filled with one number, it leaves the function as it
+    is.
+
+    Attributes:
+        name: of the attribute; the site's number in its owner is added to it.
+        shape, dtype, fill: how it starts.
+        trained: a parameter, and no buffer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float
+    trained: bool = False
+
+
+def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
+    """A new tensor as it starts."""
+    return torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """The operator that computes a core, where it is not the exact one.
+
+    Attributes:
+        program: its reads beyond those of the site are `reads`.
+        reads: new tensors that the program reads.
+        operator: name of the operator.
+        extra: its positional arguments behind those of `attention`; new tensors stand for their
+            values.
+        options: its options beside those of `attention`.
+        length: the only number of rows and keys that it holds for, None for any.
+    """
+
+    program: Program
+    reads: tuple[NewTensor, ...] = ()
+    operator: str = "attention"
+    extra: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    length: int | None = None
+
+    @property
+    def tensors(self) -> tuple[NewTensor, ...]:
+        return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to attend.
@@ -96,6 +152,9 @@ class Variant:
         spec: its options.
         scope, fidelity: see there.
         legality: yields every reason why it may not replace a site; none means it may.
+        lower: what computes the core of a site, given the rows of the example (0 where they are
+            not as many as keys) and how many tensors its program reads; None for the exact
+            operator.
     """
 
     name: str
@@ -103,3 +162,60 @@ class Variant:
     scope: Scope
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
+    lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of an attention.
+
+    Attributes:
+        batch, query, key, heads, head_dim: B, T, S, H, d.
+        kv_heads, value_dim: None is heads, head_dim.
+        width: of the model; None is heads times head dim.
+        layers, beams: L that share a cache, K of each sample.
+        causal: a token sees those before it.
+        training: forward and backward.
+    """
+
+    batch: int
+    query: int
+    key: int
+    heads: int
+    head_dim: int
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    width: int | None = None
+    layers: int = 1
+    beams: int = 1
+    causal: bool = True
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or value is None:
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise BadOption(
+                    f"Shape has {field.name}={value!r}", do="give a whole number from 1"
+                )
+        if self.heads % self.groups:
+            raise BadOption(
+                f"Shape has {self.heads} heads over {self.groups} kv heads",
+                do="the number of kv heads divides that of heads",
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def channels(self) -> int:
+        return self.width or self.heads * self.head_dim
+
+    @property
+    def work(self) -> Work:
+        if self.training:
+            return "training"
+        return "decode" if self.query <= _STEP and self.key > self.query else "prefill"

@@ -35,8 +35,7 @@ from attn_compiler.kernels import flash_gluon
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads
-from attn_compiler.kernels.launch import Tile, structure_of
-from attn_compiler.kernels.schedule import by_rows
+from attn_compiler.kernels.launch import Tile, rows_visited, structure_of
 
 PROGRAMS = {
     "none": Case(text()),
@@ -70,8 +69,7 @@ def emulate(
     frame, q = Frame(given), given.q
     out = empty_heads(q, (*q.shape[:3], given.v.shape[3])).fill_(float("nan"))
     lse = empty_heads(q, q.shape[:3], torch.float32).fill_(float("nan"))
-    table = by_rows(frame.grid, tile.rows, tile.keys) is not None
-    source = flash_gluon.source(structure_of(frame, tile, table))
+    source = flash_gluon.source(structure_of(frame, tile, rows_visited(frame, tile).kind))
     if change[0]:
         assert change[0] in source
     order = run(source.replace(*change), flash_gluon.prepare(frame, tile, out, lse), seed)

@@ -18,7 +18,8 @@ from ahead import SHARED, Compiled, compile_for
 from attention_cases import CASES, CAUSAL, SOFTCAP, Shape, text
 from torch import Tensor
 
-from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu
+from attn_compiler.cost.hardware import Hardware
+from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu_tiles
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.launch import Launch, Tile
 
@@ -31,6 +32,8 @@ MATRIX = {
 FAMILY = {
     "sm_80": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"
 }  # fmt: skip
+NAMES = {"sm_80": "a100", "sm_89": "l40s", "sm_90": "h200", "sm_100": "b200", "gfx942": "mi300x"}
+DEVICE = {target: Hardware.named(name) for target, name in NAMES.items()}
 LENGTH = 1024
 
 
@@ -55,6 +58,10 @@ def inputs(
     return Inputs.of(q, k, v, [], [], None, program=program, scale=0.125, dropout=0.0)
 
 
+def picked(target: str, given: Inputs) -> Tile:
+    return gpu_tiles.forward_tile(given, FAMILY[target], DEVICE[target])
+
+
 def forward(given: Inputs, tile: Tile) -> Launch:
     q = given.q
     dtype = q.dtype if tile.splits == 1 else torch.float32
@@ -66,7 +73,7 @@ def forward(given: Inputs, tile: Tile) -> Launch:
 def backward(target: str, given: Inputs, into: Mapping[int, Tensor] | None = None) -> list[Launch]:
     out, results = torch.empty_like(given.q), tuple(torch.empty_like(x) for x in given.qkv)
     saved = out, torch.empty(given.q.shape[:3])
-    tiles = gpu.backward_tiles(given, FAMILY[target])
+    tiles = gpu_tiles.backward_tiles(given, FAMILY[target], DEVICE[target])
     return flash_triton_backward.prepare_backward(
         Frame(given), out, saved, into or {}, tiles, (results[0], results[1], results[2])
     )
@@ -98,7 +105,7 @@ def predicted(target: str, tile: Tile, width: int) -> int:
 @pytest.mark.parametrize("target", SHARED)
 def test_forward(target: str, width: int) -> None:
     given = inputs(text(mask=CAUSAL), width)
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = picked(target, given)
     compiled = check(target, forward(given, tile))
     if target in ("sm_80", "sm_89", "sm_90") and tile.rows == 128:
         # a descriptor's tiles are aligned, and have barriers
@@ -117,9 +124,9 @@ def test_backward(target: str, width: int) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_score_program_and_single_precision(target: str) -> None:
     given = inputs(text(SOFTCAP, CAUSAL), 128)
-    check(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132)))
+    check(target, forward(given, picked(target, given)))
     given = inputs(text(mask=CAUSAL), 64, torch.float32)
-    check(target, forward(given, gpu.forward_tile(given, FAMILY[target], 132)), False)
+    check(target, forward(given, picked(target, given)), False)
 
 
 @pytest.mark.parametrize("name", ["keys absorbed", "softcap and sink", "learned bias", "alibi"])
@@ -130,7 +137,7 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
     given = replace(given, reads=case.reads(shape), ints=case.ints)
     into = {i: torch.empty_like(given.reads[i]) for i in case.grads}
     launches = [
-        forward(given, gpu.forward_tile(given, "hopper", 132)),
+        forward(given, picked("sm_90", given)),
         *backward("sm_90", given, into),
     ]
     for launch in launches:
@@ -140,7 +147,7 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_short_query(target: str) -> None:
     given = inputs(text(mask="k <= q + (S - T)"), 128, rows=1, group=4)
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = picked(target, given)
     assert tile.heads == 4 and tile.splits > 1
     check(target, forward(given, tile))
 
@@ -149,7 +156,7 @@ def test_a_short_query(target: str) -> None:
 def test_tiles_from_lists(target: str) -> None:
     given = inputs(text(mask="t0[q // 128, k // 128]", empty="zero"), 128, rows=2048, keys=2048)
     given = replace(given, reads=[torch.ones(16, 16, dtype=torch.bool)])
-    tile = gpu.forward_tile(given, FAMILY[target], 132)
+    tile = picked(target, given)
     for launch in (forward(given, tile), *backward(target, given)):
         if "PRECISION" in launch.constants:
             assert "full_index_ptr" in launch.kernel.arg_names

@@ -1,12 +1,13 @@
-"""The generated kernels on a GPU: numbers and gradients of every kind of program."""
+"""What runs on a GPU: numbers and gradients of every kind of program, by each candidate."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import CASES, CAUSAL, SCALE, Shape, judge, tensors, text
+from attention_cases import CASES, CAUSAL, SCALE, Case, Shape, judge, tensors, text
+from torch import Tensor
 
-from attn_compiler.kernels import gpu
+from attn_compiler.kernels import blocks, gpu, sdpa_gpu
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.library import attention
 
@@ -21,18 +22,53 @@ SHAPES = (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def on_gpu(case: Case, given: list[Tensor], reads: list[Tensor]) -> Inputs:
+    return Inputs.of(
+        *(x.cuda() for x in given), [r.cuda() for r in reads], case.ints, None,
+        program=case.program, scale=SCALE, dropout=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the generated kernels, also where PyTorch's would come first."""
+    monkeypatch.setattr(gpu, "backends", lambda device: ())
+
+
+@pytest.mark.usefixtures("generated")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_and_gradients(name: str, dtype: torch.dtype) -> None:
     case, turn = CASES[name], list(CASES).index(name) + DTYPES.index(dtype)
     shape = SHAPES[turn % len(SHAPES)]
     given, reads = tensors(shape, dtype), case.reads(shape)
-    on_gpu = Inputs.of(
-        *(x.cuda() for x in given), [r.cuda() for r in reads], case.ints, None,
-        program=case.program, scale=SCALE, dropout=0.0,
-    )  # fmt: skip
-    assert gpu.runs(on_gpu)
+    assert next(gpu.candidates(on_gpu(case, given, reads))) == "triton"
     judge(case, given, reads, device="cuda")
+
+
+@pytest.mark.usefixtures("generated")
+@pytest.mark.parametrize("name", ["documents", "tensor mask"])
+def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_LEAST", 0)
+    monkeypatch.setattr(blocks, "_MOST_READ", 100)
+    case, shape = CASES[name], Shape(H=4, G=2, T=389, S=521, d=64, dv=64)
+    case = Case(case.program.replace("uniform", "zero"), case.reads)
+    judge(case, tensors(shape, torch.bfloat16), case.reads(shape), device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+@pytest.mark.parametrize("name", ["none", "causal"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_kernels_of_pytorch(
+    backend: sdpa_gpu.Backend, name: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sdpa_gpu.available(backend):
+        pytest.skip(f"no {backend} here")
+    case, shape = CASES[name], Shape(H=4, G=kv_heads, T=211, S=211, d=64, dv=64)
+    given = tensors(shape, torch.bfloat16)
+    monkeypatch.setattr(gpu, "backends", lambda device: (backend,))
+    assert next(gpu.candidates(on_gpu(case, given, []))) == backend
+    judge(case, given, [], device="cuda")
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -42,13 +78,12 @@ def test_a_short_query(rows: int) -> None:
         judge(CASES[name], tensors(shape, torch.bfloat16), CASES[name].reads(shape), device="cuda")
 
 
-def test_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("program", [text(mask=CAUSAL), text("5.0 * tanh(dot / 5.0)", CAUSAL)])
+def test_in_a_cuda_graph(program: str) -> None:
     q, k, v = (x.cuda() for x in tensors(Shape(T=128, S=128, d=64, dv=64), torch.bfloat16))
 
     def call() -> torch.Tensor:
-        out, _ = attention(
-            q, k, v, [], [], None, program=text(mask=CAUSAL), scale=SCALE, dropout=0.0
-        )
+        out, _ = attention(q, k, v, [], [], None, program=program, scale=SCALE, dropout=0.0)
         return out
 
     with torch.no_grad():

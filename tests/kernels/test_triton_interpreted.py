@@ -33,6 +33,7 @@ from torch import Tensor
 from attn_compiler.kernels import blocks, devices, flash_triton, flash_triton_backward, gpu
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs
+from attn_compiler.kernels.gpu_tiles import forward_tile
 from attn_compiler.kernels.launch import Tile, keys_visited, rows_visited, with_descriptors
 from attn_compiler.kernels.library import attention
 
@@ -55,23 +56,26 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
         devices.IMPLEMENTATIONS, "cpu", devices.Implementation(gpu.forward, gpu.backward)
     )
     monkeypatch.setattr(gpu, "family", lambda device: "ampere")
-    monkeypatch.setattr(gpu, "processors", lambda device: 4)
+    monkeypatch.setattr(gpu, "hardware", lambda device: None)
+    monkeypatch.setattr(gpu, "backends", lambda device: ())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = list(CASES).index(name)
     tile = TILES[turn % len(TILES)]
-    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: tile)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: tile)
     monkeypatch.setattr(
-        gpu, "backward_tiles", lambda given, family: (tile, TILES[(turn + 1) % len(TILES)])
+        gpu,
+        "backward_tiles",
+        lambda given, family, hardware: (tile, TILES[(turn + 1) % len(TILES)]),
     )
     case, shape = CASES[name], SHAPES[turn % len(SHAPES)]
     given = tensors(shape, (torch.float32, torch.float32, torch.float16)[turn % 3])
     inputs = Inputs.of(
         *given, case.reads(shape), case.ints, None, program=case.program, scale=SCALE, dropout=0.0
     )
-    assert gpu.runs(inputs), flash_triton.refusal(inputs)
+    assert next(gpu.candidates(inputs)) == "triton", flash_triton.refusal(inputs)
     judge(case, given, case.reads(shape))
 
 
@@ -85,7 +89,7 @@ def test_a_short_query_on_an_idle_device(name: str, rows: int) -> None:
         *tensors(shape, torch.float32), case.reads(shape), case.ints, None,
         program=case.program, scale=SCALE, dropout=0.0,
     )  # fmt: skip
-    tile = gpu.forward_tile(inputs, "ampere", 64)
+    tile = forward_tile(inputs, "ampere", None)
     assert tile.heads == 3 and tile.splits > 1
     with torch.no_grad():
         found = flash_triton.forward(Frame(inputs), tile)
@@ -129,8 +133,8 @@ def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     by_row, by_key = TILES[turn % len(TILES)], TILES[(turn + 1) % len(TILES)]
     monkeypatch.setattr(blocks, "_LEAST", 0)
     monkeypatch.setattr(blocks, "_MOST_READ", 100)
-    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: by_row)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (by_key, by_row))
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: by_row)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family, hardware: (by_key, by_row))
     case, shape = LISTED[name], (Shape(H=4, G=2, T=53, S=67), Shape(H=2, G=1, T=70, S=37))[turn % 2]
     case = replace(case, program=case.program.replace("uniform", "zero"))
     given, reads = tensors(shape, torch.float32), case.reads(shape)
@@ -145,8 +149,8 @@ def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loads_by_descriptors(name: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = replace(TILES[turn % len(TILES)], descriptors=True)
     monkeypatch.setattr(blocks, "_LEAST", 0)
-    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: tile)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (tile, tile))
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: tile)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family, hardware: (tile, tile))
     case, shape = CASES[name], SHAPES[turn]
     case = replace(case, program=case.program.replace("uniform", "zero"))
     given, reads = tensors(shape, torch.float32), case.reads(shape)

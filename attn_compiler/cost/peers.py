@@ -1,0 +1,78 @@
+"""Times of PyTorch's own attention kernels on a GPU: the share of the peak that they are known for.
+
+    H200, head dim 128, long sequences:   cuDNN 0.70 x 989 TFLOP/s,   FlashAttention 0.37 x 989
+
+Source of the shares: NVIDIA's benchmark files of cuDNN 9.19 on an H200; the FlashAttention-2 and -3
+papers' figures on an A100 and an H100; PyTorch's issue tracker for cuDNN on Ampere and Ada. They
+are of long sequences on one machine each: good for a ranking, not for a promise.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from attn_compiler.cost.hardware import Hardware
+from attn_compiler.cost.problem import Problem, TileConfig, blocks, visible
+from attn_compiler.cost.roofline import Calibration, Time
+
+Peer = Literal["cudnn", "flash"]
+# by architecture: head dims up to 64, up to 128, above
+_FORWARD: dict[Peer, dict[str, tuple[float, float, float]]] = {
+    "cudnn": {"sm_80": (0.5, 0.53, 0.0), "sm_90": (0.42, 0.70, 0.0), "sm_100": (0.45, 0.65, 0.0)},
+    "flash": {"sm_80": (0.6, 0.64, 0.55), "sm_90": (0.33, 0.375, 0.3), "sm_100": (0.2, 0.25, 0.2)},
+}
+# of the forward's share
+_BACKWARD = 0.85
+_ROWS = 128
+
+
+def peers(hardware: Hardware, problem: Problem, backward: bool = False) -> dict[Peer, Time]:
+    """The kernels that can express a call on a device, with their times.
+
+    Args:
+        backward: of the backward pass, five products for the forward's two.
+    """
+    if hardware.kind != "nvidia" or problem.itemsize != 2 or not _plain(problem):
+        return {}
+    # consumer and inference parts run the code of Ampere
+    arch = hardware.arch if hardware.arch in _FORWARD["flash"] else "sm_80"
+    if int(hardware.arch.removeprefix("sm_")) < 80:
+        return {}
+    row = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
+    found: dict[Peer, Time] = {}
+    for name, shares in _FORWARD.items():
+        share = shares[arch][row] * (_BACKWARD if backward else 1.0)
+        if share > 0:
+            found[name] = _time(hardware, problem, share, backward)
+    return found
+
+
+def _plain(problem: Problem) -> bool:
+    """Is it what `scaled_dot_product_attention` can say without a mask tensor?"""
+    banded = problem.right is not None or problem.left is not None
+    causal = problem.right == 0 and problem.left is None and problem.shift == 0
+    square = problem.rows == problem.keys
+    same = problem.head_dim == problem.value_dim
+    return same and not problem.extra and (not banded or (causal and square))
+
+
+def _time(hardware: Hardware, problem: Problem, share: float, backward: bool) -> Time:
+    fit = Calibration()
+    pairs = problem.batch * problem.heads * visible(problem)
+    flops = (5 if backward else 2) * 2 * pairs * problem.head_dim
+    queries = problem.batch * problem.heads * problem.rows * problem.head_dim
+    keys = problem.batch * problem.kv_heads * problem.keys * problem.head_dim
+    moved = problem.itemsize * 2 * (queries + keys) * (2 if backward else 1)
+    # programs of one block of rows; a device that they do not fill waits
+    tile = TileConfig(_ROWS, _ROWS, 4, 2)
+    work = blocks(problem, "forward", tile)
+    programs, tiles = sum(n for n, _ in work), sum(n * t for n, t in work)
+    longest = max(t for _, t in work) if work else 1.0
+    even = tiles / hardware.processors
+    wait = max(1.0, longest / even) if programs and even else 1.0
+    tensor = flops / (hardware.peak16 * share) * wait
+    dram = moved / (hardware.dram_rate * fit.dram)
+    launch = (3 if backward else 1) * fit.launch
+    limit = "dram" if dram > tensor else "waves" if wait > 1.25 else "tensor"
+    parts = (("tensor", tensor), ("dram", dram), ("launch", launch))
+    return Time(launch + max(tensor, dram), limit, parts)

@@ -1,0 +1,248 @@
+"""What a variant would cost on a device, without a model and without the device.
+
+    plan(SwitchHead(), Shape(1, 8192, 8192, 16, 64, width=1024), hardware="h200")
+        ->   its open sizes, its time, what bounds it, and what else there is
+
+A variant is compared with ordinary attention at its own scope: the core, the site with its
+projections, or the block with its feed-forward net. `keep` says that it does not pay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from attn_compiler.cost import cpu
+from attn_compiler.cost.hardware import Hardware, resolve
+from attn_compiler.cost.letters import Cost
+from attn_compiler.cost.peers import peers
+from attn_compiler.cost.problem import Problem, Template, TileConfig
+from attn_compiler.cost.roofline import Calibration, Time, time_of
+from attn_compiler.cost.search import choose
+from attn_compiler.errors import BadOption
+from attn_compiler.variants import Flash, costed, ordinary
+from attn_compiler.variants.base import Scope, Shape, VariantSpec
+
+_SHOWN = 5
+# how much of an ordinary product's rate is left where rows are gathered for each expert, where
+# chunks are small, where states are as wide as the model: assumed, to be measured
+_EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was planned.
+
+    Attributes:
+        name: who computes it: a variant, or an implementation of exact attention.
+        spec: with numbers for every "auto".
+        keep: leave the attention as it is, since this does not pay.
+        tile: of the generated kernel, None where there is none.
+        seconds: predicted for one layer.
+        flops, bytes: operations of matrix products, bytes that cross the memory's bus.
+        memory: bytes kept: for the backward in training, else the cache.
+        limit: what bounds the time: "tensor", "special", "dram", "l2", "waves", "launch", ...
+        hardware: name of the device.
+        alternatives: other plans, the fastest first.
+    """
+
+    name: str
+    spec: VariantSpec
+    keep: bool
+    tile: TileConfig | None
+    seconds: float
+    flops: float
+    bytes: float
+    memory: float
+    limit: str
+    hardware: str
+    alternatives: tuple[Plan, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{self.spec} on {self.hardware}: {'keep it as it is' if self.keep else self.name}"
+        rows: list[tuple[str, ...]] = [
+            ("", "time", "limit", "GFLOP", "MB moved", "MB kept", "tile")
+        ]
+        rows += [_row(p, p is self) for p in (self, *self.alternatives[:_SHOWN])]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        table = [
+            "  ".join(
+                cell.ljust(w) if i in (0, 2, 6) else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([head, *table])
+
+
+def _row(p: Plan, first: bool) -> tuple[str, ...]:
+    t = p.tile
+    tile = "" if t is None else f"{t.block_m}x{t.block_n} {t.warps} warps {t.stages} stages"
+    if t is not None and t.splits > 1:
+        tile += f" {t.splits} splits"
+    return (
+        f"{'>' if first else ' '} {p.name}",
+        f"{p.seconds * 1e6:,.1f} us",
+        p.limit,
+        f"{p.flops / 1e9:,.1f}",
+        f"{p.bytes / 1e6:,.1f}",
+        f"{p.memory / 1e6:,.1f}",
+        tile,
+    )
+
+
+def plan(
+    spec: VariantSpec | Literal["fastest"],
+    shape: Shape,
+    *,
+    hardware: str | Hardware | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """What a variant costs at a shape, whether it pays, and what else there is.
+
+    Args:
+        spec: a spec, or "fastest" for the best way to compute exact attention.
+        shape: the sizes.
+        hardware: a name, a Hardware, or None for the device at hand.
+        dtype: of the tensors.
+
+    Raises:
+        BadOption: an unknown hardware, a spec of no known variant, or sizes that it cannot have.
+    """
+    machine = resolve(hardware)
+    exact = _exact(shape, machine, dtype)
+    if spec == "fastest" or isinstance(spec, Flash):
+        best = exact[0] if spec == "fastest" else _first(exact, "keep")
+        rest = tuple(p for p in exact if p is not best)
+        return replace(best, keep=best.name == "keep", alternatives=rest)
+    if not isinstance(spec, VariantSpec):
+        raise BadOption(f"spec is {spec!r}", do='give a spec such as Flash(), or "fastest"')
+    return _variant(spec, shape, machine, dtype, exact[0])
+
+
+def _first(plans: tuple[Plan, ...], but: str) -> Plan:
+    return next((p for p in plans if p.name != but), plans[0])
+
+
+# ---------------------------------------------------------------- exact attention
+
+
+def problem_of(shape: Shape, dtype: torch.dtype) -> Problem:
+    """The core of a shape in the words of the kernels' cost model."""
+    return Problem(
+        batch=shape.batch * shape.beams,
+        heads=shape.heads,
+        kv_heads=shape.groups,
+        rows=shape.query,
+        keys=shape.key,
+        head_dim=shape.head_dim,
+        value_dim=shape.value_dim or shape.head_dim,
+        itemsize=dtype.itemsize,
+        right=0 if shape.causal and shape.query > 1 else None,
+        shift=max(0, shape.key - shape.query) if shape.causal and shape.query > 1 else 0,
+    )
+
+
+def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, ...]:
+    """Ways to compute the core, the fastest first."""
+    problem = problem_of(shape, dtype)
+    # "keep" is PyTorch's code as most models spell it: scores through memory
+    written = cpu.ways(problem)["keep"]
+    times: list[tuple[str, Time, TileConfig | None]] = []
+    if hardware.kind == "cpu":
+        times = [(name, time, None) for name, time in cpu.ranked(hardware, problem)]
+        factor = 3.5 if shape.training else 1.0
+        times = [(name, _scaled(time, factor), tile) for name, time, tile in times]
+    else:
+        keep = time_of(written, hardware, problem.itemsize)
+        times.append(("keep", _scaled(keep, 3.5 if shape.training else 1.0), None))
+        times += _generated(hardware, problem, shape.training)
+        back = peers(hardware, problem, backward=True) if shape.training else {}
+        for name, time in peers(hardware, problem).items():
+            times.append((name, _sum(time, back[name]) if back else time, None))
+    cost = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
+    plans = [
+        _plan(name, Flash(), time, written if name == "keep" else cost, hardware, tile)
+        for name, time, tile in times
+    ]
+    return tuple(sorted(plans, key=lambda p: p.seconds))
+
+
+def _generated(
+    hardware: Hardware, problem: Problem, training: bool
+) -> list[tuple[str, Time, TileConfig | None]]:
+    """The kernels of this package, with the two best tiles."""
+    found = choose(hardware, problem, "forward")
+    backward: tuple[Template, ...] = ("queries", "keys_and_values") if training else ()
+    for template in backward:
+        rest = choose(hardware, problem, template)
+        if not rest:
+            return []
+        found = tuple((tile, _sum(time, rest[0][1])) for tile, time in found)
+    return [("triton", time, tile) for tile, time in found[:2]]
+
+
+def _sum(a: Time, b: Time) -> Time:
+    return Time(a.seconds + b.seconds, max((a, b), key=lambda t: t.seconds).limit, a.parts)
+
+
+def _scaled(time: Time, factor: float) -> Time:
+    return Time(time.seconds * factor, time.limit, time.parts)
+
+
+def _plan(
+    name: str,
+    spec: VariantSpec,
+    time: Time,
+    cost: Cost,
+    hardware: Hardware,
+    tile: TileConfig | None = None,
+) -> Plan:
+    return Plan(
+        name=name,
+        spec=spec,
+        keep=name == "keep",
+        tile=tile,
+        seconds=time.seconds,
+        flops=cost.flops,
+        bytes=cost.read + cost.written,
+        memory=cost.saved or cost.cache,
+        limit=time.limit,
+        hardware=hardware.name,
+    )
+
+
+# ---------------------------------------------------------------- the other variants
+
+
+def _variant(
+    spec: VariantSpec, shape: Shape, hardware: Hardware, dtype: torch.dtype, exact: Plan
+) -> Plan:
+    """A variant against ordinary attention at its scope, both with the core as fast as it gets."""
+    spec, cost, scope, extra = costed(spec, shape)
+    numbers = _numbers(cost, shape, dtype, **extra)
+    dense = _numbers(ordinary(shape, scope), shape, dtype)
+    core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
+    slack = exact.seconds - time_of(core, hardware, dtype.itemsize).seconds
+    # what the best kernel needs beyond the formula, in proportion to the scores that are computed
+    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+    name = type(spec).__name__
+    fit = Calibration(clock=_EFFICIENCY[name])
+    ours = time_of(numbers, hardware, dtype.itemsize, calibration=fit)
+    theirs = time_of(dense, hardware, dtype.itemsize)
+    ours = replace(ours, seconds=ours.seconds + max(0.0, slack) * share)
+    theirs = replace(theirs, seconds=theirs.seconds + max(0.0, slack))
+    kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
+    found = _plan(name, spec, ours, numbers, hardware)
+    return replace(found, keep=ours.seconds >= theirs.seconds, alternatives=(kept,))
+
+
+def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost:
+    sizes = {
+        "B": shape.batch, "T": shape.query, "S": shape.key, "H": shape.heads, "G": shape.groups,
+        "d": shape.head_dim, "e": shape.value_dim or shape.head_dim, "D": shape.channels,
+        "L": shape.layers, "K": shape.beams, "n": dtype.itemsize,
+    }  # fmt: skip
+    return cost.numbers(**(sizes | extra))

@@ -1,0 +1,105 @@
+"""Plans without a model: open sizes filled in, what pays and what does not, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attn_compiler as ac
+
+LONG = ac.Shape(1, 8192, 8192, 16, 64, width=1024)
+
+
+def test_the_fastest_way_and_what_else_there_is() -> None:
+    found = ac.plan("fastest", LONG, hardware="h200")
+    names = [found.name, *(p.name for p in found.alternatives)]
+    assert {"cudnn", "flash", "triton", "keep"} <= set(names) and not found.keep
+    seconds = [found.seconds, *(p.seconds for p in found.alternatives)]
+    assert seconds == sorted(seconds)
+    ours = next(p for p in found.alternatives if p.name == "triton")
+    assert ours.tile is not None and ours.limit and ours.flops > 0
+    assert found.hardware == "h200" and isinstance(found.spec, ac.Flash)
+
+
+def test_only_a_generated_kernel_where_pytorch_has_none() -> None:
+    uneven = replace(LONG, query=4096)
+    names = {p.name for p in ac.plan("fastest", uneven, hardware="h200").alternatives}
+    assert not names & {"cudnn", "flash"}
+    assert ac.plan("fastest", uneven, hardware="h200").name == "triton"
+
+
+def test_open_sizes_are_filled_in() -> None:
+    spec = ac.plan(ac.SwitchHead(), LONG, hardware="h200").spec
+    assert isinstance(spec, ac.SwitchHead)
+    assert all(isinstance(n, int) for n in (spec.heads, spec.experts, spec.k, spec.head_dim))
+    unit = ac.plan(ac.GAU(), LONG, hardware="h200").spec
+    assert isinstance(unit, ac.GAU) and unit.chunk == 256 and unit.s == 128
+    blocks = ac.plan(ac.SPION(), LONG, hardware="h200").spec
+    assert isinstance(blocks, ac.SPION) and isinstance(blocks.block, int)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "keep"),
+    [
+        (ac.SwitchHead(), replace(LONG, query=512, key=512), True),
+        (ac.SwitchHead(), LONG, False),
+        (ac.GAU(), replace(LONG, query=1024, key=1024), True),
+        (ac.GAU(), LONG, False),
+        (ac.ELAttention(), replace(LONG, batch=4), True),  # prefill
+        (ac.SPION(), LONG, False),
+        (ac.Selective(), LONG, True),  # more work, unless it prunes
+    ],
+)
+def test_keep_it_as_it_is_is_an_answer(spec: object, shape: ac.Shape, keep: bool) -> None:
+    assert ac.plan(spec, shape, hardware="h200").keep is keep
+
+
+def test_a_cpu_is_a_target() -> None:
+    found = ac.plan("fastest", LONG, hardware="cpu", dtype=torch.float32)
+    assert found.name in ("sdpa", "blocked") and found.tile is None
+    assert found.seconds > 100 * ac.plan("fastest", LONG, hardware="h200").seconds
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    length=st.sampled_from([256, 1024, 4096]),
+    heads=st.sampled_from([8, 16]),
+    batch=st.integers(1, 4),
+    training=st.booleans(),
+    hardware=st.sampled_from(["h200", "a100", "l4", "cpu"]),
+)
+def test_more_work_never_takes_less_time(
+    length: int, heads: int, batch: int, training: bool, hardware: str
+) -> None:
+    shape = ac.Shape(batch, length, length, heads, 64, training=training)
+    one = ac.plan("fastest", shape, hardware=hardware).seconds
+    for more in (
+        replace(shape, batch=batch * 2),
+        replace(shape, query=2 * length, key=2 * length),
+        replace(shape, causal=False),
+    ):
+        assert ac.plan("fastest", more, hardware=hardware).seconds >= one * 0.999
+
+
+def test_printed_as_a_table() -> None:
+    lines = str(ac.plan("fastest", LONG, hardware="h200")).splitlines()
+    assert lines[0].startswith("Flash() on h200: cudnn")
+    assert lines[2].startswith("> cudnn") and any("warps" in line for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ac.BadOption, match="did you mean"):
+        ac.plan("fastest", LONG, hardware="h20")
+    with pytest.raises(ac.BadOption, match="give a spec"):
+        ac.plan("quickest", LONG, hardware="h200")
+    with pytest.raises(ac.BadOption, match="kv heads"):
+        ac.Shape(1, 64, 64, 6, 64, kv_heads=4)
+    with pytest.raises(ac.BadOption, match="query=0"):
+        ac.Shape(1, 0, 64, 4, 64)
+    with pytest.raises(ac.BadOption, match="decoding step"):
+        ac.plan(ac.SPION(), replace(LONG, query=1), hardware="h200")

@@ -1,0 +1,83 @@
+"""What a GPU would run for a call, decided without one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import CAUSAL, OFFSET, SOFTCAP, text
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attn_compiler.kernels import gpu, sdpa_gpu
+from attn_compiler.kernels.dropout import Drop
+from attn_compiler.kernels.frame import Inputs, empty_heads, empty_lse
+
+
+def call(program: str, T: int = 64, S: int = 64, d: int = 64, G: int = 2) -> Inputs:
+    def made(length: int, heads: int) -> torch.Tensor:
+        x = torch.empty(2, length, heads, d, dtype=torch.bfloat16, device="cuda")
+        return x.transpose(1, 2)
+
+    q, k, v = made(T, 8), made(S, G), made(S, G)
+    return Inputs.of(q, k, v, [], [], None, program=program, scale=0.1, dropout=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "family", lambda device: "hopper")
+    monkeypatch.setattr(gpu, "backends", lambda device: ("cudnn", "flash"))
+    monkeypatch.setattr(sdpa_gpu, "available", lambda backend: True)
+
+
+def names(given: Inputs) -> list[str]:
+    return list(gpu.candidates(given))
+
+
+def test_kernels_of_pytorch_come_first_where_they_express_a_call() -> None:
+    with FakeTensorMode():
+        everything = ["cudnn", "flash", "triton", "composite"]
+        assert names(call(text())) == names(call(text(mask=CAUSAL))) == everything
+        assert names(call(text(mask=OFFSET))) == everything  # T == S: the same
+        assert names(call(text(), S=96)) == everything
+        wide = call(text(mask=CAUSAL), d=256)
+        assert names(wide) == ["flash", "triton", "composite"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [text(SOFTCAP), text(mask="(k <= q) & (k > q - 9)"), text(mask=CAUSAL, sink="1.0")],
+)
+def test_what_only_a_generated_kernel_expresses(program: str) -> None:
+    with FakeTensorMode():
+        assert names(call(program)) == ["triton", "composite"]
+
+
+def test_what_keeps_pytorchs_kernels_out() -> None:
+    with FakeTensorMode():
+        given = call(text(mask=CAUSAL), S=96)
+        assert names(given) == ["triton", "composite"]  # its causal masks are of squares
+        assert names(call(text(), T=1)) == ["triton", "composite"]
+        given = call(text(mask=CAUSAL))
+        dropped = replace(given, drop=Drop(torch.tensor([1]), 0.1))
+        assert names(dropped) == ["triton", "composite"]
+        single = replace(given, q=given.q.float(), k=given.k.float(), v=given.v.float())
+        assert names(single) == ["triton", "composite"]
+        assert names(replace(given, scale=-0.1)) == ["triton", "composite"]
+        assert names(call(text(), d=60)) == ["triton", "composite"]
+        assert names(call(text(), T=0)) == ["composite"]
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "flash"])
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_results_lie_where_the_operator_says(backend: sdpa_gpu.Backend, kv_heads: int) -> None:
+    with FakeTensorMode():
+        given = call(text(mask=CAUSAL), G=kv_heads)
+        out, lse = sdpa_gpu.forward(backend, given)
+        wanted = empty_heads(given.v, out.shape), empty_lse(given.q, torch.float32)
+        for found, like in zip((out, lse), wanted, strict=True):
+            assert (found.shape, found.stride(), found.dtype) == (
+                like.shape, like.stride(), like.dtype,
+            )  # fmt: skip
+        grads = sdpa_gpu.backward(backend, given, out, (out, lse))
+        assert [g.shape for g in grads] == [x.shape for x in given.qkv]
