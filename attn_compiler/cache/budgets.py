@@ -2,8 +2,8 @@
 
     K = (T, ..., T);  lower one layer by a step, the one that costs least, while loss(K) <= target
 
-    memory = mean over layers and samples of max_i sum over k <= i of (1 - min(F[i,k], tau) / tau)
-             over the number of tokens
+    memory_loss = mean over layers and samples of max_i M_i / tokens
+    M_i = sum over k <= i of 1 - min(F[i,k], tau) / tau
 
 Source: Selective Attention (arXiv 2410.02703) has budgets for each layer and such a loss; how the
 search goes step by step and which weight the loss has are choices made here.
@@ -113,15 +113,13 @@ def needed(amount: Tensor, valid: Tensor | None = None, tau: float = 1.0) -> Ten
     return alive.tril().sum(-1)
 
 
-def memory_loss(amounts: Sequence[Tensor], valid: Tensor | None = None, tau: float = 1.0) -> Tensor:
+def memory_loss(needs: Sequence[Tensor], tokens: Tensor | int) -> Tensor:
     """The share of tokens that caches need, averaged over layers and samples, as one number that a
     training loop adds with a small weight to its own loss.
 
     Args:
-        amounts: F of each layer, [B, T, T], as `kernels.selective.masking` computes it.
-        valid: tokens that are no padding, boolean [B, T].
-        tau: see `needed`.
+        needs: of each layer the most that any row needs, [B]: `needed(F).amax(1)`, or what
+            attn_compiler::selective_need returns without building F.
+        tokens: of each sample that are no padding, [B], or one number for all.
     """
-    tokens = amounts[0].shape[1] if valid is None else valid.sum(1)
-    shares = [(needed(amount, valid, tau).amax(1) / tokens).mean() for amount in amounts]
-    return torch.stack(shares).mean()
+    return torch.stack([(need / tokens).mean() for need in needs]).mean()

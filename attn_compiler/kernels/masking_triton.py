@@ -34,7 +34,12 @@ from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import masking_source
 
 TILE = Tile(rows=64, keys=32, warps=4, stages=2)
-TILE_32_BITS = Tile(rows=32, keys=32, warps=4, stages=2)
+# by padded head dim; no matrix units multiply 32 bits, what they would hold takes registers
+TILES_32_BITS = {
+    64: Tile(rows=32, keys=32, warps=4, stages=2),
+    128: Tile(rows=32, keys=16, warps=8, stages=2),
+    256: Tile(rows=16, keys=16, warps=8, stages=1),
+}
 
 
 def runs(alone: Inputs) -> bool:
@@ -109,7 +114,10 @@ class Scan:
 
     @property
     def _tile(self) -> Tile:
-        return TILE_32_BITS if self.alone.q.dtype is torch.float32 else TILE
+        q = self.alone.q
+        if q.dtype is not torch.float32:
+            return TILE
+        return next(tile for width, tile in TILES_32_BITS.items() if q.shape[3] <= width)
 
     def _whole(self, dtype: torch.dtype) -> Tensor:
         batch, keys = self.start.shape

@@ -148,7 +148,7 @@ def backward(
     into = {i: _zeros(given.reads[i], given.dtype) for i in reads}
     if any(x.numel() == 0 for x in given.qkv):
         dq, dk, dv = (_zeros(x, given.dtype) for x in given.qkv)
-        unmasking, selector = _unmasking(selection, masking, into, (dq, dk))
+        unmasking, selector = unmasking_of(selection, masking, into, (dq, dk))
         return Gradients(dq, dk, dv, into, selector, unmasking.dgate, unmasking.total)
     frame = _blocked(selection, masking)
     steps = _whole_steps if frame is None else _blocked_steps
@@ -167,7 +167,7 @@ def _blocked_steps(
     for span in order:
         masking.block(span)
     dq, dk, dv = (empty_heads(x, x.shape, given.dtype).zero_() for x in given.qkv)
-    unmasking, selector = _unmasking(selection, masking, into, (dq, dk))
+    unmasking, selector = unmasking_of(selection, masking, into, (dq, dk))
     slots = into | {len(given.reads): torch.empty(0)}  # see `_Subtracted.view`
     steps = rows.backward_steps(frame, grad, saved[0], slots, (dq, dk, dv), reversed(order))
     for span in steps:
@@ -192,7 +192,7 @@ def _whole_steps(
     *own, damount = found
     into = {i: x.to(given.dtype) for i, x in zip(into, own, strict=True)}
     dq, dk = (x.to(given.dtype) for x in (dq, dk))
-    unmasking, selector = _unmasking(selection, masking, into, (dq, dk))
+    unmasking, selector = unmasking_of(selection, masking, into, (dq, dk))
     if scan is not None:
         unmasking.whole(damount, amount, scan.pull)
     else:
@@ -212,7 +212,7 @@ def scan_of(selection: Selection) -> masking_triton.Scan | None:
     return masking_triton.Scan.of(alone, selection.past, selection.carry)
 
 
-def _unmasking(
+def unmasking_of(
     selection: Selection,
     masking: Masking,
     into: dict[int, Tensor],

@@ -22,20 +22,24 @@ def test_tokens_that_rows_need() -> None:
 
 
 def test_memory_loss_is_the_largest_need_by_tokens() -> None:
-    assert float(memory_loss([F])) == pytest.approx(3 / 5)
-    # a layer that masks nobody needs all
-    assert float(memory_loss([F, torch.zeros_like(F)])) == pytest.approx((3 / 5 + 1) / 2)
-    valid = torch.tensor([[False, True, True, True, True]])
-    assert float(memory_loss([F], valid)) == pytest.approx(2 / 4)
-    # one sample is not another
-    two = torch.cat([F, torch.zeros_like(F)])
-    assert float(memory_loss([two])) == pytest.approx((3 / 5 + 1) / 2)
+    few, all_of_them = needed(F).amax(1), needed(torch.zeros_like(F)).amax(1)
+    assert float(memory_loss([few], 5)) == pytest.approx(3 / 5)
+    # a layer that masks nobody needs all; one sample is not another
+    assert float(memory_loss([few, all_of_them], 5)) == pytest.approx((3 / 5 + 1) / 2)
+    assert float(memory_loss([torch.cat([few, all_of_them])], 5)) == pytest.approx((3 / 5 + 1) / 2)
+    tokens = torch.tensor([4, 5])
+    share = memory_loss([torch.tensor([2.0, 5.0])], tokens)
+    assert float(share) == pytest.approx((2 / 4 + 5 / 5) / 2)
 
 
 def test_memory_loss_asks_for_more_masking_where_there_is_room() -> None:
     amount = torch.rand(2, 7, 7, dtype=torch.float64).tril().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: memory_loss([x, 2 * x]), [amount])
-    (grad,) = torch.autograd.grad(memory_loss([amount]), amount)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return memory_loss([needed(x).amax(1), needed(2 * x).amax(1)], 7)
+
+    assert torch.autograd.gradcheck(loss, [amount])
+    (grad,) = torch.autograd.grad(memory_loss([needed(amount).amax(1)], 7), amount)
     rows = needed(amount).argmax(1)
     assert (grad <= 0).all() and (grad[torch.arange(2), rows] < 0).any()
     grad[torch.arange(2), rows] = 0

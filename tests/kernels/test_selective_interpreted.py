@@ -50,7 +50,7 @@ def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         return plain(scan, kernel, tensors)
 
     monkeypatch.setattr(masking_triton.Scan, "launch", launch)
-    monkeypatch.setattr(masking_triton, "TILE_32_BITS", TILES[NAMES.index(name) % 2])
+    monkeypatch.setitem(masking_triton.TILES_32_BITS, 64, TILES[NAMES.index(name) % 2])
     case = CASES[name]
     ours = with_gradients(case, selective_attention, torch.float32)
     usual = with_gradients(case, eager, torch.float32)

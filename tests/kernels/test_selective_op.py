@@ -324,6 +324,40 @@ def test_memory_is_linear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.elements <= 2**18 < length * length // 4
 
 
+@pytest.mark.parametrize("name", ["causal", "softcap, gate, selector", "alibi selects"])
+def test_transforms_run_the_reference(name: str) -> None:
+    """Forward mode, second order by torch.func, and vmap."""
+    given, run = leaves(CASES[name], torch.float64, 5, 4)
+    plain = [x.detach() for x in given]
+    tangents = [draw(*x.shape, 1)[..., 0].to(x) for x in plain]
+
+    def ours(*x: Tensor) -> Tensor:
+        return run(selective_attention, list(x))[0].square().sum()
+
+    def exact(*x: Tensor) -> Tensor:
+        return run(reference, list(x))[0].square().sum()
+
+    for a, b in zip(
+        torch.func.jvp(ours, tuple(plain), tuple(tangents)),
+        torch.func.jvp(exact, tuple(plain), tuple(tangents)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    second = [
+        torch.func.grad(lambda *x, f=f: torch.func.grad(f)(*x).square().sum())
+        for f in (ours, exact)
+    ]
+    torch.testing.assert_close(*(f(*plain) for f in second), rtol=1e-10, atol=1e-12)
+    batch = [torch.stack([x, 2 * x]) for x in plain]
+    twice = torch.vmap(lambda *x: run(selective_attention, list(x))[0])(*batch)
+    for i in range(2):
+        one = run(selective_attention, [x[i] for x in batch])[0]
+        torch.testing.assert_close(twice[i], one, rtol=0, atol=1e-14)
+    with pytest.raises(UnsupportedCall, match="first derivatives only"):
+        (first,) = torch.autograd.grad(ours(*given), given[0], create_graph=True)
+        torch.autograd.grad(first.sum(), given[0])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
