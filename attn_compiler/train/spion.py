@@ -27,8 +27,9 @@ from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.maps import add_blocks
 from attn_compiler.kernels.pattern import pattern_of
 from attn_compiler.kernels.pooled import BlockMap
+from attn_compiler.kernels.sparse import left_out
 from attn_compiler.train.criterion import SwitchCriterion
-from attn_compiler.variants.spion import BLOCKS, REST, SPION, filled, left_out
+from attn_compiler.variants.spion import BLOCKS, REST, SPION, filled
 
 
 @dataclass

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.library import attention
-from attn_compiler.variants.spion import sparse
+from attn_compiler.kernels.sparse import sparse
 
 
 def pattern(side: int, density: float, causal: bool) -> Tensor:

@@ -19,7 +19,7 @@ from attn_compiler.kernels.library import attention
 from attn_compiler.kernels.maps import add_blocks
 from attn_compiler.kernels.pattern import pattern_of
 from attn_compiler.kernels.pooled import BlockMap
-from attn_compiler.variants.spion import sparse
+from attn_compiler.kernels.sparse import sparse
 
 LENGTH, BLOCK, SIDE = 37, 8, 5
 SCALE = 0.6
