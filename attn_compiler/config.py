@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import VARIANTS
 from attn_compiler.variants.base import Fidelity, Variant, VariantSpec
@@ -30,6 +31,7 @@ class CompileConfig:
         inductor: options for Inductor.
         keep_graphs: keep the text of the graphs before and after for the report.
         installs: a module is at hand that new tensors can be put into.
+        hardware: what costs are predicted for, None for the device of the tensors.
     """
 
     to: tuple[tuple[str, Target], ...] = (("*", "fastest"),)
@@ -39,6 +41,7 @@ class CompileConfig:
     inductor: tuple[tuple[str, Any], ...] = ()
     keep_graphs: bool = False
     installs: bool = False
+    hardware: Hardware | None = None
 
     def exact(self) -> CompileConfig:
         """The same for calls in which there is no cache to change: the same function."""
@@ -74,19 +77,11 @@ def make_config(options: Mapping[str, Any] | None = None) -> CompileConfig:
         then=_one_of("then", options.get("then", "inductor"), ("inductor", "eager")),
         mode=options.get("mode"),
         inductor=tuple(sorted(inductor.items())),
+        hardware=None if options.get("hardware") is None else resolve(options["hardware"]),
     )
 
 
 def _refuse_unbuilt(options: Mapping[str, Any]) -> None:
-    hardware = options.get("hardware")
-    if hardware is not None and hardware != "cpu":
-        raise BadOption(
-            f"option hardware is {hardware!r}",
-            why=[
-                "there is no cost model in this version: the device is that of the model's tensors"
-            ],
-            do='leave it out, or give "cpu"',
-        )
     if options.get("measure_top") is not None:
         raise BadOption(
             "option measure_top is set",

@@ -35,11 +35,13 @@ from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.states import Kept, find_states
 from attn_compiler.ir.trace import Region, RegionError
+from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
+from attn_compiler.passes.show_kernels import show_kernels
 from attn_compiler.report import Report
 from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
 
@@ -59,6 +61,7 @@ class _Work:
     touched: set[fx.Node] = field(default_factory=set)
     done: set[fx.Node] = field(default_factory=set)
     memo: Memo = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
     cache: CacheCalls | None = None
 
 
@@ -95,6 +98,7 @@ def compile_graph(
         missed=tuple(missed for work in works for missed in work.missed),
         graph_before=before,
         graph_after=gm.print_readable(print_output=False) if config.keep_graphs else "",
+        kernels={name: text for work in works for name, text in work.kernels.items()},
     )
     _raise_rejected(report, config)
     return report
@@ -237,9 +241,18 @@ def _chosen(
         except (NotAttention, RegionError) as refusal:
             reasons = (Reason(refusal.code, refusal.text, site.location),)
     name, fidelity = "" if reasons else variant.name, variant.fidelity.value
-    return replace(
-        site, decision=Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
-    )
+    decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
+    if lowering is None and kept is None and not reasons:
+        seen = show_kernels(region, core, work.config.hardware)
+        if seen is not None:
+            decision = replace(decision, tile=seen.tile, predicted_seconds=seen.seconds)
+            site = replace(site, facts={**site.facts, "kernel": _named(seen)})
+            work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
+    return replace(site, decision=decision)
+
+
+def _named(seen: Shown) -> str:
+    return f"{seen.name}: {seen.why}" if seen.why else seen.name
 
 
 def _not_installable(lowering: Lowering, config: CompileConfig) -> tuple[Reason, ...]:

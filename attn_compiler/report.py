@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from attn_compiler.ir.site import AttentionSite, Missed
+from attn_compiler.ir.site import AttentionSite, Decision, Missed
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,17 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
         lines.append(f"      sink {first.program.sink}")
     if first.dropout:
         lines.append(f"      dropout {first.dropout}")
+    if "kernel" in first.facts:
+        lines.append(f"      runs on {first.facts['kernel']}{_seconds(first.decision)}")
     done = first.facts.get(first.decision.variant)
     lines.append(f"      {first.decision}{f': {done}' if done else ''}")
     return lines
+
+
+def _seconds(decision: Decision) -> str:
+    """A prediction in words; microseconds are what people compare."""
+    seconds = decision.predicted_seconds
+    return "" if seconds is None else f", {seconds * 1e6:,.0f} us predicted"
 
 
 def _site_dict(site: AttentionSite) -> dict[str, Any]:

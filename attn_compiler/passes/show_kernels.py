@@ -1,0 +1,97 @@
+"""What would run a core on a device, at the sizes of the example.
+
+core with sizes s0, s1   --hints of the example-->   a call without data   -->   Shown
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+from attn_compiler.cost.hardware import Hardware, resolve
+from attn_compiler.errors import BadOption
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core
+from attn_compiler.ir.pull import val
+from attn_compiler.ir.roles import extent
+from attn_compiler.ir.trace import Region
+from attn_compiler.kernels.dropout import Drop
+from attn_compiler.kernels.frame import Inputs
+from attn_compiler.kernels.shown import Shown, meta, shown
+
+
+def show_kernels(region: Region, core: Core, hardware: Hardware | None) -> Shown | None:
+    """What runs the exact operator.
+
+    Args:
+        hardware: None for the GPU of the tensors; for a CPU nothing is shown unasked, since times
+            on it say little.
+
+    Returns:
+        None where a size of the example is not known, or the device is not.
+    """
+    machine = hardware or _here(ops.value(region.end).device)
+    given = _call(region, core) if machine is not None else None
+    return None if machine is None or given is None else shown(given, machine)
+
+
+@lru_cache(maxsize=8)
+def _here(device: torch.device) -> Hardware | None:
+    try:
+        return None if device.type == "cpu" else resolve(None, device)
+    except BadOption:
+        return None
+
+
+def _call(region: Region, core: Core) -> Inputs | None:
+    known, roles = _hints(region), core.roles
+    sizes = [_number(core.sizes[name], known) for name in "BHTS"]
+    more = [extent(roles.heads), extent(roles.feature), extent(roles.value), *core.ints]
+    numbers = [_number(size, known) for size in more]
+    reads = [_without_data(val(node), known) for node in core.reads]
+    if None in (*sizes, *numbers) or any(read is None for read in reads):
+        return None
+    (batch, heads, rows, keys), (groups, width, value_width, *ints) = sizes, numbers
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if core.dropout else None
+    return Inputs(
+        meta((batch, heads, rows, width), core.dtype),
+        meta((batch, groups, keys, width), core.dtype),
+        meta((batch, groups, keys, value_width), core.dtype),
+        [read for read in reads if read is not None],
+        ints,
+        Drop(seed, core.dropout),
+        str(core.program),
+        core.scale,
+    )
+
+
+def _hints(region: Region) -> dict[sympy.Basic, int]:
+    """The sizes that the example gives to symbols."""
+    found: dict[sympy.Basic, int] = {}
+    for node in (*region.inputs, *region.nodes):
+        value = ops.value(node)
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and isinstance(ax.size_of(size), sympy.Symbol):
+                found[ax.size_of(size)] = ax.hint(size)
+    return found
+
+
+def _number(size: Any, known: dict[sympy.Basic, int]) -> Any:
+    if isinstance(size, int):
+        return size
+    if isinstance(size, torch.SymInt):
+        return ax.hint(size)
+    filled = sympy.sympify(size).xreplace(known) if isinstance(size, sympy.Basic) else None
+    return int(filled) if filled is not None and filled.is_Integer else None
+
+
+def _without_data(value: Any, known: dict[sympy.Basic, int]) -> torch.Tensor | None:
+    if not isinstance(value, torch.Tensor):
+        return torch.empty((), dtype=torch.float64, device="meta")
+    shape = [_number(ax.size_of(size), known) for size in value.shape]
+    return None if None in shape else torch.empty(shape, dtype=value.dtype, device="meta")
