@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import VARIANTS
-from attn_compiler.variants.base import Variant, VariantSpec
+from attn_compiler.variants.base import Fidelity, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
@@ -39,6 +39,11 @@ class CompileConfig:
     inductor: tuple[tuple[str, Any], ...] = ()
     keep_graphs: bool = False
     installs: bool = False
+
+    def exact(self) -> CompileConfig:
+        """The same for calls in which there is no cache to change: the same function."""
+        to = ((glob, _exactly(target)) for glob, target in self.to)
+        return replace(self, to=tuple(to))
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""
@@ -113,6 +118,11 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             )
         found.append((glob, target))
     return tuple(found)
+
+
+def _exactly(target: Target) -> Target:
+    variant = variant_of(target)
+    return "fastest" if variant.fidelity is Fidelity.EXACT else target
 
 
 def variant_of(target: Target) -> Variant:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, base_of, install, restore
-from attn_compiler.ir.site import Missed
+from attn_compiler.ir.site import AttentionSite, Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
 from attn_compiler.symbols import CaptureError
@@ -127,7 +127,8 @@ class _Search:
                 variants.append(specialise(owner, base, call.values, attempt.plan)[0])
         accepted = tuple(s for s in report.sites if s.decision.accepted)
         install(owner, variants, attempt.plan, accepted)
-        problem = verify_owner(owner, call) if self.verify else None
+        exact = all(site.decision.fidelity == "exact" for site in accepted)
+        problem = verify_owner(owner, call, exact) if self.verify else None
         if problem is not None:
             restore(owner)
             report = refused(report, problem)
@@ -146,7 +147,14 @@ class _Attempt:
 
     @property
     def complete(self) -> bool:
-        return bool(self.report.sites) and self.report.rewritten == len(self.report.sites)
+        return bool(self.report.sites) and all(map(_settled, self.report.sites))
+
+
+def _settled(site: AttentionSite) -> bool:
+    """Is it rewritten, or refused for what it is and not for what lies outside of this module?"""
+    reasons = [reason.code for reason in site.decision.reasons]
+    inside = all(code.startswith("el.") and code != "el.no_projection" for code in reasons)
+    return site.decision.accepted or (bool(reasons) and inside)
 
 
 def rewrite_module(
@@ -205,6 +213,10 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
         return None
     try:
         variant, report = specialise(owner, base_of(owner), values, plan)
+        if not report.rewritten and plan.config.exact() != plan.config:
+            # what keeps no cache, or drops weights, runs the ordinary attention
+            plan = replace(plan, config=plan.config.exact())
+            variant, report = specialise(owner, base_of(owner), values, plan)
     except CaptureError as refusal:
         problem = f"{refusal.code}: {refusal.text}"
     else:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.errors import UnsupportedCall, require
 from attn_compiler.ir.site import AttentionSite
 from attn_compiler.variants.base import NewTensor, filled

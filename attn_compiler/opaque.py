@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from attn_compiler.errors import require
 from attn_compiler.symbols import CaptureError, Symbols
 
 _DEEPEST = 8
@@ -118,7 +120,8 @@ class Opaque:
         return type(object.__getattribute__(self, "_attn_value"))
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._attn_value, name)
+        with self._attn_recorder.paused():
+            value = getattr(self._attn_value, name)
         text = f"{self._attn_text}.{name}" if self._attn_text else ""
         if callable(value) and not isinstance(value, type):
             return _Method(self, name, value, text)
@@ -185,7 +188,37 @@ class _Method:
         node = recorder.graph.call_method(
             self.name, (self.owner._attn_node, *recorder.argument(args)), recorder.argument(kwargs)
         )
+        if self.name == "update" and _is_cache(self.owner._attn_value):
+            return _cached(recorder, value, node, args)
         return _wrap(recorder, value, node, text)
+
+
+def _is_cache(value: Any) -> bool:
+    """Is it a cache of the library whose protocol says what `update` gives?"""
+    library = sys.modules.get("transformers.cache_utils")
+    return library is not None and isinstance(value, library.Cache)
+
+
+def _cached(recorder: Recorder, value: Any, node: fx.Node, given: tuple[Any, ...]) -> Any:
+    """All keys and values [batch, heads, S, features]: but for S of the sizes of the new ones."""
+    pieces = []
+    for position, (found, new) in enumerate(zip(value, given[:2], strict=True)):
+        piece = recorder.graph.call_function(operator.getitem, (node, position))
+        with torch._C.DisableTorchFunction():
+            sizes = list(new.size())
+        sizes[-2] = None
+        pieces.append(_tensor(recorder, found, piece, sizes))
+        for dim, size in enumerate(sizes):
+            if size is not None:
+                _demand_size(recorder, pieces[-1], dim, size)
+    return tuple(pieces)
+
+
+def _demand_size(recorder: Recorder, tensor: torch.Tensor, dim: int, size: Any) -> None:
+    read = recorder.graph.call_method("size", (recorder.argument(tensor), dim))
+    same = recorder.graph.call_function(operator.eq, (read, recorder.argument(size)))
+    text = f"dimension {dim} of what the cache holds is that of what it is given"
+    recorder.graph.call_function(require, (same, text))
 
 
 def unwrap(value: Any, fixed: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -222,13 +255,7 @@ def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
     opaque object.
     """
     if isinstance(value, torch.Tensor):
-        with torch._C.DisableTorchFunction():
-            token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
-        found = recorder.symbols.produce(
-            token, lambda: recorder.symbols.fresh(value, everything=True)
-        )
-        recorder.learn(found, read_later(recorder.graph, node))
-        return found
+        return _tensor(recorder, value, node)
     if type(value) is tuple:
         pieces = [
             recorder.graph.call_function(operator.getitem, (node, position))
@@ -250,6 +277,18 @@ def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
 
 
 # ---------------------------------------------------------------- tensors out of opaque calls
+
+
+def _tensor(
+    recorder: Recorder, value: torch.Tensor, node: fx.Node, sizes: list[Any] | None = None
+) -> torch.Tensor:
+    """A fake for a tensor that an object gave, with these sizes or new symbols."""
+    with torch._C.DisableTorchFunction():
+        known = [None] * value.dim() if sizes is None else sizes
+        token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
+    found = recorder.symbols.produce(token, lambda: recorder.symbols.renewed(value, known))
+    recorder.learn(found, read_later(recorder.graph, node))
+    return found  # type: ignore[no-any-return]
 
 
 def read_later(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
@@ -33,13 +33,15 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
+from attn_compiler.ir.states import Kept, find_states
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
+from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.report import Report
-from attn_compiler.variants.base import Lowering
+from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
 
@@ -57,9 +59,16 @@ class _Work:
     touched: set[fx.Node] = field(default_factory=set)
     done: set[fx.Node] = field(default_factory=set)
     memo: Memo = field(default_factory=dict)
+    cache: CacheCalls | None = None
 
 
-def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = True) -> Report:
+def compile_graph(
+    gm: fx.GraphModule,
+    config: CompileConfig,
+    *,
+    change: bool = True,
+    cache: CacheCalls | None = None,
+) -> Report:
     """Find every attention of a traced module, and rewrite in place those that may be.
 
     Args:
@@ -67,6 +76,7 @@ def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = T
             submodules.
         config: what is allowed.
         change: False only looks.
+        cache: what may stand for the calls of a cache, where its layout may change.
 
     Raises:
         NoLegalVariant: `on_reject="raise"` and a site stays as it is.
@@ -74,6 +84,7 @@ def compile_graph(gm: fx.GraphModule, config: CompileConfig, *, change: bool = T
     before = gm.print_readable(print_output=False) if config.keep_graphs else ""
     works = list(_graphs(gm, config, change))
     for work in works:
+        work.cache = cache
         _run(work)
     for _, child in gm.named_modules():
         if isinstance(child, fx.GraphModule):
@@ -192,42 +203,75 @@ def _miss(work: _Work, node: fx.Node, reason: Reason) -> None:
 
 def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
     site = describe(region, functional, core)
-    target, lowering = work.config.wanted(site.path), None
+    target = work.config.wanted(site.path)
     if target is None:
-        decision = Decision(
-            False, reasons=(Reason("config.not_selected", "no pattern of `to` names this module"),)
-        )
+        reason = Reason("config.not_selected", "no pattern of `to` names this module")
+        site = replace(site, decision=Decision(False, reasons=(reason,)))
     else:
-        variant = variant_of(target)
-        spec = variant.spec() if target == "fastest" else target
-        reasons = tuple(variant.legality(site, spec))
-        decision = Decision(
-            not reasons,
-            variant.name if not reasons else "",
-            reasons,
-            fidelity=variant.fidelity.value,
-        )
-        if variant.lower is not None and not reasons:
-            lowering = variant.lower(site, spec, site.length or 0)
-            decision = _may_install(decision, lowering, work.config)
-    if decision.accepted and work.change:
-        try:
-            tensors = rewrite_site(region, functional, core, lowering)
-            decision = replace(decision, tensors=tensors)
-            work.touched |= set(region.nodes)
-        except (NotAttention, RegionError) as refusal:
-            decision = Decision(False, reasons=(Reason(refusal.code, refusal.text, site.location),))
-    site = replace(site, decision=decision)
+        site = _chosen(work, (region, functional, core), site, target)
     log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
     work.sites.append(site)
 
 
-def _may_install(decision: Decision, lowering: Lowering, config: CompileConfig) -> Decision:
+def _chosen(
+    work: _Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    target: VariantSpec | Literal["fastest"],
+) -> AttentionSite:
+    """The site with the decision about what is wanted for it, carried out."""
+    variant, kept, lowering = variant_of(target), None, None
+    spec = variant.spec() if target == "fastest" else target
+    region, functional, core = raised
+    if variant.scope is Scope.SITE and work.cache is not None:
+        found = find_states(region.end, functional, core, work.state)
+        site, kept = replace(site, obstacles=found.obstacles), found.kept
+    reasons = tuple(variant.legality(site, spec))
+    tensors: tuple[NewTensor, ...] = ()
+    if variant.lower is not None and not reasons:
+        lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
+        reasons = _not_installable(lowering, work.config)
+    if not reasons and work.change:
+        try:
+            tensors = _carry_out(work, raised, _Way(spec, kept, lowering))
+        except (NotAttention, RegionError) as refusal:
+            reasons = (Reason(refusal.code, refusal.text, site.location),)
+    name, fidelity = "" if reasons else variant.name, variant.fidelity.value
+    return replace(
+        site, decision=Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
+    )
+
+
+def _not_installable(lowering: Lowering, config: CompileConfig) -> tuple[Reason, ...]:
     """New tensors need a module that they can be put into."""
     if config.installs or not lowering.tensors:
-        return decision
+        return ()
     text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
-    return Decision(False, reasons=(Reason("needs_rewrite", text),), fidelity=decision.fidelity)
+    return (Reason("needs_rewrite", text),)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a site is to be replaced: with a cache of hidden states, or by another operator."""
+
+    spec: VariantSpec
+    kept: Kept | None
+    lowering: Lowering | None
+
+
+def _carry_out(
+    work: _Work, raised: tuple[Region, FunctionalRegion, Core], way: _Way
+) -> tuple[NewTensor, ...]:
+    """Rewrite, and note the nodes that may be dead now; what the module has to get."""
+    region, functional, core = raised
+    tensors: tuple[NewTensor, ...] = ()
+    if way.kept is None or work.cache is None:
+        tensors = rewrite_site(region, functional, core, way.lowering)
+    else:
+        key_bias = bool(getattr(way.spec, "keep_key_bias", True))
+        work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, key_bias)
+    work.touched |= set(region.nodes)
+    return tensors
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

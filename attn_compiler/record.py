@@ -11,7 +11,7 @@ parameters and buffers; anything else is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -258,6 +258,10 @@ class Recorder(PreDispatchTorchFunctionMode):
             raise CaptureError("owner.not_pure", f"it reads {attribute_of(func)} of a tensor")
         if _ambient() != self._ambient:
             raise CaptureError("owner.autocast", "it changes the autocast mode")
+
+    def inspect(self, paths: Iterable[str]) -> None:
+        """Check these modules as if they had been traced through: their calls are replaced."""
+        self.kinds |= {path: type(self.root.get_submodule(path)) for path in paths}
 
     def forget(self) -> None:
         """Let go of the module: what is left can guide the traces of others."""

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from attn_compiler.cache.el import CALLS
 from attn_compiler.call import Call
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
@@ -116,6 +117,7 @@ class _Guide:
     demands: list[sympy.Basic]
     module: fx.GraphModule
     report: Report
+    bypassed: tuple[str, ...]
 
 
 def _trace(
@@ -135,8 +137,10 @@ def _trace(
         gm = fx.GraphModule(owner, recorder.graph)
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         with exactly():
-            report = compile_graph(gm, plan.config)
+            report = compile_graph(gm, plan.config, cache=CALLS)
         demands += _late(recorder.symbols.guards()[traced:])
+    bypassed = _bypassed(gm.graph)
+    recorder.inspect(bypassed)
     call.module_checks()
     call.guard_checks(demands)
     call.guard_nodes(demands, gm.graph)
@@ -144,7 +148,7 @@ def _trace(
     _spell_constants(gm)
     _sweep(gm.graph)
     recorder.forget()
-    guide = _Guide(base, plan, recorder, recorded, demands, gm, report)
+    guide = _Guide(base, plan, recorder, recorded, demands, gm, report, bypassed)
     return guide, Variant(_text(names_of(base.forward), call, gm.graph), call.names)
 
 
@@ -164,12 +168,19 @@ def _follow(
     with oblivious():
         call.record(guide.base, values)
         _sweep(recorder.graph)
+    recorder.inspect(guide.bypassed)
     call.module_checks()
     call.guard_checks(guide.demands)
     report = _moved(guide, plan)
     graph = guide.module.graph
     with _patched(graph, guide.recorded, _constants(recorder.graph)):
         return Variant(_text(names_of(guide.base.forward), call, graph), call.names), report
+
+
+def _bypassed(graph: fx.Graph) -> tuple[str, ...]:
+    """Modules whose weights the rewritten graph reads instead of calling them."""
+    found = {path: None for node in graph.nodes for path in node.meta.get("bypassed", ())}
+    return tuple(found)
 
 
 def _constants(graph: fx.Graph) -> dict[str, Any]:
@@ -264,7 +275,8 @@ def _sweep(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         # what opaque objects give has no value here and is still to be read
-        if name in free and not node.users and "example_value" in node.meta:
+        idle = node.target is CALLS.shown or (name in free and "example_value" in node.meta)
+        if idle and not node.users:
             graph.erase_node(node)
 
 

@@ -226,19 +226,24 @@ class Symbols:
             or number.node.expr.free_symbols <= self.origins.keys()
         )
 
-    def fresh(self, value: torch.Tensor, everything: bool = False) -> torch.Tensor:
-        """The value itself, or a fake like it whose sizes of unknown origin (or all) are new
-        symbols.
-        """
+    def fresh(self, value: torch.Tensor) -> torch.Tensor:
+        """The value itself, or a fake like it whose sizes of unknown origin are new symbols."""
         with torch._C.DisableTorchFunction():
             shape, stride = value.size(), value.stride()
-        if not everything and all(self.known(n) for n in (*shape, *stride)):
+        if all(self.known(n) for n in (*shape, *stride)):
             return value
-        sizes: list[Any] = []
-        for number in shape:
-            renew = hint(number) > 1 if everything else not self.known(number)
-            sizes.append(self._integer(hint(number)) if renew else number)
+        sizes = [n if self.known(n) else self._integer(hint(n)) for n in shape]
         return self._dense(sizes, value)
+
+    def renewed(self, value: torch.Tensor, sizes: list[Any]) -> torch.Tensor:
+        """A fake like it with these sizes; where one is None, a new symbol."""
+        with torch._C.DisableTorchFunction():
+            numbers = [hint(n) for n in value.size()]
+        made = [
+            size if size is not None else self._integer(n) if n > 1 else n
+            for n, size in zip(numbers, sizes, strict=True)
+        ]
+        return self._dense(made, value)
 
     # ------------------------------------------------------------ numbers as nodes and text
 

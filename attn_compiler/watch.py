@@ -134,15 +134,19 @@ def copied(value: Any, change: Callable[[torch.Tensor], torch.Tensor] = torch.cl
     return copy.deepcopy(value, memo)
 
 
-def tensors_of(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    """Tensors in an argument, also within objects."""
+def tensors_of(value: Any, depth: int, ordinary: bool = False) -> Iterator[torch.Tensor]:
+    """Tensors in an argument, also within objects; `ordinary` asks for those that an object of ours
+    stands for.
+    """
     if isinstance(value, torch.Tensor):
         yield value
+    elif ordinary and hasattr(type(value), "ordinary_tensors"):
+        yield from value.ordinary_tensors()
     elif depth < _DEEPEST and not isinstance(value, type | str | int | float | nn.Module):
         held = value.values() if isinstance(value, dict) else value
         items = list(held) if isinstance(value, dict | list | tuple | set) else []
         for child in (*items, *getattr(value, "__dict__", {}).values()):
-            yield from tensors_of(child, depth + 1)
+            yield from tensors_of(child, depth + 1, ordinary)
 
 
 @contextmanager

@@ -98,6 +98,8 @@ class AttentionSite:
         dropout: probability.
         projections: of q, k and v, where they could be found.
         facts: further findings by name ("rotary", "cache", "spelling").
+        obstacles: why a cache cannot hold what keys and values are made of in their place; None
+            where nobody has asked.
         decision: what was chosen.
     """
 
@@ -120,6 +122,7 @@ class AttentionSite:
     projections: dict[str, Projection] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     length: int | None = None
+    obstacles: tuple[Reason, ...] | None = None
 
 
 @dataclass(frozen=True)

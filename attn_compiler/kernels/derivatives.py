@@ -12,6 +12,7 @@ Operators have kernels of their own for the Autograd key, instead of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,9 +153,32 @@ class _Reverse(torch.autograd.Function):
         return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
 
+_plain: list[torch.dtype | None] = []
+
+
+@contextmanager
+def by_reference(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Run the references in place of the kernels, in this dtype."""
+    _plain.append(dtype)
+    try:
+        yield
+    finally:
+        _plain.pop()
+
+
+def _in_dtype(formula: Formula, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    template, tensors = _taken_out(args)
+    wide = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    found = formula.reference(*_put_back(template, wide), **kwargs)
+    narrow = [x.to(tensors[0].dtype) if x.is_floating_point() else x for x in _flat(found)]
+    return narrow[0] if isinstance(found, Tensor) else tuple(narrow)
+
+
 def _autograd(formula: Formula, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     template, tensors = _taken_out(args)
-    if any(_transformed(t) for t in tensors):
+    if _plain and _plain[-1] is not None:
+        return _in_dtype(formula, _plain[-1], args, kwargs)
+    if _plain or any(_transformed(t) for t in tensors):
         found = formula.reference(*args, **kwargs)
         return found if isinstance(found, Tensor) else (found[0], *(x.detach() for x in found[1:]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

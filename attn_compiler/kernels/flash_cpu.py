@@ -243,7 +243,7 @@ def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
 def _sink(frame: Frame, sink: Expr) -> Tensor:
     """The logit of the extra column as [b, h, rows, 1]."""
     whole = frame.grid.whole()
-    tensors = widened(frame.tensors(whole), frame.dtype)
+    tensors = widened(frame.tensors(whole, sink), frame.dtype)
     return frame.value(sink, whole, tensors).to(frame.dtype)
 
 

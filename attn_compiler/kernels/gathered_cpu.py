@@ -26,7 +26,7 @@ INF = float("inf")
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 # gathered elements of keys and values in one call
-_BUDGET = 2**21
+_BUDGET = 2**22
 
 Triple = tuple[Tensor, Tensor, Tensor]
 

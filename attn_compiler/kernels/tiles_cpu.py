@@ -194,7 +194,7 @@ class _Contents:
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _lists(grid: Grid, groups: int, contents: tuple[_Contents, ...]) -> Lists:
     """`grid` has one batch item, `groups` is the number of kv heads."""
     found = cut(grid.program)

@@ -52,12 +52,24 @@ class Emitter:
             node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg((args, kwargs), ops.value)
         with self.mode, torch.no_grad():
-            node.meta[self.key] = target(*values[0], **values[1])
+            self._known(node, target(*values[0], **values[1]))
+        return node
+
+    def opaque(
+        self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any], value: Any
+    ) -> fx.Node:
+        """Insert a call whose arguments are no tensors alone, with the value that it will have."""
+        with self.graph.inserting_before(self.region.end):
+            node = self.graph.call_function(target, args, kwargs)
+        self._known(node, value)
+        return node
+
+    def _known(self, node: fx.Node, value: Any) -> None:
+        node.meta[self.key] = value
         for name in _META:
             if name in self.region.end.meta:
                 node.meta[name] = self.region.end.meta[name]
         self.new.append(node)
-        return node
 
     def host(self, node: Any) -> Any:
         """The host node that holds the value of a functional node, copied into the host graph if

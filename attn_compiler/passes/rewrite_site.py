@@ -53,7 +53,7 @@ def rewrite_site(
         NotAttention: `attention.second_reader`; the graph is as before.
         RegionError: an operand cannot be laid out; the graph is as before.
     """
-    _check_readers(region, functional, core)
+    check_readers(region, functional, core)
     emitter = Emitter(region, functional)
     try:
         added = _Added(emitter, lowering or Lowering(core.program))
@@ -65,7 +65,12 @@ def rewrite_site(
     return tuple(added.tensors)
 
 
-def _check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
+def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
+    """Nobody may read what the rewritten attention no longer makes.
+
+    Raises:
+        NotAttention: `attention.second_reader`.
+    """
     inner = {
         host
         for host, node in functional.of_host.items()
@@ -117,31 +122,38 @@ class _Added:
             self.emitter.check(self.emitter.size(size), self.lowering.length, text)
 
 
-def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:
+def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list[Any]]:
+    """Queries as [B, H, T, d], and the tensors and integers that the program reads."""
     roles = core.roles
-    outer, rows = roles.batch, roles.query
-    q = emitter.canonical(core.q, (outer, roles.query_heads, rows, roles.feature))
-    k = emitter.canonical(core.k, (outer, roles.heads, roles.key, roles.feature))
-    v = emitter.canonical(core.v, (outer, roles.heads, roles.key, roles.value))
-    q, k, v = (_as_dtype(emitter, x, core.dtype) for x in (q, k, v))
+    q = emitter.canonical(core.q, (roles.batch, roles.query_heads, roles.query, roles.feature))
     later = _written_later(emitter.region.end)
-    q, k, v = (_protected(emitter, x, later) for x in (q, k, v))
+    q = _protected(emitter, _as_dtype(emitter, q, core.dtype), later)
     for operation, factor in core.factors:
         target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
         q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
+    reads = [_protected(emitter, _read(emitter, node, q), later) for node in core.reads]
+    return q, reads, [emitter.size(size) for size in core.ints]
+
+
+def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:
+    roles = core.roles
+    q, reads, ints = operands(emitter, core)
+    k = emitter.canonical(core.k, (roles.batch, roles.heads, roles.key, roles.feature))
+    v = emitter.canonical(core.v, (roles.batch, roles.heads, roles.key, roles.value))
+    later = _written_later(emitter.region.end)
+    k, v = (_protected(emitter, _as_dtype(emitter, x, core.dtype), later) for x in (k, v))
     seed = None
     if core.dropout:
         device = ops.value(q).device
         seed = emitter.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
     added.check_length(core)
-    reads = [_protected(emitter, _read(emitter, node, q), later) for node in core.reads]
     both = emitter.call(
         added.operator,
         q,
         k,
         v,
         [*reads, *added.reads],
-        [emitter.size(size) for size in core.ints],
+        ints,
         seed,
         *added.extra,
         program=str(added.lowering.program),
@@ -149,8 +161,13 @@ def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:
         dropout=core.dropout,
         **dict(added.lowering.options),
     )
-    out = emitter.call(operator.getitem, both, 0)
-    groups = (outer, roles.query_heads, rows, roles.value)
+    return finish(emitter, core, emitter.call(operator.getitem, both, 0))
+
+
+def finish(emitter: Emitter, core: Core, out: fx.Node) -> fx.Node:
+    """The result [B, H, T, dv] in place of the region's end."""
+    roles, later = core.roles, _written_later(emitter.region.end)
+    groups = (roles.batch, roles.query_heads, roles.query, roles.value)
     restored = emitter.restore(out, core.end, groups)
     restored = _as_dtype(emitter, restored, ops.value(emitter.region.end).dtype)
     return _protected(

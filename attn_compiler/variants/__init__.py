@@ -7,14 +7,20 @@ from typing import TYPE_CHECKING
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
+from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH,)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE)
 
-__all__ = ["VARIANTS", "Flash", "costed", "ordinary"]
+__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
+
+
+def needs_data(spec: VariantSpec) -> bool:
+    """Has it to see a model's attention before it can take its place?"""
+    return isinstance(spec, spion.SPION) and spec.pattern is None
 
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:

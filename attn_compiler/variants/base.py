@@ -152,7 +152,9 @@ class Variant:
         spec: its options.
         scope, fidelity: see there.
         legality: yields every reason why it may not replace a site; none means it may.
-        lower: what computes the core of a site with so many rows; None for the exact operator.
+        lower: what computes the core of a site, given the rows of the example (0 where they are
+            not as many as keys) and how many tensors its program reads; None for the exact
+            operator.
     """
 
     name: str
@@ -160,7 +162,7 @@ class Variant:
     scope: Scope
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
-    lower: Callable[[AttentionSite, Any, int], Lowering] | None = None
+    lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,12 @@ operations and bytes. Bounds here count caches and weights alone, not launches a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attn_compiler.variants.base import VariantSpec, Work, demand_flag
+from attn_compiler.ir.site import AttentionSite, Reason
+from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec, Work, demand_flag
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
@@ -37,6 +39,23 @@ class ELAttention(VariantSpec):
 
     def __post_init__(self) -> None:
         demand_flag(self, "keep_key_bias")
+
+
+def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
+    """Codes: el.needs_rewrite where the door cannot change a cache, el.dropout, and one for each
+    obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.no_projection,
+    el.kv_sources_differ, el.rope_on_key, el.key_norm, el.key_scaled, el.convolved, el.head_layout,
+    el.dtype, el.overwritten.
+    """
+    if site.obstacles is None:
+        text = "a cache changes its layout only in a model that `rewrite` is given"
+        yield Reason("el.needs_rewrite", text, site.location)
+        return
+    for obstacle in site.obstacles:
+        yield Reason(f"el.{obstacle.code}", obstacle.text, obstacle.location or site.location)
+    if site.dropout:
+        text = "weights are dropped in training, which runs the ordinary attention"
+        yield Reason("el.dropout", text, site.location)
 
 
 def cost(spec: ELAttention, work: Work, *, causal: bool = False, cross: bool = False) -> Cost:
@@ -106,3 +125,8 @@ def most_first_rows(width: int, heads: int, length: int) -> float:
     is beyond it.
     """
     return width * length / (heads * length + width - length)
+
+
+EL = Variant(
+    name="el", spec=ELAttention, scope=Scope.SITE, fidelity=Fidelity.EXACT, legality=legality
+)

@@ -1,0 +1,1 @@
+"""Caches of generation whose layout a variant changes; they plug into transformers' own classes."""

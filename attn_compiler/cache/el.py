@@ -1,0 +1,143 @@
+"""What a module rewritten to EL-attention calls in place of its cache and its attention.
+
+    keys, values = cache.update(k_proj(x), v_proj(x), 3)   ->   kept = keep(cache, (x, ...), ..., 3)
+    softmax(q keys^T) values                               ->   attend(kept, q, ...)
+
+Which of the two attentions a call runs depends on its query rows. A cache that cannot hold x is
+updated as ever.
+
+Source: EL-Attention (arXiv 2105.04779).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from attn_compiler.cache.states import Maps, Rows, States
+from attn_compiler.kernels.el import built, el_attention
+from attn_compiler.kernels.schema import attention
+from attn_compiler.passes.rewrite_states import CacheCalls
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+class Pair(NamedTuple):
+    """Keys and values of an ordinary cache."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def keep(
+    cache: Any,
+    made: tuple[Tensor, Weights, bool],
+    rows: tuple[Sequence[Any], Sequence[Any]],
+    index: int,
+    *more: Any,
+) -> Any:
+    """Instead of `cache.update(keys, values, index, *more)`.
+
+    Args:
+        cache: any object with such a method.
+        made: x [B, t, D]; the weights of keys and their bias, of values and their bias; whether x
+            is the output of an encoder, which is kept anyway.
+        rows: which outputs of the weights are whose features, see `Rows`.
+        index: of the layer.
+        more: further arguments.
+
+    Returns:
+        What `attend` and `shown` read.
+    """
+    x, weights, borrowed = made
+    maps = Maps(weights, (Rows(*rows[0]), Rows(*rows[1])))
+    if "transformers" in sys.modules:
+        from attn_compiler.cache.layer import hold
+
+        layer = hold(cache, index, x, maps, borrowed)
+        if layer is not None:
+            return layer
+    w_k, b_k, w_v, b_v = maps.views()
+    return Pair(*cache.update(built(x, w_k, b_k), built(x, w_v, b_v), index, *more))
+
+
+def attend(
+    kept: Any,
+    q: Tensor,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    *,
+    program: str,
+    scale: float,
+    key_bias: bool,
+) -> Tensor:
+    """Attention of q [B, H, T, d] over what a cache holds: straight over x where few rows ask.
+
+    Args:
+        kept: what `keep` gave, or any layer of a cache.
+        q, reads, ints, program, scale: as of the operators.
+        key_bias: does the softmax see the keys' bias?
+
+    Returns:
+        [B, H, T, dv] in the dtype of q.
+    """
+    states = getattr(kept, "states", None)
+    if isinstance(states, States) and _pays(states, kept.maps, q):
+        w_k, b_k, w_v, b_v = kept.maps.views()
+        sides = (w_k, b_k if key_bias else None, w_v, b_v)
+        x = states.read()
+        out, _ = el_attention(q, x, *sides, reads, ints, program=program, scale=scale)
+        return _like(out, q)
+    if isinstance(states, States):
+        keys, values = states.keys_and_values(kept.maps)
+    else:
+        keys, values = kept.keys, kept.values
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
+    out, _ = attention(
+        q, keys, values, reads, ints, None, program=program, scale=scale, dropout=0.0
+    )
+    return _like(out, q)
+
+
+def _like(out: Tensor, q: Tensor) -> Tensor:
+    return out.to(q.dtype)
+
+
+def _pays(states: States, maps: Maps, q: Tensor) -> bool:
+    """Fewer operations than building keys and values and then attending?
+
+    H T (2 D - d - dv)  <  D G (d + dv),  for each key of each row; beams share what is built.
+    """
+    width, (key, value) = states.x.shape[2], maps.rows
+    inner = key.features + value.features
+    rows = q.shape[1] * q.shape[2] * states.beams
+    return bool(rows * (2 * width - inner) < width * key.heads * inner)
+
+
+def shown(kept: Any, position: int) -> Tensor:
+    """Something of the shape of all keys (0) or values (1): nothing is built for it."""
+    states = getattr(kept, "states", None)
+    if isinstance(states, States):
+        return states.shape_of(kept.maps, position)
+    found: Tensor = kept.values if position else kept.keys
+    return found
+
+
+CALLS = CacheCalls(keep=keep, attend=attend, shown=shown)
+
+
+def nbytes(*caches: Any) -> int:
+    """Bytes of all storages that the layers of some caches hold, each counted once."""
+    found: dict[int, int] = {}
+    for cache in caches:
+        for part in (cache, *vars(cache).values()):
+            for layer in getattr(part, "layers", ()):
+                held = getattr(layer, "states", layer)
+                for tensor in vars(held).values():
+                    if isinstance(tensor, Tensor):
+                        storage = tensor.untyped_storage()
+                        found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())

@@ -1,0 +1,168 @@
+"""A layer of transformers' caches that holds x and shows keys and values.
+
+    cache.layers[3] = StatesLayer(x, W_k, W_v);     cache.layers[3].keys == W_k(x)
+
+The containers stay the library's (DynamicCache, EncoderDecoderCache). `keys` and `values` are made
+of x when somebody asks, so that code which knows nothing of this file reads what it expects; code
+that writes keys turns the layer back into an ordinary one.
+
+Source: EL-Attention (arXiv 2105.04779).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from attn_compiler.cache.states import Maps, States
+
+
+class StatesLayer(DynamicLayer):
+    """One layer of a cache that holds x instead of keys and values.
+
+    Attributes:
+        states: x, perhaps shared with other layers.
+        maps: how keys and values are made of it.
+    """
+
+    def __init__(self, states: States, maps: Maps) -> None:
+        self.states = states
+        self.maps = maps
+        self.dtype, self.device = states.x.dtype, states.x.device
+        self.is_initialized = True
+        self._changes = states.changes
+
+    # ------------------------------------------------------------ what it shows
+
+    @property
+    def keys(self) -> Tensor:
+        return self.states.keys_and_values(self.maps)[0]
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._ordinary().keys = value
+
+    @property
+    def values(self) -> Tensor:
+        return self.states.keys_and_values(self.maps)[1]
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._ordinary().values = value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage that holds x; layers that share it each name all of it."""
+        return self.states.x.untyped_storage().nbytes()
+
+    def ordinary_tensors(self) -> tuple[Tensor, Tensor]:
+        """What an ordinary layer would hold: a rewritten module is compared by it."""
+        return self.states.keys_and_values(self.maps)
+
+    def get_seq_length(self) -> int:
+        return int(self.states.x.shape[1])
+
+    # ------------------------------------------------------------ what changes it
+
+    def _ordinary(self) -> DynamicLayer:
+        """Become the library's layer with the same keys and values."""
+        keys, values = self.states.keys_and_values(self.maps)
+        self.__dict__.clear()
+        self.__class__ = DynamicLayer
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values = keys, values
+        return self
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of somebody who has no x."""
+        return self._ordinary().update(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def append(self, x: Tensor) -> None:
+        """More of x, [rows, t, D]."""
+        self.states = self.states.own()
+        self.states.append(x)
+
+    def _change(self, make: Callable[[States], None]) -> None:
+        """A change of the batch: who shares x is told of it as well, and makes it once."""
+        self._changes += 1
+        if self.states.changes < self._changes:
+            make(self.states)
+            self.states.changes = self._changes
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda states: states.select(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if indices.dtype is torch.bool:
+            indices = indices.nonzero().squeeze(1)
+        self._change(lambda states: states.select(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda states: states.repeat(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("give the number of tokens to remove as a negative number")
+        if tokens_to_remove:
+            self._change(lambda states: states.shorten(-tokens_to_remove))
+
+    def reset(self) -> None:
+        self._ordinary().reset()
+
+    def offload(self) -> None:
+        self._ordinary().offload()
+
+    def prefetch(self) -> None:
+        return
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # another process has no such model: the library's layer goes there
+        keys, values = self.states.keys_and_values(self.maps)
+        state = {"dtype": keys.dtype, "device": keys.device, "is_initialized": True}
+        return _ordinary_layer, ({**state, "keys": keys, "values": values},)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatesLayer:
+        twin = StatesLayer.__new__(StatesLayer)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def _ordinary_layer(state: dict[str, Any]) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.__dict__.update(state)
+    return layer
+
+
+def layer_for(cache: Any, index: int) -> Any:
+    """The layer of a cache, made as `update` makes it; None for any other object."""
+    if not isinstance(cache, Cache) or cache.offloading:
+        return None
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
+
+
+def hold(cache: Any, index: int, x: Tensor, maps: Maps, borrowed: bool) -> StatesLayer | None:
+    """Put x into an empty layer of a cache, or behind what it holds.
+
+    Returns:
+        The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded, or
+        holds keys already.
+    """
+    layer = layer_for(cache, index)
+    if type(layer) is StatesLayer:
+        layer.append(x)
+        return layer
+    if type(layer) is not DynamicLayer or layer.get_seq_length():
+        return None
+    shared = (other.states for other in cache.layers if type(other) is StatesLayer)
+    states = next((s for s in shared if borrowed and s.stands_for(x)), None)
+    cache.layers[index] = made = StatesLayer(states or States(x, borrowed=borrowed), maps)
+    return made

@@ -1,0 +1,318 @@
+"""What keys and values are made of, where a cache hands them to an attention.
+
+    key = W_k(x).view(...).transpose(1, 2); k, v = cache.update(key, value, 3); attention(q, k, v)
+        ->   update, and for each side: x, the weight, which of its outputs are whose features
+
+Or they come from a layer of a cache as it is: k, v = layer.keys, layer.values. Between the linear
+map and the cache only views may stand; what else is found there is named.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
+from attn_compiler.ir.affine import Blocked, LinearMap, between, linear_map
+from attn_compiler.ir.axes import Axis, Index, along
+from attn_compiler.ir.core import Core, Operand
+from attn_compiler.ir.provenance import location, sources
+from attn_compiler.ir.pull import Puller, shape
+from attn_compiler.ir.region import FunctionalRegion, cut, functionalise, is_boundary, order
+from attn_compiler.ir.site import Reason
+from attn_compiler.ir.trace import Region, RegionError, fake_mode
+
+State = Mapping[fx.Node, tuple[Any, ...]]
+_NAMES = ("keys", "values")
+
+
+@dataclass(frozen=True)
+class Side:
+    """How keys, or values, are made.
+
+    Attributes:
+        map: from x [B, S, D] to all that it gives.
+        rows: start, step, heads, features, transposed: feature f of head g is output
+            start + g * step + f of the map; transposed where the weight is [D, outputs].
+        nodes: what is dead once nobody asks for them.
+    """
+
+    map: LinearMap
+    rows: tuple[int, int, int, int, bool]
+    nodes: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values that a cache hands over.
+
+    Attributes:
+        places: host nodes that hold keys and values.
+        update: the call of the cache that takes new ones and gives all, or None.
+        layer: otherwise, the node of the layer that is read.
+        key, value: with `update`, how the new ones are made.
+        cross: do they come from something else than the queries do?
+    """
+
+    places: tuple[fx.Node, fx.Node]
+    update: fx.Node | None
+    layer: fx.Node | None
+    key: Side | None
+    value: Side | None
+    cross: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found, or why it is no such thing: all reasons."""
+
+    kept: Kept | None
+    obstacles: tuple[Reason, ...]
+
+
+def find_states(
+    region_end: fx.Node, functional: FunctionalRegion, core: Core, state: State
+) -> Found:
+    """Where the keys and values of an attention come from.
+
+    Args:
+        region_end: host node of the attention's end.
+        functional: its region.
+        core: what was recognised in it.
+        state: `ambient(graph)`.
+    """
+    obstacles: list[Reason] = []
+    places = [_place(functional, operand) for operand in (core.k, core.v)]
+    calls = [node.meta.get("opaque") if node is not None else None for node in places]
+    if places[0] is None or places[1] is None or calls[0] is None or calls[1] is None:
+        return Found(None, tuple(_uncached(region_end, functional, core, state)))
+    obstacles += _layouts(core, places)  # type: ignore[arg-type]
+    update, layer = _updated(calls[0], calls[1]), _read(calls[0], calls[1])
+    if update is None and layer is None:
+        text = "keys and values do not come from one call of `update` or one layer of a cache"
+        return Found(None, (*obstacles, Reason("cache_form", text, location(region_end))))
+    sides: list[Side | None] = [None, None]
+    if update is not None:
+        for position, name in enumerate(_NAMES):
+            try:
+                sides[position] = _side(update.args[1 + position], update, state, name)
+            except Blocked as blocked:
+                obstacles += blocked.reasons
+    key, value = sides
+    if key is not None and value is not None and key.map.x is not value.map.x:
+        text = "keys and values are made of different tensors"
+        obstacles.append(Reason("kv_sources_differ", text, location(value.map.x)))
+    if obstacles:
+        return Found(None, tuple(obstacles))
+    cross = key is not None and _query_source(functional, core) not in (None, key.map.x)
+    return Found(Kept((places[0], places[1]), update, layer, key, value, cross), ())
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def _place(functional: FunctionalRegion, operand: Operand) -> fx.Node | None:
+    return functional.read.get(operand.node)
+
+
+def _layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
+    """The attention must read them as they are: [batch, kv heads, keys, features], all of it."""
+    roles = core.roles
+    for operand, last, place in zip(
+        (core.k, core.v), (roles.feature, roles.value), places, strict=True
+    ):
+        groups = (roles.batch, roles.heads, roles.key, last)
+        sizes = shape(operand.node)
+        whole = len(sizes) == 4 and all(
+            # that both have the same number of keys is seen when it runs
+            _is_whole(index, group, None if operand is core.v and group is roles.key else size)
+            for index, group, size in zip(operand.where, groups, sizes, strict=True)
+        )
+        if not whole:
+            text = "the attention reads a part of what the cache holds, or in another order"
+            yield Reason("cache_layout", text, location(place))
+
+
+def _is_whole(index: Index, group: Iterable[Axis], size: ax.Size | None) -> bool:
+    wanted = [axis for axis in group if axis.extent != 1]
+    terms = [(a, c) for a, c in index.resolved().terms if a.extent != 1]
+    if [a for a, _ in terms] != wanted or index.const != 0:
+        return False
+    stride: ax.Size = 1
+    for axis, coefficient in reversed(terms):
+        if not ax.equal(coefficient, stride):
+            return False
+        stride = ax.simple(stride * axis.extent)
+    return size is None or ax.equal(stride, size)
+
+
+def _updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The call `update(key, value, ...)` whose two results these are, read by nobody else."""
+    pieces = []
+    for piece, position in ((key, 0), (value, 1)):
+        if piece.target is not operator.getitem or piece.args[1] != position:
+            return None
+        pieces.append(piece.args[0])
+    call = pieces[0]
+    if call is not pieces[1] or not isinstance(call, fx.Node) or call.op != "call_method":
+        return None
+    plain = call.target == "update" and not call.kwargs and len(call.args) >= 4
+    only = all(u in (key, value) or not u.users for u in call.users)
+    return call if plain and only else None
+
+
+def _read(key: fx.Node, value: fx.Node) -> fx.Node | None:
+    """The layer whose `keys` and `values` these are."""
+    for node, name in ((key, "keys"), (value, "values")):
+        if node.target is not getattr or node.args[1] != name:
+            return None
+    first, second = key.args[0], value.args[0]
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    node = first
+    while node is not value:
+        if "example_value" not in node.meta and node.target not in (getattr, operator.getitem):
+            return None  # something may have changed the cache between the two
+        node = node.next
+    return first if _alike(first, second) else None
+
+
+def _alike(left: Any, right: Any) -> bool:
+    """Do two nodes read the same attribute or item of the same thing?"""
+    if left is right:
+        return True
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return bool(left == right)
+    if left.target is not right.target or left.target not in (getattr, operator.getitem):
+        return False
+    return all(_alike(a, b) for a, b in zip(left.args, right.args, strict=True))
+
+
+# ---------------------------------------------------------------- one side
+
+
+def _side(given: Any, update: fx.Node, state: State, name: str) -> Side:
+    """How what the cache is given is made."""
+    if not isinstance(given, fx.Node) or not isinstance(ops.value(given), torch.Tensor):
+        raise Blocked(update, ("no_projection", f"the {name} are no tensor of this module"))
+    functional, nodes, made, where, axes = _followed(given, state, name)
+    if made is None:
+        raise between(functional, name, given)
+    mapped = linear_map(made, name)
+    if ops.value(made).dtype != ops.value(mapped.x).dtype:
+        raise Blocked(made, ("dtype", f"the {name} have another dtype than what they are made of"))
+    rows = _rows(where, axes, mapped.transposed)
+    if rows is None or ops.value(mapped.x).dim() != 3:
+        raise Blocked(given, ("head_layout", f"the {name} of a head are not neighbours"))
+    _check_unwritten(mapped.x, made, update)
+    return Side(mapped, rows, nodes | {made})
+
+
+Followed = tuple[
+    FunctionalRegion | None, frozenset[fx.Node], fx.Node | None, tuple[Index, ...], tuple[Axis, ...]
+]
+
+
+def _followed(given: fx.Node, state: State, name: str) -> Followed:
+    """Through views back to the host node that makes it, and the coordinates read there."""
+    if is_boundary(given):
+        axes = tuple(Axis(ax.size_of(n)) for n in ops.value(given).shape)
+        return None, frozenset(), given, tuple(map(along, axes)), axes
+    graph = given.graph
+    region = cut(given, order(graph), [n for n in graph.nodes if ops.written(n)])
+    try:
+        # what is learnt about sizes here must not rename those that the core is written in
+        with _unlearnt(region):
+            functional = functionalise(region, state)
+    except RegionError as error:
+        raise Blocked(
+            given, ("no_projection", f"the {name} cannot be analysed: {error.text}")
+        ) from error
+    puller = Puller(functional.module)
+    axes = tuple(puller.new_axis(size) for size in shape(functional.end))
+    node, where = puller.peel(functional.end, tuple(map(along, axes)))
+    found = functional.read.get(node)
+    indices = tuple(w.resolved() for w in where if isinstance(w, Index))
+    if len(indices) != len(where):
+        found = None
+    return functional, frozenset(region.nodes), found, indices, axes
+
+
+def _unlearnt(region: Region) -> AbstractContextManager[Any]:
+    env = fake_mode(ops.value(node) for node in (region.end, *region.inputs)).shape_env
+    return nullcontext() if env is None else env.suppress_guards()
+
+
+def _rows(
+    where: tuple[Index, ...], axes: tuple[Axis, ...], transposed: bool
+) -> tuple[int, int, int, int, bool] | None:
+    """Which outputs of the map [b, s, outputs] are read as [b, g, s, f]."""
+    if len(axes) != 4 or len(where) != 3:
+        return None
+    b, g, s, f = axes
+    if not (_is_whole(where[0], (b,), b.extent) and _is_whole(where[1], (s,), s.extent)):
+        return None
+    steps = {axis: step for axis, step in where[2].terms if axis.extent != 1}
+    start, step = where[2].const, steps.pop(g, f.extent)
+    numbers = (start, step, g.extent, f.extent)
+    if not all(isinstance(n, int) for n in numbers) or steps.pop(f, 1) != 1 or steps:
+        return None
+    inside = step == f.extent or (step > f.extent and start % step + f.extent <= step)
+    return (*numbers, transposed) if inside else None
+
+
+def _check_unwritten(x: fx.Node, made: fx.Node, update: fx.Node) -> None:
+    """Nobody may write to x between the map and the cache."""
+    node, held = made, ops.storages(x)
+    while node is not update:
+        if any(ops.storages(target) & held for target in ops.written(node)):
+            raise Blocked(node, ("overwritten", "what keys and values are made of is overwritten"))
+        node = node.next
+
+
+def _query_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:
+    """What the queries are made of, if a linear map makes them."""
+    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    start = next((host[node] for node, _ in core.q.chain if node in host), None)
+    if start is None:
+        return None
+    source, projection = sources(start)
+    if projection is not None:
+        return source
+    maker = start
+    while maker.op != "call_module" and maker.all_input_nodes:
+        maker = maker.all_input_nodes[0]
+    return maker.all_input_nodes[0] if maker.op == "call_module" else None
+
+
+# ---------------------------------------------------------------- no cache
+
+
+def _uncached(
+    end: fx.Node, functional: FunctionalRegion, core: Core, state: State
+) -> Iterator[Reason]:
+    """Without a cache there is nothing to save; say what would stand in the way besides."""
+    text = "no cache holds the keys and values of this call, so that nothing is saved"
+    yield Reason("no_cache", text, location(end))
+    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    made: list[fx.Node | None] = []
+    for operand, name in ((core.k, "keys"), (core.v, "values")):
+        start = host.get(operand.node) or functional.read.get(operand.node)
+        try:
+            if start is None:
+                raise Blocked(end, ("no_projection", f"the {name} are not made here"))
+            followed = _followed(start, state, name)
+            if followed[2] is None:
+                raise between(followed[0], name, start)
+            made.append(linear_map(followed[2], name).x)
+        except Blocked as blocked:
+            yield from blocked.reasons
+    if len(made) == 2 and made[0] is not made[1]:
+        text = "keys and values are made of different tensors"
+        yield Reason("kv_sources_differ", text, location(end))

@@ -1,0 +1,263 @@
+"""The cache of hidden states beside transformers' own: same keys and values after every change."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attn_compiler.cache.states import Rows, States, equal_neighbours
+from attn_compiler.errors import UnsupportedCall
+from attn_compiler.kernels.schema import attention
+
+transformers = pytest.importorskip("transformers")
+el = pytest.importorskip("attn_compiler.cache.el")
+
+HEADS, FEATURES, WIDTH = 3, 5, 17
+ROWS = Rows(0, FEATURES, HEADS, FEATURES)
+INNER = HEADS * FEATURES
+
+
+class Projections(nn.Module):
+    """Keys and values of x, with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.k, self.v = nn.Linear(WIDTH, INNER), nn.Linear(WIDTH, INNER)
+        self.double().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (p(x).unflatten(-1, (HEADS, FEATURES)).transpose(1, 2) for p in (self.k, self.v))
+        return k, v
+
+    @property
+    def weights(self) -> Any:
+        return self.k.weight, self.k.bias, self.v.weight, self.v.bias
+
+
+def states(rows: int, length: int) -> Tensor:
+    draw = torch.Generator().manual_seed(rows + length)
+    return torch.randn(rows, length, WIDTH, dtype=torch.float64, generator=draw)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    assert ours.get_seq_length() == theirs.get_seq_length()
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert torch.allclose(mine.keys, other.keys, 1e-12, 1e-12)
+        assert torch.allclose(mine.values, other.values, 1e-12, 1e-12)
+
+
+def caches(made: Projections, x: Tensor, borrowed: bool, layers: int = 2) -> tuple[Any, Any]:
+    """Ours and the library's, filled alike."""
+    ours, theirs = transformers.DynamicCache(), transformers.DynamicCache()
+    for index in range(layers):
+        el.keep(ours, (x, made.weights, borrowed), (ROWS, ROWS), index)
+        theirs.update(*made(x), index)
+    return ours, theirs
+
+
+# ---------------------------------------------------------------- the batch
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+@pytest.mark.parametrize("index", [[0, 0, 1, 3, 2, 2], [1, 0, 2, 3, 5, 4], [5, 5, 5, 0, 0, 0]])
+def test_reordering(borrowed: bool, index: list[int]) -> None:
+    made, x = Projections(), states(2, 7).repeat_interleave(3, 0)
+    ours, theirs = caches(made, x, borrowed)
+    for _ in range(2):
+        for cache in (ours, theirs):
+            cache.reorder_cache(torch.tensor(index))
+        same(ours, theirs)
+
+
+def test_beams_and_layers_share_one_tensor() -> None:
+    made, x = Projections(), states(2, 7).repeat_interleave(3, 0)
+    ours, theirs = caches(made, x, True, layers=4)
+    held = {id(layer.states) for layer in ours.layers}
+    assert len(held) == 1 and ours.layers[0].states.x.shape == (2, 7, WIDTH)
+    assert el.nbytes(ours) == x.nbytes == ours.layers[0].nbytes
+    before = ours.layers[0].states.x
+    ours.reorder_cache(torch.tensor([1, 1, 0, 4, 3, 5]))
+    assert ours.layers[3].states.x is before
+    assert el.nbytes(theirs) == 4 * 2 * 6 * 7 * INNER * 8
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_selecting_repeating_cropping(borrowed: bool) -> None:
+    made, x = Projections(), states(2, 7).repeat_interleave(2, 0)
+    ours, theirs = caches(made, x, borrowed)
+    keep = torch.tensor([True, False, True, True])
+    changes = [
+        lambda c: c.batch_select_indices(torch.tensor([2, 3, 0, 1])),
+        lambda c: c.batch_repeat_interleave(3),
+        lambda c: c.crop(-2),
+        lambda c: c.batch_select_indices(keep.repeat_interleave(3)),
+        lambda c: c.batch_select_indices(torch.tensor([0])),
+    ]
+    for change in changes:
+        for cache in (ours, theirs):
+            change(cache)
+        same(ours, theirs)
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_growing(borrowed: bool) -> None:
+    made, x = Projections(), states(2, 7).repeat_interleave(2, 0)
+    ours, theirs = caches(made, x, borrowed)
+    for step in (1, 3):
+        more = states(4, step)
+        for index in range(2):
+            el.keep(ours, (more, made.weights, False), (ROWS, ROWS), index)
+            theirs.update(*made(more), index)
+        same(ours, theirs)
+        for cache in (ours, theirs):
+            cache.reorder_cache(torch.tensor([1, 1, 2, 0]))
+        same(ours, theirs)
+
+
+def test_equal_neighbours() -> None:
+    x = states(3, 5)
+    assert equal_neighbours(x) == 1
+    assert equal_neighbours(x.repeat_interleave(4, 0)) == 4
+    assert equal_neighbours(x[[0, 0, 1, 1, 2]]) == 1
+    assert equal_neighbours(x[[0, 0, 0]]) == 3
+    other = x[[0, 0, 1, 1]].clone()
+    other[1, -1, -1] += 1
+    assert equal_neighbours(other) == 1
+
+
+# ---------------------------------------------------------------- code that knows nothing of it
+
+
+def test_keys_that_others_write_make_an_ordinary_layer() -> None:
+    made, x, more = Projections(), states(2, 7), states(2, 1)
+    ours, theirs = caches(made, x, True)
+    for cache in (ours, theirs):
+        cache.update(*made(more), 1)
+    same(ours, theirs)
+    assert type(ours.layers[1]) is transformers.cache_utils.DynamicLayer
+    # and x alone is then no longer enough
+    kept = el.keep(ours, (more, made.weights, False), (ROWS, ROWS), 1)
+    assert isinstance(kept, el.Pair)
+    theirs.update(*made(more), 1)
+    same(ours, theirs)
+
+
+def test_setting_keys() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, theirs = caches(made, x, True)
+    for cache in (ours, theirs):
+        cache.layers[0].keys = cache.layers[0].keys * 2
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies(again: Any) -> None:
+    made, x = Projections(), states(2, 7)
+    ours, theirs = caches(made, x, True)
+    twin = again(ours)
+    ours.reorder_cache(torch.tensor([1, 0]))
+    same(twin, theirs)
+    twin.crop(-1)
+    theirs.crop(-1)
+    same(twin, theirs)
+
+
+def test_reset() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, _ = caches(made, x, True)
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    el.keep(ours, (x, made.weights, False), (ROWS, ROWS), 0)
+    assert ours.get_seq_length() == 7
+
+
+def test_a_static_cache_is_updated_as_ever() -> None:
+    made, x = Projections(), states(2, 7)
+    config = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
+    ours, theirs = (transformers.StaticCache(config=config, max_cache_len=11) for _ in range(2))
+    kept = el.keep(ours, (x, made.weights, False), (ROWS, ROWS), 0)
+    theirs.update(*made(x), 0)
+    assert isinstance(kept, el.Pair) and torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+
+
+# ---------------------------------------------------------------- lifetime
+
+
+def test_a_borrowed_tensor_that_is_overwritten_is_refused() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, _ = caches(made, x, True)
+    x.mul_(2)
+    with pytest.raises(UnsupportedCall, match="overwritten"):
+        _ = ours.layers[0].keys
+
+
+def test_its_own_tensor_is_a_copy() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, theirs = caches(made, x, False)
+    x.mul_(2)
+    same(ours, theirs)
+
+
+def test_the_weights_belong_to_the_model() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, _ = caches(made, x, True)
+    del made
+    with pytest.raises(UnsupportedCall, match="model is gone"):
+        _ = ours.layers[0].keys
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("key_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 29])
+def test_attention_over_what_is_kept(rows: int, key_bias: bool) -> None:
+    made, x = Projections(), states(2, 31).repeat_interleave(2, 0)
+    ours, theirs = caches(made, x, True)
+    q = torch.randn(4, HEADS, rows, FEATURES, dtype=torch.float64)
+    options = {"program": "score: dot; mask: t0[b, k]; empty: any", "scale": 0.4}
+    mask = [torch.arange(31) < torch.tensor([[31], [7], [5], [29]])]
+    found = el.attend(ours.layers[1], q, mask, [], key_bias=key_bias, **options)
+    wanted = [
+        el.attend(theirs.layers[1], q, mask, [], key_bias=key_bias, **options),
+        attention(q, *made(x), mask, [], None, dropout=0.0, **options)[0],
+    ]
+    for other in wanted:
+        assert torch.allclose(found, other, 1e-11, 1e-12)
+
+
+def test_few_rows_read_x_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, x = Projections(), states(2, 31)
+    ours, _ = caches(made, x, True)
+    built: list[int] = []
+    make = States.keys_and_values
+    monkeypatch.setattr(
+        States, "keys_and_values", lambda self, maps: built.append(1) or make(self, maps)
+    )
+    options = {"program": "score: dot; mask: True; empty: any", "scale": 0.4, "key_bias": False}
+    for rows, count in ((1, 0), (53, 1)):
+        q = torch.randn(2, HEADS, rows, FEATURES, dtype=torch.float64)
+        el.attend(ours.layers[0], q, [], [], **options)
+        assert len(built) == count
+
+
+# ---------------------------------------------------------------- which rows of a weight
+
+
+@pytest.mark.parametrize(("start", "step"), [(0, 5), (15, 5), (5, 15), (10, 15)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows(start: int, step: int, transposed: bool) -> None:
+    weight = torch.randn(45, WIDTH)
+    found = Rows(start, step, HEADS, FEATURES, transposed)
+    view = found.of(weight.t().contiguous() if transposed else weight)
+    for g in range(HEADS):
+        for f in range(FEATURES):
+            assert torch.equal(view[g, f], weight[start + g * step + f])
+    bias = torch.randn(45)
+    assert torch.equal(found.of(bias)[2, 3], bias[start + 2 * step + 3])
