@@ -8,7 +8,7 @@ where training with experts can start from a trained layer.
 The steps of `convert`: groups by the divergence of attention maps; the map of a group is that of
 its medoid; inner bases of values are whitened and turned towards each other, so that products of
 one head's values with another's outputs are near the right ones; routers by regression to each
-head's share of the group's output; the outputs scaled once to the teacher's.
+head's share of the group's output; outputs by regression to the teacher's.
 
 Source: the combination is ours. Heads that attend alike: DHA (arXiv 2406.06567); turning bases:
 generalised Procrustes analysis (Gower 1975).
@@ -16,6 +16,7 @@ generalised Procrustes analysis (Gower 1975).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,13 @@ from torch import Tensor
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.expr import DOT
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels.switchhead import Mixture, Rotate, Weights, switchhead_attention
+from attn_compiler.kernels.switchhead import (
+    Mixture,
+    Rotate,
+    Weights,
+    destination,
+    switchhead_attention,
+)
 from attn_compiler.variants.conversion.alike import balanced_groups, medoid, similarity
 from attn_compiler.variants.conversion.bases import aligned, narrowed, without_bias
 from attn_compiler.variants.conversion.ordinary import (
@@ -39,6 +46,11 @@ from attn_compiler.variants.conversion.ordinary import (
 )
 
 _LEAST_SHARE = 0.02
+# of a mean square: how firmly outputs may hold on to those that were scaled alone; the first wins
+# where no batch was kept back
+_HOLDS = (math.inf, 10.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4)
+_KEPT_BACK = 4
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +145,13 @@ def convert(layer: Ordinary, mixture: Mixture, head_dim: int, batches: Batches) 
         None if mixture.shared else w_s,
         (w_s + w_d) / 2 if mixture.shared else w_d,
     )
-    gain = _gain(wide, weights, mixture, batches)
-    found = replace(weights, w_o=weights.w_o * gain)
+    w_o, bias = _outputs(wide, weights, mixture, batches)
+    found = replace(weights, w_o=w_o)
     narrow = {n: getattr(found, n) for n in Weights.__slots__}
     narrow = {n: None if x is None else x.to(layer.w_q.dtype) for n, x in narrow.items()}
-    return Converted(Weights(**narrow), layer.bias, groups)
+    if bias is not None and layer.bias is not None:
+        bias = bias.to(layer.bias.dtype) + layer.bias
+    return Converted(Weights(**narrow), bias, groups)
 
 
 def _check(layer: Ordinary, mixture: Mixture, head_dim: int) -> None:
@@ -237,17 +251,71 @@ def _routers(
     return w_s, w_d
 
 
-def _gain(layer: Ordinary, weights: Weights, mixture: Mixture, batches: Batches) -> Tensor:
-    """The number that brings the new outputs nearest to the old: <old, new> / |new|^2."""
+def _outputs(
+    layer: Ordinary, weights: Weights, mixture: Mixture, batches: Batches
+) -> tuple[Tensor, Tensor | None]:
+    """W_O [H E, c, D] and a bias [D], or None where the layer has none: the number <old, new> /
+    |new|^2, then least squares that hold on to what that gave, as firmly as is best for the batches
+    that were kept back.
+    """
+    width = weights.w_o.flatten(0, 1)
+    size = len(width) + int(layer.bias is not None)
+    zeros = (width.new_zeros(size, size), width.new_zeros(size, layer.w_o.shape[2]))
+    fitted, kept = zeros, zeros  # products of what goes in with itself, and with what comes out
+    for number, (x_q, x_kv) in enumerate(in_double(batches)):
+        values = projected(x_kv, layer.w_v, None)
+        old = torch.einsum("bhtc,hcd->btd", attended(layer, x_q, x_kv, values), layer.w_o)
+        new = _mixed(layer, weights, mixture, x_q, x_kv).flatten(0, 1)
+        new = torch.nn.functional.pad(new, (0, size - len(width)), value=1.0)
+        products = new.mT @ new, new.mT @ old.flatten(0, 1)
+        if number % _KEPT_BACK == _KEPT_BACK - 1:
+            kept = kept[0] + products[0], kept[1] + products[1]
+        else:
+            fitted = fitted[0] + products[0], fitted[1] + products[1]
+    both = fitted[0] + kept[0], fitted[1] + kept[1]
+    start = torch.nn.functional.pad(width, (0, 0, 0, size - len(width)))
+    gain = (start * both[1]).sum() / (start * (both[0] @ start)).sum().clamp_min(_TINY)
+    start = gain * start
+    hold = min(_HOLDS, key=lambda hold: _missed(_regressed(fitted, start, hold), kept))
+    found = _regressed(both, start, hold)
+    bias = None if layer.bias is None else found[-1]
+    return found[: len(width)].view_as(weights.w_o), bias
+
+
+def _regressed(products: tuple[Tensor, Tensor], start: Tensor, hold: float) -> Tensor:
+    """The least squares, with a penalty on the way from `start`; infinite is `start`."""
+    normal, right = products
+    if math.isinf(hold):
+        return start
+    ridge = (hold * normal.diagonal().mean()).clamp_min(_TINY).expand(len(normal)).diag()
+    way: Tensor = torch.linalg.solve(normal + ridge, right - normal @ start)
+    return start + way
+
+
+def _missed(found: Tensor, products: tuple[Tensor, Tensor]) -> float:
+    """Square of what is missed, less what does not depend on `found`."""
+    normal, right = products
+    return float((found * (normal @ found - 2 * right)).sum())
+
+
+def _mixed(
+    layer: Ordinary, weights: Weights, mixture: Mixture, x_q: Tensor, x_kv: Tensor
+) -> Tensor:
+    """Results of every head times the gates of its experts: what W_O multiplies, [B, T, H E c]."""
+    heads, inner = mixture.heads, weights.w_o.shape[1]
+    apart = torch.eye(heads * inner).to(weights.w_o).view(heads, inner, -1)
     rotate = layer.rotate and (
         first_channels(layer.rotate[0], layer.head_dim),
         first_channels(layer.rotate[1], layer.head_dim),
     )
+    on = tuple(name for name in mixture.experts_on if name != "o")
     scores = replace(layer.scores, scale=None)
-    both = square = torch.zeros(())
-    for x_q, x_kv in in_double(batches):
-        new = switchhead_attention(x_q, x_kv, weights, mixture, scores, rotate=rotate)
-        values = projected(x_kv, layer.w_v, None)
-        old = torch.einsum("bhtc,hcd->btd", attended(layer, x_q, x_kv, values), layer.w_o)
-        both, square = both + (old * new).sum(), square + new.square().sum()
-    return both / square.clamp_min(torch.finfo(square.dtype).tiny)
+    results = switchhead_attention(
+        x_q, x_kv, replace(weights, w_o=apart), replace(mixture, experts_on=on), scores,
+        rotate=rotate,
+    )  # fmt: skip
+    routes = destination(x_q, weights, mixture)
+    assert routes is not None  # there are experts on o
+    gates = torch.zeros_like(routes.logits).scatter(3, routes.index.long(), routes.gate)
+    each: Tensor = gates.unsqueeze(-1) * results.unflatten(2, (heads, 1, inner))
+    return each.flatten(2)

@@ -1,7 +1,7 @@
 """SwitchHead on a CPU against ordinary attention with as many parameters: one command.
 
     dense    x W_QKV, scaled_dot_product_attention, W_O
-    ours     a layer of SwitchHead: projections by experts, attention_compiler's attention
+    ours     a layer of SwitchHead: projections by experts, attn_compiler::attention
 
 Causal self-attention, projections included, B=1, random data. Sizes of SwitchHead are those that
 `SwitchHead()` takes for the dense layer. Layers are run in turns, so that a busy moment of the
