@@ -78,3 +78,13 @@ def test_benchmark_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert {row["family"] for row in found["speed"]} == {"gpt2", "llama"}
     assert all(row["max_error"] < 1e-4 for row in found["speed"])
+
+
+@pytest.mark.slow
+def test_benchmark_of_gated_units_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    gau_cpu = _load(EXAMPLES / "benchmarks" / "gau_cpu.py")
+    sizes = ["--width", "256", "--lengths", "512", "--growth", "512", "1024", "--rounds", "1"]
+    assert gau_cpu.main(["--json", *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["length"] for row in found["growth"]] == [512, 1024]
+    assert abs(found["speed"][0]["parameters"] - 1) < 0.1

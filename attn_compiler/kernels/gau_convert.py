@@ -79,10 +79,9 @@ def attention_unit(
 
 
 def _directions(weights: Tensor, covariance: Tensor, number: int) -> Tensor:
-    """[n, number] orthonormal directions in which x weights [D, n] is largest, first ones first."""
-    found = torch.linalg.eigh(weights.mT @ covariance @ weights).eigenvectors
-    largest: Tensor = found[:, weights.shape[1] - number :].flip(1)
-    return largest
+    """[n, number] orthonormal directions in which x weights [D, n] is largest."""
+    found: Tensor = torch.linalg.eigh(weights.mT @ covariance @ weights).eigenvectors
+    return found[:, weights.shape[1] - number :]
 
 
 def glu_unit(like: GauParameters, gate: Tensor, up: Tensor, down: Tensor) -> GauParameters:
