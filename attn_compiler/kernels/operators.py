@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attn_compiler.kernels import el, library, selective
+from attn_compiler.kernels import el, library, selective, selective_need
 
 
 def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -13,3 +13,4 @@ def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     yield from library.samples()
     yield from el.samples()
     yield from selective.samples()
+    yield from selective_need.samples()
