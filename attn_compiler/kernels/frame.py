@@ -104,6 +104,9 @@ class _Env(dict[str, Tensor | int]):
 class Frame:
     """A plan together with the tensors and sizes of one call."""
 
+    # may all reads be looked at anywhere, or only by blocks of rows from above?
+    random_access = True
+
     def __init__(self, given: Inputs) -> None:
         (batch, heads, rows, _), ints = given.q.shape, tuple(given.ints)
         self.given, self.dtype, self.device = given, given.dtype, given.q.device

@@ -10,8 +10,5 @@ from attn_compiler.kernels import el, experts, gau, library, selective
 
 def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(operator, args, kwargs) for every public operator, small, on the CPU: for `opcheck`."""
-    yield from library.samples()
-    yield from el.samples()
-    yield from experts.samples()
-    yield from gau.samples()
-    yield from selective.samples()
+    for home in (library, el, experts, gau, selective):
+        yield from home.samples()

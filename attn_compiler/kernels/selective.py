@@ -38,7 +38,7 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import devices, selective_paths
 from attn_compiler.kernels.derivatives import derive
-from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads, in_heads_layout
+from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads, empty_lse, in_heads_layout
 from attn_compiler.kernels.masking import PROTECTED
 from attn_compiler.kernels.schema import LIBRARY, check
 from attn_compiler.kernels.selective_paths import Selection
@@ -205,7 +205,7 @@ derive(
 @torch.library.register_fake("attn_compiler::selective_attention", lib=LIBRARY)
 def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(q, k, v)
-    lse = empty_heads(q, q.shape[:3], dtype)
+    lse = empty_lse(q, dtype)
     state = k.new_empty((k.shape[0], k.shape[2]), dtype=dtype)
     return empty_heads(v, (*q.shape[:3], v.shape[-1])), lse, state
 

@@ -14,7 +14,7 @@ Source: Selective Attention (arXiv 2410.02703) adds such a loss; its constants a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -167,3 +167,27 @@ def _fake_backward(grad_need: Tensor, *args: Any, **_: Any) -> list[Tensor]:
     rest = zip((*reads, *selector), needs, strict=True)
     wanted = [x.new_empty(x.shape) for x, need in rest if need]
     return [*(empty_heads(x, x.shape) for x in (q, k)), *wanted]
+
+
+# ---------------------------------------------------------------- samples
+
+
+def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(operator, args, kwargs) for both operators, small, on the CPU."""
+    draw = torch.Generator().manual_seed(2)
+
+    def heads(number: int, width: int) -> Tensor:
+        found = torch.randn(2, 7, number, width, generator=draw).transpose(1, 2)
+        return found.requires_grad_()
+
+    options: dict[str, Any] = {"program": "score: dot; mask: (k <= q); empty: any", "scale": 0.5}
+    options |= {"tau": 1.0, "head": 1, "select_from": "qk"}
+    for number in (0, 2):
+        selector = [heads(1, 3) for _ in range(number)]
+        q, k = heads(4, 8), heads(2, 8)
+        yield selective_need, (q, k, [], [], selector), options
+        plain: tuple[Any, ...] = (q.detach(), k.detach(), [], [], [x.detach() for x in selector])
+        with torch.no_grad():
+            results = selective_need(*plain, **options)
+        args = (torch.ones_like(results[0]), *plain, *results, [True] * number)
+        yield selective_need_backward, args, options

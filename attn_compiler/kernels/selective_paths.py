@@ -21,7 +21,7 @@ from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import devices, masking_triton, rows
 from attn_compiler.kernels import flash_cpu as flash
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads
+from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads, empty_lse
 from attn_compiler.kernels.grid import Grid, Span, spans
 from attn_compiler.kernels.masking import Masking, Unmasking
 from attn_compiler.kernels.plan import Slice
@@ -83,6 +83,8 @@ class Selection:
 class _Subtracted(Frame):
     """An attention whose last read is F: made when a block asks, never as a whole."""
 
+    random_access = False
+
     def __init__(self, selection: Selection, masking: Masking) -> None:
         given = selection.given
         shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
@@ -121,7 +123,7 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = flash.forward(frame)
     else:
         shape = (*given.q.shape[:3], given.v.shape[-1])
-        out, lse = empty_heads(given.v, shape), empty_heads(given.q, shape[:3], given.dtype)
+        out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         rows.forward(frame, out, lse)
     return out, lse, masking.state()
 

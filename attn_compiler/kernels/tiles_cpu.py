@@ -102,7 +102,7 @@ class Lists:
 def lists(frame: Frame) -> Lists | None:
     """The lists of a call, None where gathering does not pay or is not possible."""
     grid, program, found = frame.grid, frame.plan.program, cut(frame.given.program)
-    if found is None or grid.T * grid.S < _LEAST:
+    if found is None or grid.T * grid.S < _LEAST or not frame.random_access:
         return None
     if program.sink is None and program.empty not in ("any", "zero"):
         return None  # a row without keys reaches all of them

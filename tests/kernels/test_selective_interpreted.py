@@ -34,10 +34,11 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
         devices.IMPLEMENTATIONS, "cpu", devices.Implementation(gpu.forward, gpu.backward)
     )
     monkeypatch.setattr(gpu, "family", lambda device: "ampere")
-    monkeypatch.setattr(gpu, "processors", lambda device: 4)
+    monkeypatch.setattr(gpu, "hardware", lambda device: None)
+    monkeypatch.setattr(gpu, "backends", lambda device: ())
     small = Tile(32, 32)
-    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: small)
-    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (small, small))
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: small)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family, hardware: (small, small))
 
 
 @pytest.mark.parametrize("name", NAMES)

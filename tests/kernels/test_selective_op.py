@@ -109,6 +109,18 @@ def test_a_carry_has_a_gradient() -> None:
     assert not found[0][:, 0].any() and found[0][:, 1:].all()
 
 
+def test_tiles_that_a_map_leaves_out() -> None:
+    """Where ordinary attention gathers tiles, F is not there to be gathered."""
+    length = 320
+    near = torch.eye(length // 32, dtype=torch.bool).logical_or(torch.arange(length // 32) == 0)
+    case = Case(text(mask=f"{CAUSAL} & t0[q // 32, k // 32]"))
+    given = qkv(torch.float64, length)
+    ours = call(case, selective_attention, given, {}, [near])
+    exact = call(case, reference, given, {}, [near])
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
 # ---------------------------------------------------------------- the worked case and invariants
 
 
