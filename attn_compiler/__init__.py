@@ -24,6 +24,7 @@ _HOMES = {
     "Plan": "attn_compiler.planning",
     "Report": "attn_compiler.report",
     "SPION": "attn_compiler.variants.spion",
+    "SpionSchedule": "attn_compiler.train.spion",
     "Selective": "attn_compiler.variants.selective",
     "Shape": "attn_compiler.variants.base",
     "SwitchHead": "attn_compiler.variants.switchhead",
@@ -32,9 +33,10 @@ _HOMES = {
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
     "last_report": "attn_compiler.backend",
-    "op_samples": "attn_compiler.kernels.library",
+    "op_samples": "attn_compiler.kernels.operators",
     "plan": "attn_compiler.planning",
     "rewrite": "attn_compiler.api",
+    "spion_pattern": "attn_compiler.kernels.pattern",
 }
 
 __all__ = sorted(_HOMES)

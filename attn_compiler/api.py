@@ -26,8 +26,12 @@ from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
 from attn_compiler.install import rewrite_module
+from attn_compiler.installed import restore, rewritten
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
+from attn_compiler.train import spion
+from attn_compiler.variants import needs_data
+from attn_compiler.variants.base import VariantSpec
 from attn_compiler.verify import refused, verify_graph
 from attn_compiler.watch import copied, untouched
 
@@ -41,7 +45,7 @@ def rewrite(  # noqa: PLR0913  (the public signature)
     hardware: Any = None,
     on_reject: Literal["keep", "raise"] = "keep",
     verify: bool = True,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Literal["later"] | None = None,
     inplace: bool = False,
 ) -> Any:
     """Replace the attention of a model, a traced graph or an exported program.
@@ -53,7 +57,8 @@ def rewrite(  # noqa: PLR0913  (the public signature)
         hardware: what it is to run on, None for the device of the model.
         on_reject: "raise" to get an error where an attention cannot be replaced.
         verify: compare with the original on the example; what fails is restored and reported.
-        calibration: examples for variants that are fitted to data.
+        calibration: examples for variants that are fitted to data, pairs (args, kwargs); "later"
+            leaves them as they start, which is the original function, for a schedule.
         inplace: change the model itself instead of a copy.
 
     Returns:
@@ -64,19 +69,17 @@ def rewrite(  # noqa: PLR0913  (the public signature)
         NoLegalVariant: with `on_reject="raise"`; the model is as before.
     """
     config = _config(to, hardware, on_reject)
-    if calibration is not None:
-        raise BadOption(
-            "calibration is given",
-            why=["no variant of this version is fitted to data"],
-            do="leave it out",
-        )
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        config = replace(config, installs=True)
     args, kwargs = _example(args, kwargs)
+    if isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule):
+        return _rewrite_module(model, args, kwargs, config, verify, inplace, calibration)
+    if calibration is not None:
+        raise BadOption("calibration is given", do="leave it out, or give an nn.Module")
     if isinstance(model, ExportedProgram):
         return _rewrite_program(model, args, kwargs, config, verify)
     if isinstance(model, fx.GraphModule):
         return _rewrite_graph(model, args, config, verify, inplace)
-    if isinstance(model, nn.Module):
-        return _rewrite_module(model, args, kwargs, config, verify, inplace)
     if callable(model):
         return _rewrite_callable(model, args, kwargs, config, verify)
     raise _no_model(model)
@@ -206,16 +209,58 @@ def _rewrite_module(
     config: CompileConfig,
     verify: bool,
     inplace: bool,
+    calibration: Iterable[Any] | Literal["later"] | None = None,
 ) -> nn.Module:
     _check_call(model, args, kwargs)
+    _check_calibration(config, calibration)
     new = model if inplace else copy.deepcopy(model)
 
     def check(report: Report) -> None:
         _check_globs(config, report)
         _check_rejected(config, report)
 
-    publish(rewrite_module(new, args, kwargs, config, verify, check))
+    report = rewrite_module(new, args, kwargs, config, verify, check)
+    try:
+        publish(_fitted(new, report, config, calibration))
+    except Exception:
+        for _, owner, _ in list(rewritten(new)):
+            restore(owner)
+        raise
     return new
+
+
+def _check_calibration(
+    config: CompileConfig, calibration: Iterable[Any] | Literal["later"] | None
+) -> None:
+    """Is there data for what is fitted to data, and only then?"""
+    open_specs = [
+        spec for _, spec in config.to if isinstance(spec, VariantSpec) and needs_data(spec)
+    ]
+    if calibration is None and open_specs:
+        raise BadOption(
+            "calibration is missing",
+            why=[f"{type(open_specs[0]).__name__} is fitted to a model's own attention"],
+            do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
+        )
+    if calibration is not None and not open_specs:
+        raise BadOption(
+            "calibration is given, and nothing that is asked for is fitted to data",
+            do="leave it out",
+        )
+
+
+def _fitted(
+    model: nn.Module,
+    report: Report,
+    config: CompileConfig,
+    calibration: Iterable[Any] | Literal["later"] | None,
+) -> Report:
+    """Fit what is fitted to data; the report says how."""
+    layers = spion.put_given(spion.layers_of(model, config.wanted))
+    if not layers or calibration is None or calibration == "later":
+        return report
+    words = spion.calibrate(model, layers, calibration)
+    return replace(report, sites=spion.described(report.sites, words))
 
 
 def _rewrite_graph(

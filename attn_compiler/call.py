@@ -17,7 +17,8 @@ import sympy
 import torch
 from torch import fx, nn
 
-from attn_compiler.installed import names_of, parameters_of, require
+from attn_compiler.errors import require
+from attn_compiler.installed import names_of, parameters_of
 from attn_compiler.opaque import CONSTANTS, Opaque, shadow
 from attn_compiler.record import Recorder
 from attn_compiler.symbols import CaptureError

@@ -23,8 +23,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from attn_compiler.config import CompileConfig
-from attn_compiler.errors import BadOption
-from attn_compiler.installed import require, require_mode
+from attn_compiler.errors import BadOption, require
+from attn_compiler.installed import require_mode
 from attn_compiler.ir import ops
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare

@@ -29,6 +29,7 @@ class CompileConfig:
         mode: mode of torch.compile for Inductor.
         inductor: options for Inductor.
         keep_graphs: keep the text of the graphs before and after for the report.
+        installs: a module is at hand that new tensors can be put into.
     """
 
     to: tuple[tuple[str, Target], ...] = (("*", "fastest"),)
@@ -37,6 +38,7 @@ class CompileConfig:
     mode: str | None = None
     inductor: tuple[tuple[str, Any], ...] = ()
     keep_graphs: bool = False
+    installs: bool = False
 
     def exact(self) -> CompileConfig:
         """The same for calls in which there is no cache to change: the same function."""

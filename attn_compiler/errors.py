@@ -5,6 +5,7 @@ do).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 
 class AttnCompilerError(Exception):
@@ -48,6 +49,20 @@ class UnsupportedCall(AttnCompilerError):
 
 class VerificationFailed(AttnCompilerError):
     """A rewritten graph does not compute what the original computes."""
+
+
+def require(condition: Any, text: str) -> None:
+    """Check, while a variant runs, what could not be checked before.
+
+    Raises:
+        UnsupportedCall: the assumption does not hold.
+    """
+    if not condition:
+        raise UnsupportedCall(
+            "a rewritten module was called in a way that its analysis does not cover",
+            why=[f"assumed: {text}"],
+            do="rewrite the model with arguments like these, or call the original model",
+        )
 
 
 def _rebuild(

@@ -125,8 +125,10 @@ class _Search:
         if attempt.variant.asks_training:
             with call.state(), _other_mode(owner), suppress(CaptureError):
                 variants.append(specialise(owner, base, call.values, attempt.plan)[0])
-        install(owner, variants, attempt.plan)
-        problem = verify_owner(owner, call) if self.verify else None
+        accepted = tuple(s for s in report.sites if s.decision.accepted)
+        install(owner, variants, attempt.plan, accepted)
+        exact = all(site.decision.fidelity == "exact" for site in accepted)
+        problem = verify_owner(owner, call, exact) if self.verify else None
         if problem is not None:
             restore(owner)
             report = refused(report, problem)
@@ -219,6 +221,10 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
         problem = f"{refusal.code}: {refusal.text}"
     else:
         problem = "" if report.rewritten else "no attention was found in it"
+        if [s.decision.tensors for s in report.sites if s.decision.accepted] != [
+            s.decision.tensors for s in owner._attn_sites
+        ]:
+            problem = problem or "it needs other tensors than the module has"
     if problem:
         owner.__dict__["_attn_failures"] += 1
         log.warning("%s: a call unlike the example runs the original code: %s", where, problem)

@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
-from attn_compiler.errors import UnsupportedCall
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
+from attn_compiler.errors import UnsupportedCall, require
+from attn_compiler.ir.site import AttentionSite
+from attn_compiler.variants.base import NewTensor, filled
 
 log = logging.getLogger("attn_compiler")
 _numbers = itertools.count()
@@ -104,20 +106,6 @@ def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> boo
         and value.device == device
         and value.dim() == dim
     )
-
-
-def require(condition: Any, text: str) -> None:
-    """Check, while a variant runs, what could not be checked before.
-
-    Raises:
-        UnsupportedCall: the assumption does not hold.
-    """
-    if not condition:
-        raise UnsupportedCall(
-            "a rewritten module was called in a way that its analysis does not cover",
-            why=[f"assumed: {text}"],
-            do="rewrite the model with arguments like these, or call the original model",
-        )
 
 
 def require_mode(module: nn.Module, training: bool) -> None:
@@ -228,17 +216,49 @@ def _restore(
     return function(rewritten_class(base), *arguments)
 
 
-def install(owner: nn.Module, variants: list[Variant], plan: Any) -> None:
-    """Swap the owner's class; the owner keeps its identity, parameters, hooks and name."""
+_STATE = ("_attn_variants", "_attn_plan", "_attn_failures", "_attn_sites")
+
+
+def install(
+    owner: nn.Module, variants: list[Variant], plan: Any, sites: tuple[AttentionSite, ...] = ()
+) -> None:
+    """Swap the owner's class; the owner keeps its identity, parameters, hooks and name, and gets
+    the new tensors of its sites.
+    """
     owner.__class__ = rewritten_class(base_of(owner))
-    owner.__dict__.update(_attn_variants=variants, _attn_plan=plan, _attn_failures=0)
+    owner.__dict__.update(
+        _attn_variants=variants, _attn_plan=plan, _attn_failures=0, _attn_sites=sites
+    )
+    device = next((t.device for t in (*owner.parameters(), *owner.buffers())), None)
+    for tensor in new_tensors(owner):
+        value = filled(tensor, device)
+        if tensor.trained:
+            owner.register_parameter(tensor.name, nn.Parameter(value))
+        else:
+            owner.register_buffer(tensor.name, value)
+
+
+def new_tensors(owner: nn.Module) -> tuple[NewTensor, ...]:
+    """What `install` has put into the module."""
+    sites: tuple[AttentionSite, ...] = owner.__dict__.get("_attn_sites", ())
+    return tuple(t for site in sites for t in site.decision.tensors)
 
 
 def restore(owner: nn.Module) -> None:
     """Give the owner its class back."""
+    for tensor in new_tensors(owner):
+        delattr(owner, tensor.name)
     owner.__class__ = base_of(owner)
-    for name in ("_attn_variants", "_attn_plan", "_attn_failures"):
+    for name in _STATE:
         owner.__dict__.pop(name, None)
+
+
+def rewritten(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]]:
+    """The sites that stand rewritten in a model: path of the owner, the owner, the site."""
+    for path, module in model.named_modules():
+        for site in module.__dict__.get("_attn_sites", ()):
+            if site.decision.accepted:
+                yield path, module, site
 
 
 def base_of(module: nn.Module) -> type[nn.Module]:
@@ -251,8 +271,12 @@ def base_of(module: nn.Module) -> type[nn.Module]:
 
 def unlike(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
     """A variant for a call that none covers, analysed now; None: the original code runs."""
-    if torch.compiler.is_compiling():
-        return None
-    from attn_compiler.install import extend
+    exact = all(s.decision.fidelity == "exact" for s in owner.__dict__["_attn_sites"])
+    if not torch.compiler.is_compiling():
+        from attn_compiler.install import extend
 
-    return extend(owner, values)
+        found = extend(owner, values)
+        if found is not None or exact:
+            return found
+    require(exact, "a call like the example, as there is no original that computes the same")
+    return None

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from attn_compiler.installed import require
+from attn_compiler.errors import require
 from attn_compiler.symbols import CaptureError, Symbols
 
 _DEEPEST = 8

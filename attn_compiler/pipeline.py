@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import fx
 
-import attn_compiler.kernels.library  # noqa: F401  (registers the operator)
+import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
@@ -41,7 +41,7 @@ from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.report import Report
-from attn_compiler.variants.base import Scope, VariantSpec
+from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
 
@@ -220,37 +220,58 @@ def _chosen(
     target: VariantSpec | Literal["fastest"],
 ) -> AttentionSite:
     """The site with the decision about what is wanted for it, carried out."""
-    variant, kept = variant_of(target), None
+    variant, kept, lowering = variant_of(target), None, None
     spec = variant.spec() if target == "fastest" else target
     region, functional, core = raised
     if variant.scope is Scope.SITE and work.cache is not None:
         found = find_states(region.end, functional, core, work.state)
         site, kept = replace(site, obstacles=found.obstacles), found.kept
     reasons = tuple(variant.legality(site, spec))
+    tensors: tuple[NewTensor, ...] = ()
+    if variant.lower is not None and not reasons:
+        lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
+        reasons = _not_installable(lowering, work.config)
     if not reasons and work.change:
         try:
-            work.touched |= _carry_out(work, raised, spec, kept)
+            tensors = _carry_out(work, raised, _Way(spec, kept, lowering))
         except (NotAttention, RegionError) as refusal:
             reasons = (Reason(refusal.code, refusal.text, site.location),)
-    name = "" if reasons else variant.name
-    decision = Decision(not reasons, name, reasons, fidelity=variant.fidelity.value)
-    return replace(site, decision=decision)
+    name, fidelity = "" if reasons else variant.name, variant.fidelity.value
+    return replace(
+        site, decision=Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
+    )
+
+
+def _not_installable(lowering: Lowering, config: CompileConfig) -> tuple[Reason, ...]:
+    """New tensors need a module that they can be put into."""
+    if config.installs or not lowering.tensors:
+        return ()
+    text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
+    return (Reason("needs_rewrite", text),)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a site is to be replaced: with a cache of hidden states, or by another operator."""
+
+    spec: VariantSpec
+    kept: Kept | None
+    lowering: Lowering | None
 
 
 def _carry_out(
-    work: _Work,
-    raised: tuple[Region, FunctionalRegion, Core],
-    spec: VariantSpec,
-    kept: Kept | None,
-) -> set[fx.Node]:
-    """Rewrite; the nodes that may be dead now."""
+    work: _Work, raised: tuple[Region, FunctionalRegion, Core], way: _Way
+) -> tuple[NewTensor, ...]:
+    """Rewrite, and note the nodes that may be dead now; what the module has to get."""
     region, functional, core = raised
-    if kept is None or work.cache is None:
-        rewrite_site(region, functional, core)
-        return set(region.nodes)
-    key_bias = bool(getattr(spec, "keep_key_bias", True))
-    dead = rewrite_states(region, functional, core, kept, work.cache, key_bias)
-    return dead | set(region.nodes)
+    tensors: tuple[NewTensor, ...] = ()
+    if way.kept is None or work.cache is None:
+        tensors = rewrite_site(region, functional, core, way.lowering)
+    else:
+        key_bias = bool(getattr(way.spec, "keep_key_bias", True))
+        work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, key_bias)
+    work.touched |= set(region.nodes)
+    return tensors
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

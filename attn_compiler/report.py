@@ -68,7 +68,7 @@ class Report:
 
 _SAME = (
     "location", "owner", "mask", "score", "query_heads", "kv_heads", "head_dim", "dropout",
-    "kind", "phases", "decision",
+    "kind", "phases", "decision", "facts",
 )  # fmt: skip
 
 
@@ -101,7 +101,8 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
         lines.append(f"      sink {first.program.sink}")
     if first.dropout:
         lines.append(f"      dropout {first.dropout}")
-    lines.append(f"      {first.decision}")
+    done = first.facts.get(first.decision.variant)
+    lines.append(f"      {first.decision}{f': {done}' if done else ''}")
     return lines
 
 

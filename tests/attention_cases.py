@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import TRUE
@@ -244,3 +246,19 @@ def within_budget(name: str, ours: Tensor, plain: Tensor, exact: Tensor, floor: 
     budget = 4 * float((b - c).abs().max()) + floor
     worst = float((a - c).abs().max())
     assert worst <= budget, f"{name}: {worst:.2e} off, {budget:.2e} allowed"
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any operation gave out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+        return result

@@ -1,1 +1,1 @@
-"""Caches of the variants that change what a cache holds."""
+"""Caches of generation whose layout a variant changes; they plug into transformers' own classes."""

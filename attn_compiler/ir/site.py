@@ -62,6 +62,7 @@ class Decision:
         tile: block sizes, where a kernel has them.
         predicted_seconds: by the cost model, None where it does not speak.
         fidelity: "exact", "calibrated" or "retrained".
+        tensors: what its module gets, under their final names.
     """
 
     accepted: bool
@@ -70,6 +71,7 @@ class Decision:
     tile: Any = None
     predicted_seconds: float | None = None
     fidelity: str = "exact"
+    tensors: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))
@@ -83,6 +85,7 @@ class AttentionSite:
         path: qualified name of the module that calls it, "" at the root.
         owner: class name of the lowest module that holds it.
         location: "file.py:88" of the user's code.
+        length: query rows of the example, where they are as many as keys.
         kind: self or cross attention.
         phases: prefill, decode.
         query_heads, kv_heads: None where they are symbolic.
@@ -118,6 +121,7 @@ class AttentionSite:
     decision: Decision
     projections: dict[str, Projection] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
 
 

@@ -12,6 +12,7 @@ Operators have kernels of their own for the Autograd key, instead of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -64,7 +65,7 @@ def derive(
 
     Args:
         operator: `operator(*args, **kwargs) -> (out, *saved)`, tensors, of which only `out` has a
-            gradient.
+            gradient; or `-> out` alone.
         backward: `backward(grad_out, *args, out, *saved, needs, **kwargs)` -> gradients, where
             `needs` has a boolean for each tensor of `args` (lists flattened, None skipped) beyond
             the first `always`. The result, flattened, lists the gradients of the first `always`
@@ -130,12 +131,13 @@ class _Reverse(torch.autograd.Function):
     ) -> Any:
         template, kwargs = call
         args = _put_back(template, tensors)
-        results = tuple(formula.below(formula.operator, keyset, *args, **kwargs))
+        found = formula.below(formula.operator, keyset, *args, **kwargs)
+        results = tuple(_flat(found))
         ctx.save_for_backward(*results, *tensors)
         ctx.formula, ctx.call, ctx.results = formula, call, len(results)
         ctx.mark_non_differentiable(*results[1:])
         ctx.set_materialize_grads(False)
-        return results
+        return found
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
@@ -151,11 +153,34 @@ class _Reverse(torch.autograd.Function):
         return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
 
+_plain: list[torch.dtype | None] = []
+
+
+@contextmanager
+def by_reference(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Run the references in place of the kernels, in this dtype."""
+    _plain.append(dtype)
+    try:
+        yield
+    finally:
+        _plain.pop()
+
+
+def _in_dtype(formula: Formula, dtype: torch.dtype, args: Any, kwargs: Any) -> Any:
+    template, tensors = _taken_out(args)
+    wide = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+    found = formula.reference(*_put_back(template, wide), **kwargs)
+    narrow = [x.to(tensors[0].dtype) if x.is_floating_point() else x for x in _flat(found)]
+    return narrow[0] if isinstance(found, Tensor) else tuple(narrow)
+
+
 def _autograd(formula: Formula, keyset: Any, *args: Any, **kwargs: Any) -> Any:
     template, tensors = _taken_out(args)
-    if any(_transformed(t) for t in tensors):
-        out, *rest = formula.reference(*args, **kwargs)
-        return (out, *(x.detach() for x in rest))
+    if _plain and _plain[-1] is not None:
+        return _in_dtype(formula, _plain[-1], args, kwargs)
+    if _plain or any(_transformed(t) for t in tensors):
+        found = formula.reference(*args, **kwargs)
+        return found if isinstance(found, Tensor) else (found[0], *(x.detach() for x in found[1:]))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return _Reverse.apply(formula, keyset, (template, kwargs), *tensors)
     return formula.below(formula.operator, keyset, *args, **kwargs)
@@ -231,6 +256,8 @@ def _looped(operator: Any) -> Callable[..., Any]:
             operator(*(pick(a, d, i) for a, d in zip(args, in_dims, strict=True)), **kwargs)
             for i in range(info.batch_size)
         ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
         if _is_list(operator):
             stacked = [torch.stack(parts) for parts in zip(*calls, strict=True)]
             return stacked, [0] * len(stacked)

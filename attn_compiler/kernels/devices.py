@@ -5,8 +5,8 @@ attention(q on "cpu", ...)   ->   IMPLEMENTATIONS.get("cpu", COMPOSITE).forward
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,23 @@ def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """attn_compiler::attention, without derivatives."""
     given = Inputs.of(*args, **kwargs)
     check(given.q, given.k, given.v, given.drop)
+    for observer in _observers:
+        observer(given)
     with full_precision(given.q.device.type):
-        return _kernels(given).forward(given)
+        return kernels_for(given).forward(given)
+
+
+_observers: list[Callable[[Inputs], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Inputs], None]) -> Iterator[None]:
+    """Show every call of attention to an observer, before it runs."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def backward(
@@ -55,10 +70,11 @@ def backward(
     given = Inputs.of(*forward_args, **kwargs)
     needs = needs[: len(given.reads)]  # the seed has no gradient
     with full_precision(given.q.device.type):
-        return _kernels(given).backward(given, grad_out, (out, lse), needs)
+        return kernels_for(given).backward(given, grad_out, (out, lse), needs)
 
 
-def _kernels(given: Inputs) -> Implementation:
+def kernels_for(given: Inputs) -> Implementation:
+    """Those of the device that the tensors are on."""
     return IMPLEMENTATIONS.get(given.q.device.type, COMPOSITE)
 
 

@@ -347,4 +347,9 @@ def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         x, w_k, w_v = (some(*s, dtype=dtype) for s in ((2, 7, 11), (2, 5, 11), (2, 3, 11)))
         biases = (some(2, 5, dtype=dtype), some(2, 3, dtype=dtype)) if reads else (None, None)
         args: tuple[Any, ...] = (q, x, w_k, biases[0], w_v, biases[1], reads, [])
-        yield el_attention, args, {"program": str(program), "scale": 0.45}
+        options = {"program": str(program), "scale": 0.45}
+        yield el_attention, args, options
+        with torch.no_grad():
+            out, lse = el_attention(*args, **options)
+        needs = [True] * sum(isinstance(x, Tensor) for x in args) + [False] * len(reads)
+        yield el_attention_backward, (torch.ones_like(out), *args, out, lse, needs), options

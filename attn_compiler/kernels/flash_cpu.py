@@ -4,10 +4,11 @@
     sink    ->   out * sigmoid(lse - sink),  lse' = log(exp(lse) + exp(sink))
 
 In one call, or in one call per block of rows where a mask lets keys be skipped or a bias would be
-large. The kernel, as tried on torch 2.13: fewer kv heads than query heads need no copies; a bias of
-[B, 1, 1, S] or of any stride is read in place, also beside is_causal, which aligns top-left; a row
-without keys gives out 0 and lse 0, and the backward would be NaN if -inf stood there; it wants one
-head dim for q, k and v and a dense feature axis, and dies of an empty axis.
+large; where a map of blocks says which keys count, in calls on gathered tiles. The kernel, as tried
+on torch 2.13: fewer kv heads than query heads need no copies; a bias of [B, 1, 1, S] or of any
+stride is read in place, also beside is_causal, which aligns top-left; a row without keys gives out
+0 and lse 0, and the backward would be NaN if -inf stood there; it wants one head dim for q, k and v
+and a dense feature axis, and dies of an empty axis.
 
 B batch, H query heads, G kv heads, T query rows, S key rows.
 """
@@ -24,13 +25,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from attn_compiler.ir.expr import TRUE, Expr
+from attn_compiler.kernels import gathered_cpu, tiles_cpu
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, in_heads_layout, widened
+from attn_compiler.kernels.gathered_cpu import BACKWARD, FORWARD
 from attn_compiler.kernels.grid import Span, is_causal, is_free, spans
 from attn_compiler.kernels.rows import pull_back
 
 INF = float("inf")
-_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # exp(score - lse) is then no better than 1e-4
 _LARGE = 2.0**10
@@ -64,16 +65,11 @@ def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bo
 
 def forward(frame: Frame) -> tuple[Tensor, Tensor]:
     """out and lse in the layout of `empty_heads`."""
-    call = _call(frame)
-    results = (
-        (span, *_piece(frame, call, span, causal)) for span, causal in _pieces(frame, call.q.dtype)
-    )
-    span, out, lse = next(results)
-    if span.r1 < frame.grid.T:
-        first = (span, out, lse)
-        out, lse = empty_heads(call.q, call.q.shape), empty_heads(lse, call.q.shape[:3])
-        for span, part, part_lse in chain([first], results):
-            out[span.rows], lse[span.rows] = part, part_lse
+    call, tiles = _call(frame), tiles_cpu.lists(frame)
+    if tiles is None:
+        out, lse = _spans(frame, call)
+    else:
+        out, lse = gathered_cpu.forward(frame, tiles, call.qkv)
     if frame.plan.sink is not None:
         sink = _sink(frame, frame.plan.sink).squeeze(-1)
         # the difference of the two lse would have lost the digits that a large lse has not
@@ -88,8 +84,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; that of the sink is added to `into`, by slot."""
     given, call, (out, lse) = frame.given, _call(frame), saved
-    dead = lse == -INF
-    found = _sum_pieces(frame, call, (call.fit(grad), call.fit(out), lse.masked_fill(dead, 0.0)))
+    dead, tiles = lse == -INF, tiles_cpu.lists(frame)
+    results = call.fit(grad), call.fit(out), lse.masked_fill(dead, 0.0)
+    if tiles is None:
+        found = _sum_pieces(frame, call, results)
+    else:
+        found = gathered_cpu.backward(frame, tiles, call.qkv, results)
     dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, given.qkv, strict=True))
     if frame.plan.sink is not None:
         # d sink = -p_sink * sum(g * out),  p_sink = exp(sink - lse)
@@ -118,6 +118,10 @@ class _Call:
     q: Tensor
     k: Tensor
     v: Tensor
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
 
     def fit(self, x: Tensor) -> Tensor:
         return _fit(x, self.q.dtype, self.q.shape[-1])
@@ -184,6 +188,20 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
 # ---------------------------------------------------------------- forward
 
 
+def _spans(frame: Frame, call: _Call) -> tuple[Tensor, Tensor]:
+    """out and lse without the sink, by blocks of rows."""
+    results = (
+        (span, *_piece(frame, call, span, causal)) for span, causal in _pieces(frame, call.q.dtype)
+    )
+    span, out, lse = next(results)
+    if span.r1 < frame.grid.T:
+        first = (span, out, lse)
+        out, lse = empty_heads(call.q, call.q.shape), empty_heads(lse, call.q.shape[:3])
+        for span, part, part_lse in chain([first], results):
+            out[span.rows], lse[span.rows] = part, part_lse
+    return out, lse
+
+
 def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor, Tensor]:
     """out and lse of one block of rows."""
     query, key, value = call.of(frame, span)
@@ -192,7 +210,7 @@ def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor,
         empty = torch.ones_like(lse, dtype=torch.bool)
     else:
         bias, scale = _bias(frame, span, query.dtype), frame.given.scale
-        out, lse = _FORWARD(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = FORWARD(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         # a sum of exponentials is one by accident or because there is none
         if bias is None or not bool((lse == 0).any()):
             return out, lse
@@ -225,7 +243,7 @@ def _rows_without_keys(bias: Tensor, causal: bool, span: Span) -> Tensor:
 def _sink(frame: Frame, sink: Expr) -> Tensor:
     """The logit of the extra column as [b, h, rows, 1]."""
     whole = frame.grid.whole()
-    tensors = widened(frame.tensors(whole), frame.dtype)
+    tensors = widened(frame.tensors(whole, sink), frame.dtype)
     return frame.value(sink, whole, tensors).to(frame.dtype)
 
 
@@ -242,7 +260,7 @@ def _sum_pieces(
         grad, out, lse = (x[span.rows] for x in results)
         bias = _bias(frame, span, q.dtype)
         args = (grad, *call.of(frame, span), out, lse, 0.0, causal)
-        found: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*args, attn_mask=bias, scale=scale)
+        found: tuple[Tensor, Tensor, Tensor] = BACKWARD(*args, attn_mask=bias, scale=scale)
         return found
 
     pieces = _pieces(frame, q.dtype)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.expr import TRUE, Expr
+from attn_compiler.ir.expr import TRUE, Expr, slots
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.grid import Grid, Span
 from attn_compiler.kernels.plan import Slice, plan
@@ -138,9 +138,17 @@ class Frame:
             tensor = tensor.unsqueeze(position)
         return tensor
 
-    def tensors(self, span: Span) -> list[Tensor]:
-        """The tensor of every slot of the local expressions."""
-        views = [self.view(s, self.reads[s.slot], span) for s in self.plan.slices]
+    def tensors(self, span: Span, expr: Expr | None = None) -> list[Tensor]:
+        """The tensor of every slot of the local expressions, or of one of them: what that does not
+        read is not cut.
+        """
+        wanted = None if expr is None else slots(expr)
+        views = [
+            self.view(piece, self.reads[piece.slot], span)
+            if wanted is None or self.plan.base + i in wanted
+            else self.reads[piece.slot]
+            for i, piece in enumerate(self.plan.slices)
+        ]
         return self.reads[: self.plan.base] + views
 
     def value(

@@ -71,9 +71,16 @@ def candidates(given: Inputs) -> Iterator[Name]:
             for backend in backends(given.q.device):
                 if sdpa_gpu.available(backend) and not sdpa_gpu.refusal(backend, given):
                     yield backend
-        if family(given.q.device) and not flash_triton.refusal(given):
+        if generates(given):
             yield "triton"
     yield "composite"
+
+
+def generates(given: Inputs) -> bool:
+    """Is there a generated kernel for this call on its device?"""
+    if any(x.numel() == 0 for x in given.qkv) or flash_triton.refusal(given):
+        return False
+    return bool(family(given.q.device))
 
 
 @lru_cache(maxsize=64)

@@ -27,8 +27,8 @@ from attn_compiler.kernels.schema import LIBRARY, attention, attention_backward,
 __all__ = [
     "attention",
     "attention_backward",
-    "op_samples",
     "register_flops",
+    "samples",
 ]
 
 
@@ -138,7 +138,7 @@ class _Sample:
         return {"program": str(self.program), "scale": 0.35, "dropout": self.dropout}
 
 
-def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(operator, args, kwargs) for every operator and every kind of program, small, on the CPU."""
     draw = torch.Generator().manual_seed(1)
     padding = torch.arange(7) >= torch.tensor([[2], [0]])

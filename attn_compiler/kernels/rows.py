@@ -13,18 +13,18 @@ B batch, H query heads, G kv heads, T query rows, S key rows, R = H / G heads th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attn_compiler.ir.evaluate import inside
-from attn_compiler.ir.expr import DOT, Expr, Read, walk
+from attn_compiler.ir.expr import DOT, Const, Expr, Read, walk
 from attn_compiler.kernels.frame import Frame, empty_heads, widened
 from attn_compiler.kernels.grid import Span, spans
 from attn_compiler.kernels.plan import has_dot
-from attn_compiler.kernels.slope import slope
+from attn_compiler.kernels.slope import ONE, slope
 
 INF = float("inf")
 # elements of one block of scores: per thread of a CPU, whose cache holds a few such blocks, and
@@ -63,7 +63,7 @@ def forward(frame: Frame, out: Tensor, lse: Tensor) -> None:
     """Fill `out` and `lse`."""
     given, drop = frame.given, frame.given.drop
     key, value = (x.to(frame.dtype).contiguous() for x in (given.k, given.v))
-    for start in _spans(frame):
+    for start in blocks(frame):
         block = _block(frame, start, _query(frame, given.q, start, given.scale), key)
         span, e = block.span, block.e
         dropped = _dropped(frame, span)
@@ -78,11 +78,27 @@ def backward(
     frame: Frame, grad: Tensor, out: Tensor, into: Mapping[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; those of the reads are added to `into`, by slot."""
-    given, groups = frame.given, frame.given.k.shape[1]
+    dq, dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in frame.given.qkv)
+    for _ in backward_steps(frame, grad, out, into, (dq, dk, dv), blocks(frame)):
+        pass
+    return dq, dk, dv
+
+
+def backward_steps(
+    frame: Frame,
+    grad: Tensor,
+    out: Tensor,
+    into: Mapping[int, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    order: Iterable[Span],
+) -> Iterator[Span]:
+    """One block after the other: adds to `gradients` of q, k, v and to `into`; yields each span
+    when it is done, with the keys that it really reached.
+    """
+    given, groups, (dq, dk, dv) = frame.given, frame.given.k.shape[1], gradients
     scale, gain = given.scale, given.drop.gain
     key, value = (x.to(frame.dtype).contiguous() for x in (given.k, given.v))
-    dq, dk, dv = (empty_heads(x, x.shape, frame.dtype).zero_() for x in given.qkv)
-    for start in _spans(frame):
+    for start in order:
         query, g = _query(frame, given.q, start, scale), _query(frame, grad, start, gain)
         block = _block(frame, start, query, key)
         span, p = block.span, block.e.div_(block.total)
@@ -96,7 +112,15 @@ def backward(
         ddot = grouped(ds, groups)
         dq[span.rows] = (ddot @ key[span.keys]).view(*p.shape[:3], -1).mul_(scale)
         dk[span.keys] += ddot.transpose(-1, -2) @ query
-    return dq, dk, dv
+        yield span
+
+
+def probabilities(frame: Frame) -> Iterator[tuple[Span, Tensor]]:
+    """The softmax block by block, [items, H, rows, keys] each; rows without a key are 0."""
+    key = frame.given.k.to(frame.dtype).contiguous()
+    for start in blocks(frame):
+        block = _block(frame, start, _query(frame, frame.given.q, start, frame.given.scale), key)
+        yield block.span, block.e.div_(block.total).masked_fill_(block.empty, 0.0)
 
 
 def _score_gradient(
@@ -111,12 +135,11 @@ def _score_gradient(
         dsink = -(block.sink / block.total) * delta
         pull_back(frame, span, plan.sink, dsink, into, tensors)
     pull_back(frame, span, plan.score, ds, into, tensors, block.dot)
-    if plan.score == DOT:
-        return ds
-    return _through(ds, frame.value(slope(plan.score, DOT), span, tensors, block.dot))
+    inner = slope(plan.score, DOT)
+    return ds if inner == ONE else through(ds, frame.value(inner, span, tensors, block.dot))
 
 
-def _through(grad: Tensor, derivative: Tensor) -> Tensor:
+def through(grad: Tensor, derivative: Tensor) -> Tensor:
     """The chain rule, written over `grad`; where nothing depends on anything, NaN does not pass."""
     return grad.mul_(derivative).masked_fill_(derivative == 0, 0.0)
 
@@ -140,7 +163,7 @@ def _dropped(frame: Frame, span: Span) -> Tensor | None:
     )
 
 
-def _spans(frame: Frame) -> Iterator[Span]:
+def blocks(frame: Frame) -> Iterator[Span]:
     """Blocks of few batch items rather than of few rows, large enough for every thread."""
     grid = frame.grid
     budget = _CPU_BUDGET * torch.get_num_threads() if frame.device.type == "cpu" else _BUDGET
@@ -212,7 +235,13 @@ def pull_back(
         slot = read.slot if piece is None else piece.slot
         if slot not in into:
             continue
-        part = _through(grad.clone(), frame.value(slope(expr, read), span, tensors, dot))
+        inner = slope(expr, read)
+        if piece is not None and isinstance(inner, Const):
+            # what is added to a score needs no other pass than the sum
+            target = frame.view(piece, into[slot], span)
+            target.add_(grad.sum_to_size(target.shape), alpha=inner.value)
+            continue
+        part = through(grad.clone(), frame.value(inner, span, tensors, dot))
         if piece is not None:
             target = frame.view(piece, into[slot], span)
             target.add_(part.sum_to_size(target.shape))

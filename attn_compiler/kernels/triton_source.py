@@ -144,6 +144,29 @@ def backward_source(structure: Structure) -> str:
     )
 
 
+@lru_cache(maxsize=512)
+def masking_source(structure: Structure) -> str:
+    """The text of the kernels that compute what Selective attention subtracts; the program is that
+    of the selecting head.
+    """
+    program = Program.parse(structure.program)
+    by_row, by_key = Lines(structure.kinds, "k"), Lines(structure.kinds, "q")
+    mask = keep(by_row, DOT, program.mask).mask
+    kept = keep(by_key, program.score, program.mask)
+    through = slope(program.score, DOT)
+    chain = "" if through == ONE else by_key.as_kind(through, "float")
+    return render(
+        "masking",
+        row_lines=by_row.outer,
+        mask_lines=by_row.body,
+        mask=mask,
+        column_lines=by_key.outer,
+        lines=by_key.body,
+        kept=_Keep(kept.score, kept.mask, chain),
+        **structure.common(),
+    )
+
+
 def _both_tiles(
     name: str, lines: Lines, structure: Structure, needs: tuple[int, ...]
 ) -> dict[str, Any]:

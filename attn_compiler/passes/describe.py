@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.expr import slots
@@ -50,7 +51,23 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
         decision=Decision(False),
         projections=projections,
         facts=_facts(region, core),
+        length=_length(region, core),
     )
+
+
+def _length(region: Region, core: Core) -> int | None:
+    """How many rows the example has, where they are as many as keys."""
+    rows, keys = core.sizes["T"], core.sizes["S"]
+    if not ax.equal(rows, keys):
+        return None
+    if isinstance(rows, int):
+        return rows
+    for node in (*region.inputs, *region.nodes):
+        value = ops.value(node)
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if ax.equal(ax.size_of(size), rows):
+                return int(ax.hint(size))
+    return None
 
 
 def _static(size: Any) -> int | None:

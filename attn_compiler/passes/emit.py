@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from attn_compiler.errors import require
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.axes import Axis, Index
@@ -99,6 +100,24 @@ class Emitter:
             created = self.graph.get_attr(name)
         created.meta[self.key] = self.mode.from_tensor(constant)
         return created
+
+    def attribute(self, name: str, value: torch.Tensor) -> fx.Node:
+        """Read an attribute that the owner of the graph is given here."""
+        owner = self.graph.owning_module
+        assert owner is not None
+        value = value.to(ops.value(self.region.end).device)
+        owner.register_buffer(name, value)
+        with self.graph.inserting_before(self.region.end):
+            node = self.graph.get_attr(name)
+        node.meta[self.key] = self.mode.from_tensor(value, static_shapes=True)
+        self.new.append(node)
+        return node
+
+    def check(self, size: Any, expected: int, text: str) -> None:
+        """Ask for a size while the graph runs."""
+        with self.graph.inserting_before(self.region.end):
+            same = self.graph.call_function(operator.eq, (size, expected))
+            self.graph.call_function(require, (same, text))
 
     def undo(self) -> None:
         """Erase what was inserted."""

@@ -6,8 +6,10 @@ program=..., ...)
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
+from attn_compiler.variants.base import Lowering, NewTensor, filled
 
 aten = torch.ops.aten
 # users that give the same result for any strides of what they read, and those that hand the strides
@@ -35,8 +38,16 @@ _NUMBERS = frozenset(
 )
 
 
-def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> None:
+def rewrite_site(
+    region: Region, functional: FunctionalRegion, core: Core, lowering: Lowering | None = None
+) -> tuple[NewTensor, ...]:
     """Replace the region's end; the caller removes what is dead afterwards.
+
+    Args:
+        lowering: what takes the place of the exact operator, None for itself.
+
+    Returns:
+        The tensors that the module has to get, under the names that the graph reads.
 
     Raises:
         NotAttention: `attention.second_reader`; the graph is as before.
@@ -45,11 +56,13 @@ def rewrite_site(region: Region, functional: FunctionalRegion, core: Core) -> No
     check_readers(region, functional, core)
     emitter = Emitter(region, functional)
     try:
-        result = _emit(emitter, core)
+        added = _Added(emitter, lowering or Lowering(core.program))
+        result = _emit(emitter, core, added)
     except Exception:
         emitter.undo()
         raise
     region.end.replace_all_uses_with(result)
+    return tuple(added.tensors)
 
 
 def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
@@ -78,6 +91,37 @@ def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> N
     )
 
 
+class _Added:
+    """What a lowering adds to the graph: reads of new tensors, and the check of a length."""
+
+    def __init__(self, emitter: Emitter, lowering: Lowering) -> None:
+        self.emitter = emitter
+        self.lowering = lowering
+        self.operator = getattr(torch.ops.attn_compiler, lowering.operator).default
+        self.tensors: list[NewTensor] = []
+        self.reads = [self._node(t) for t in lowering.reads]
+        self.extra = [self._node(x) if isinstance(x, NewTensor) else x for x in lowering.extra]
+
+    def _node(self, tensor: NewTensor) -> fx.Node:
+        graph = self.emitter.graph
+        taken = {str(n.target) for n in graph.find_nodes(op="get_attr")}
+        number = next(i for i in itertools.count() if f"{tensor.name}_{i}" not in taken)
+        named = replace(tensor, name=f"{tensor.name}_{number}")
+        self.tensors.append(named)
+        return self.emitter.attribute(named.name, filled(named))
+
+    def check_length(self, core: Core) -> None:
+        """A graph of symbolic sizes asks for the length while it runs."""
+        if self.lowering.length is None:
+            return
+        for name in "TS":
+            size = core.sizes[name]
+            if isinstance(size, int):
+                continue
+            text = f"{self.lowering.length} tokens, the length it was made for"
+            self.emitter.check(self.emitter.size(size), self.lowering.length, text)
+
+
 def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list[Any]]:
     """Queries as [B, H, T, d], and the tensors and integers that the program reads."""
     roles = core.roles
@@ -91,7 +135,7 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
     return q, reads, [emitter.size(size) for size in core.ints]
 
 
-def _emit(emitter: Emitter, core: Core) -> fx.Node:
+def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:
     roles = core.roles
     q, reads, ints = operands(emitter, core)
     k = emitter.canonical(core.k, (roles.batch, roles.heads, roles.key, roles.feature))
@@ -102,17 +146,20 @@ def _emit(emitter: Emitter, core: Core) -> fx.Node:
     if core.dropout:
         device = ops.value(q).device
         seed = emitter.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
+    added.check_length(core)
     both = emitter.call(
-        torch.ops.attn_compiler.attention.default,
+        added.operator,
         q,
         k,
         v,
-        reads,
+        [*reads, *added.reads],
         ints,
         seed,
-        program=str(core.program),
+        *added.extra,
+        program=str(added.lowering.program),
         scale=core.scale,
         dropout=core.dropout,
+        **dict(added.lowering.options),
     )
     return finish(emitter, core, emitter.call(operator.getitem, both, 0))
 

@@ -13,9 +13,14 @@ from attn_compiler.variants.flash import FLASH, Flash
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, EL)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE)
 
-__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "ordinary"]
+__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
+
+
+def needs_data(spec: VariantSpec) -> bool:
+    """Has it to see a model's attention before it can take its place?"""
+    return isinstance(spec, spion.SPION) and spec.pattern is None
 
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.score import Program
 from attn_compiler.ir.site import AttentionSite, Reason
 
 V = TypeVar("V")
@@ -91,6 +94,55 @@ def is_size(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that a rewritten module gets; filled with one number, it leaves the function as it
+    is.
+
+    Attributes:
+        name: of the attribute; the site's number in its owner is added to it.
+        shape, dtype, fill: how it starts.
+        trained: a parameter, and no buffer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float
+    trained: bool = False
+
+
+def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
+    """A new tensor as it starts."""
+    return torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """The operator that computes a core, where it is not the exact one.
+
+    Attributes:
+        program: its reads beyond those of the site are `reads`.
+        reads: new tensors that the program reads.
+        operator: name of the operator.
+        extra: its positional arguments behind those of `attention`; new tensors stand for their
+            values.
+        options: its options beside those of `attention`.
+        length: the only number of rows and keys that it holds for, None for any.
+    """
+
+    program: Program
+    reads: tuple[NewTensor, ...] = ()
+    operator: str = "attention"
+    extra: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    length: int | None = None
+
+    @property
+    def tensors(self) -> tuple[NewTensor, ...]:
+        return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)))
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to attend.
@@ -100,6 +152,9 @@ class Variant:
         spec: its options.
         scope, fidelity: see there.
         legality: yields every reason why it may not replace a site; none means it may.
+        lower: what computes the core of a site, given the rows of the example (0 where they are
+            not as many as keys) and how many tensors its program reads; None for the exact
+            operator.
     """
 
     name: str
@@ -107,6 +162,7 @@ class Variant:
     scope: Scope
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
+    lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
 
 
 @dataclass(frozen=True, slots=True)

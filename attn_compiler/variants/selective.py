@@ -10,12 +10,21 @@ Source: Selective Attention (arXiv 2410.02703), its definition and its memory cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
+from attn_compiler.ir.mask import Causal
+from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.variants.base import (
     ByPath,
+    Fidelity,
+    Lowering,
+    NewTensor,
+    Scope,
+    Variant,
     VariantSpec,
     Work,
     demand,
@@ -69,6 +78,39 @@ class Selective(VariantSpec):
         demand(self, "budgets", good, do + ", each at least 2", why)
         frozen = ByPath(given) if isinstance(given, Mapping) else tuple(numbers)
         object.__setattr__(self, "budgets", frozen)
+
+
+def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
+    if site.length is None:
+        text = "a row masks keys for later rows: the rows have to be those of the keys"
+        yield Reason("selective.not_square", text, site.location)
+    if not any(isinstance(term, Causal) for term in site.mask.terms):
+        text = "what a later token masks would be masked for earlier ones too: it is not causal"
+        yield Reason("selective.not_causal", text, site.location)
+    if site.query_heads is not None and spec.head >= site.query_heads:
+        text = f"there is no head {spec.head} of {site.query_heads}"
+        yield Reason("selective.head", text, site.location)
+    if spec.start == "dedicated_head":
+        text = "a head of its own needs projections of the hidden states: use direct or gate"
+        yield Reason("selective.dedicated_head", text, site.location)
+    if spec.budgets is not None:
+        text = "tokens are dropped by a cache: give attn_compiler.cache.selective the budgets"
+        yield Reason("selective.budgets", text, site.location)
+
+
+# name of the gate that a module gets; the number of the site in it follows
+GATE = "attn_gate"
+
+
+def lower(site: AttentionSite, spec: Selective, length: int, slots: int) -> Lowering:
+    """The operator with F; a gate starts at 0, and leaves the function as it was."""
+    gate = NewTensor(GATE, (1,), torch.float32, 0.0, trained=True)
+    return Lowering(
+        site.program,
+        operator="selective_attention",
+        extra=([], gate if spec.start == "gate" else None, None),
+        options=(("head", spec.head), ("select_from", spec.select_from)),
+    )
 
 
 def cost(spec: Selective, work: Work, *, group: int = 1, materialise: bool = False) -> Cost:
@@ -125,3 +167,13 @@ def extra_operations(heads: int, group: int = 1, materialise: bool = False) -> f
 def materialises(length: int) -> bool:
     """Is F better written once than computed again by every group of heads?"""
     return length <= _LONGEST_TENSOR
+
+
+SELECTIVE = Variant(
+    name="selective",
+    spec=Selective,
+    scope=Scope.CORE,
+    fidelity=Fidelity.CALIBRATED,
+    legality=legality,
+    lower=lower,
+)

@@ -12,7 +12,7 @@ from the rule that makes the pattern.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,15 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.site import AttentionSite, Reason
+from attn_compiler.kernels.sparse import is_causal, joined
 from attn_compiler.variants.base import (
     ByPath,
+    Fidelity,
+    Lowering,
+    NewTensor,
+    Scope,
+    Variant,
     VariantSpec,
     Work,
     demand,
@@ -176,6 +183,47 @@ class SPION(VariantSpec):
         return self.pattern  # type: ignore[no-any-return]
 
 
+# ---------------------------------------------------------------- replacing a site
+
+
+# names of what a module gets; the number of the site in it follows
+BLOCKS, REST = "attn_blocks", "attn_rest"
+
+
+def legality(site: AttentionSite, spec: SPION) -> Iterator[Reason]:
+    if site.length is None or site.length < 2:
+        text = "a pattern belongs to a sequence that attends to itself, all rows at once"
+        yield Reason("spion.not_square", text, site.location)
+        return
+    try:
+        made = filled(spec, site.length, path=site.path)
+    except BadOption as error:
+        yield Reason("spion.pattern", "; ".join((error.what, *error.why)), site.location)
+        return
+    assert isinstance(made.block, int)
+    if site.length <= made.block:
+        yield Reason("spion.one_block", f"{site.length} tokens are one block", site.location)
+    known = is_causal(site.program.mask, site.length) is not None and site.program.sink is None
+    if spec.softmax == "zero_logit" and not known:
+        text = "zero logits have no meaning beside a sink, or a mask not causal or padding"
+        yield Reason("spion.softmax", text, site.location)
+    if spec.per_head and site.query_heads is None:
+        yield Reason("spion.heads", "the number of heads is not known", site.location)
+
+
+def lower(site: AttentionSite, spec: SPION, length: int, slots: int) -> Lowering:
+    """A map of blocks joins the mask; until it is written to, it keeps them all."""
+    block = filled(spec, length, path=site.path).block
+    assert isinstance(block, int)
+    side = -(-length // block)
+    heads = (site.query_heads or 1,) if spec.per_head else ()
+    reads = [NewTensor(BLOCKS, (*heads, side, side), torch.bool, True)]
+    if spec.softmax == "zero_logit":
+        reads.append(NewTensor(REST, (*heads, side), torch.float32, -math.inf))
+    made = joined(site.program, block, slots, spec.per_head, spec.softmax)
+    return Lowering(made, tuple(reads), length=length)
+
+
 def _is_share(value: object) -> bool:
     return value == "auto" or (isinstance(value, float) and 0 < value < 1)
 
@@ -277,3 +325,13 @@ def most_density(*, causal: bool = False, efficiency: float = 1.0, imbalance: fl
         imbalance: the longest wave of programs over the mean; 1 if rows are equally long.
     """
     return (0.5 if causal else 1.0) * efficiency / imbalance
+
+
+SPION_ = Variant(
+    name="spion",
+    spec=SPION,
+    scope=Scope.CORE,
+    fidelity=Fidelity.CALIBRATED,
+    legality=legality,
+    lower=lower,
+)

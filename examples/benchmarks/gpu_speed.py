@@ -1,155 +1,210 @@
-"""The generated kernels against PyTorch's own on one GPU, alternated in one process.
+"""The generated kernels against PyTorch's own on one GPU: speed, error, and what a launch costs.
 
-    python examples/benchmarks/gpu_speed.py [--out FOLDER]
+    python examples/benchmarks/gpu_speed.py [--out FOLDER] [--budget SECONDS] [--only SECTION ...]
+    python examples/benchmarks/gpu_speed.py --table [RESULT.json ...]
+    python examples/benchmarks/gpu_speed.py --fit RESULT.json
 
-Random data, bfloat16; medians with the smallest and the largest of alternated rounds; TFLOP/s count
-4 B H T S d for the forward (half of it where causal), 2.5 times that for the backward.
+Random data in bfloat16, all ways of a case alternated in one process. What fails is reported with
+its error and stops nothing else. The folder gets two files: the seconds of every round as JSON,
+with what they were measured on, and the table. TFLOP/s count 4 B H T S d for a forward (the part of
+it that the mask leaves; half where causal) and 2.5 times that for a backward. FlexAttention's lists
+of blocks are made before, ours are made in each call.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, get_args
 
+# its own folder, also where PYTHONSAFEPATH keeps it off the path
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gpu_fit
+import gpu_table
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from gpu_cases import Case, Section, cases, next_case, shrunk
+from gpu_process import Task, gather
+from gpu_sections import run
+from gpu_timing import METHOD, DeviceLost, Machine, Note, failure
 
-from attn_compiler.ir.expr import parse
-from attn_compiler.ir.score import Program
-from attn_compiler.kernels.library import attention
-
+PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 ROUNDS = 11
-HEADS = {64: 32, 128: 16, 256: 8}
+BUDGET = 330.0
+# seconds in which a way is compiled and measured, or it hangs
+_PATIENCE = 75.0
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--out", type=Path, help="folder for the numbers as JSON")
-    arguments.add_argument("--length", type=int, nargs="+", default=[4096, 8192])
-    given = arguments.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_speed needs a GPU, and there is none")
-    name = torch.cuda.get_device_name().replace(" ", "-")
-    found = [
-        row
-        for length in given.length
-        for dim in HEADS
-        for causal in (False, True)
-        for row in compare(length, dim, causal)
-    ]
-    result = {"gpu": name, "torch": torch.__version__, "rounds": ROUNDS, "rows": found}
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    if given.table is not None:
+        gpu_table.write(given.page, [json.loads(path.read_text()) for path in given.table])
+        return 0
+    if given.fit is not None:
+        print(gpu_fit.report(json.loads(given.fit.read_text())))
+        return 0
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_speed needs a GPU, and there is none (--device cpu runs its code, tiny)")
+        return 1
+    if given.child is not None:
+        return _child(given.child)
+    result = measured(given)
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
+        name = result["gpu"].replace(" ", "-").replace("/", "-")
         (given.out / f"{name}.json").write_text(json.dumps(result, indent=1))
+        (given.out / f"{name}.md").write_text(gpu_table.table([result]) + "\n")
+    print(gpu_table.table([result]))
+    return 0
 
 
-def compare(length: int, dim: int, causal: bool) -> list[dict[str, Any]]:
-    """Forward and backward of one shape, 16k tokens in all."""
-    batch, heads = max(1, 16384 // length), HEADS[dim]
-    q, k, v = (
-        torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16)
-        .transpose(1, 2)
-        .requires_grad_()
-        for _ in range(3)
+def _parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ways = peers(q, k, v, causal)
-    flops = 4 * batch * heads * length * length * dim / (2 if causal else 1)
-    shape = {"T": length, "d": dim, "causal": causal}
-    with torch.no_grad():
-        forward = alternated(ways)
-    grad = torch.randn_like(q)
-    outs = {way: call() for way, call in ways.items()}
-    backward = alternated(
-        {
-            way: lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)  # type: ignore[misc]
-            for way, out in outs.items()
-        }
-    )
-    return [
-        report({**shape, "pass": "forward"}, forward, flops),
-        report({**shape, "pass": "backward"}, backward, 2.5 * flops),
-    ]
+    found.add_argument("--out", type=Path, help="folder for the result")
+    found.add_argument("--budget", type=float, default=BUDGET, help="seconds; drops the rest")
+    found.add_argument("--only", nargs="+", choices=get_args(Section), help="some sections")
+    found.add_argument("--rounds", type=int, default=ROUNDS)
+    found.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    found.add_argument("--table", type=Path, nargs="*", help="write results into the page")
+    found.add_argument("--page", type=Path, default=PAGE)
+    found.add_argument("--fit", type=Path, help="print the cost model's constants")
+    found.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    return found
 
 
-def peers(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """What runs here of ours, cuDNN, flash and FlexAttention."""
-    length, scale = q.shape[2], q.shape[3] ** -0.5
-    program = str(Program(mask=parse("k <= q")) if causal else Program())
+# ---------------------------------------------------------------- the whole
 
-    def ours() -> torch.Tensor:
-        out, _ = attention(q, k, v, [], [], None, program=program, scale=scale, dropout=0.0)
-        return out
 
-    def sdpa(backend: SDPBackend) -> Callable[[], torch.Tensor]:
-        def call() -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-        return call
-
-    flex = torch.compile(flex_attention, dynamic=False)
-    mask = (
-        create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length) if causal else None
-    )
-    ways: dict[str, Callable[[], Any]] = {
-        "ours": ours,
-        "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "flex": lambda: flex(q, k, v, block_mask=mask),
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The result: what was measured on, a row for each case, what was dropped."""
+    began = time.monotonic()
+    chosen = [case for case in cases() if given.only is None or case.section in given.only]
+    ways = {case.name: case.ways for case in chosen}
+    with tempfile.TemporaryDirectory() as folder:
+        start = partial(_start, given.device, given.rounds, Path(folder))
+        found = gather(start, list(ways), ways, Path(folder), given.budget, _PATIENCE)
+    dropped = [name for name in ways if name not in found.rows]
+    for name in dropped:
+        print(f"dropped, out of time: {name}")
+    return {
+        **_described(given.device),
+        "method": METHOD if given.device == "cuda" else "A clock and tiny sizes: no measurement.",
+        "rounds": given.rounds,
+        "seconds": time.monotonic() - began,
+        "dropped": dropped,
+        "lost": found.lost,
+        "rows": [found.rows[name] for name in ways if name in found.rows],
     }
-    return {name: call for name, call in ways.items() if runs(name, call)}
 
 
-def runs(name: str, call: Callable[[], Any]) -> bool:
+def _described(device: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
     try:
-        call()
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        if name == "ours":
-            raise
-        print(f"{name} does not run here: {str(error).splitlines()[0][:100]}")
-        return False
-    return True
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton}
+    if device == "cpu":
+        return found | {"gpu": "cpu", "driver": "none", "dtype": "float32"}
+    here = torch.cuda.get_device_properties(0)
+    return found | {
+        "gpu": here.name,
+        "driver": _driver(),
+        "cudnn": torch.backends.cudnn.version(),
+        "arch": f"sm_{here.major}{here.minor}",
+        "processors": here.multi_processor_count,
+        "memory": here.total_memory,
+        "dtype": "bfloat16",
+    }
 
 
-def alternated(ways: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each way, one after the other in every round."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS + 2):
-        for name, call in ways.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: found[2:] for name, found in times.items()}
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.split("\n")[0].strip()
 
 
-def report(shape: dict[str, Any], times: dict[str, list[float]], flops: float) -> dict[str, Any]:
-    row = dict(shape)
-    for name, found in times.items():
-        row[name] = {
-            "tflops": flops / statistics.median(found) / 1e12,
-            "seconds": [min(found), statistics.median(found), max(found)],
-        }
-        ratios = [theirs / ours for theirs, ours in zip(found, times["ours"], strict=True)]
-        row[name]["ours_is_faster_by"] = [min(ratios), statistics.median(ratios), max(ratios)]
-    text = "  ".join(
-        f"{name} {row[name]['tflops']:.0f} ({row[name]['ours_is_faster_by'][1]:.2f}x)"
-        for name in times
-    )
-    print(f"{shape}: TFLOP/s {text}", flush=True)
-    return row
+# ---------------------------------------------------------------- one process
+
+
+def _start(device: str, rounds: int, folder: Path, task: Task) -> subprocess.Popen[bytes]:
+    work = folder / f"{task.notes.stem}.json"
+    told = {**asdict(task), "notes": str(task.notes), "device": device, "rounds": rounds}
+    work.write_text(json.dumps(told))
+    command = [sys.executable, __file__, "--device", device, "--child", str(work)]
+    return subprocess.Popen(command, env=os.environ)
+
+
+def _child(work: Path) -> int:
+    told = json.loads(work.read_text())
+    task = Task(told["names"], told["lost"], told["seconds"], Path(told["notes"]))
+    return work_through(task, Machine.of(told["device"]), told["rounds"])
+
+
+def work_through(task: Task, machine: Machine, rounds: int) -> int:
+    """Measure the cases of a task, the most important first; 3 if the device was lost."""
+    end = time.monotonic() + task.seconds
+    left = [case for case in cases() if case.name in task.names]
+    with task.notes.open("a", encoding="utf-8") as notes:
+
+        def tell(**line: Any) -> None:
+            notes.write(json.dumps(line) + "\n")
+            notes.flush()
+
+        while (case := next_case(left, end - time.monotonic())) is not None:
+            left.remove(case)
+            small = case if machine.cuda else shrunk(case)
+            tell(case=case.name)
+            try:
+                row = _row(
+                    small, machine, rounds,
+                    lambda way, name=case.name: tell(case=name, way=way),
+                    task.lost.get(case.name, {}),
+                )  # fmt: skip
+            except DeviceLost as error:
+                tell(lost=str(error))
+                return 3
+            tell(row={**row, "name": case.name})
+            print(f"{end - time.monotonic():6.0f} s left  {_told(case, row)}", flush=True)
+    return 0
+
+
+def _row(
+    case: Case, machine: Machine, rounds: int, note: Note, lost: dict[str, str]
+) -> dict[str, Any]:
+    try:
+        return run(case, machine, rounds, note, lost)
+    except DeviceLost:
+        raise
+    except Exception as error:  # the case itself cannot be made
+        return {"section": case.section, **failure(machine, error)}
+
+
+def _told(case: Case, row: dict[str, Any]) -> str:
+    ways = row.get("ways", {})
+    parts = []
+    for way, found in ways.items():
+        seconds = found.get("seconds")
+        text = "failed" if "error" in found else ""
+        parts.append(f"{way} {1e3 * median(seconds):.3f} ms" if seconds else f"{way} {text}")
+    return f"{case.name}: {', '.join(parts) or row.get('error', '')}"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

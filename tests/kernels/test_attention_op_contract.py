@@ -15,6 +15,7 @@ from attention_cases import (
     SCALE,
     SOFTCAP,
     B,
+    Largest,
     Shape,
     double,
     run,
@@ -23,8 +24,7 @@ from attention_cases import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels import attention as composite
@@ -32,7 +32,7 @@ from attn_compiler.kernels import rows
 from attn_compiler.kernels.attention import reference
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Inputs
-from attn_compiler.kernels.library import attention, attention_backward, op_samples
+from attn_compiler.kernels.library import attention, attention_backward, samples
 
 # ---------------------------------------------------------------- dropout
 
@@ -87,19 +87,6 @@ def test_dropout_is_independent_and_of_the_right_rate() -> None:
 
 
 # ---------------------------------------------------------------- memory and layout
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any operation gave out."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
-        return result
 
 
 @pytest.mark.parametrize(
@@ -157,9 +144,9 @@ def test_layout_is_that_of_the_fake(sizes: tuple[int, ...], score: str) -> None:
 
 @pytest.mark.parametrize("index", range(24))
 def test_opcheck(index: int) -> None:
-    samples = list(op_samples())
-    assert len(samples) == 24
-    torch.library.opcheck(*samples[index])
+    found = list(samples())
+    assert len(found) == 24
+    torch.library.opcheck(*found[index])
 
 
 # ---------------------------------------------------------------- refusals

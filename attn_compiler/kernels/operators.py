@@ -1,0 +1,17 @@
+"""All operators of the package: import this file to have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from attn_compiler.kernels import el, experts, gau, library, selective
+
+
+def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(operator, args, kwargs) for every public operator, small, on the CPU: for `opcheck`."""
+    yield from library.samples()
+    yield from el.samples()
+    yield from experts.samples()
+    yield from gau.samples()
+    yield from selective.samples()

@@ -1,0 +1,94 @@
+"""The programs of Selective attention, made from the program of the attention it replaces.
+
+    dot - t0[h] * float(q - k)   ->   dot                                         what selects
+                                 ->   dot - t0[h] * float(q - k) - t1[b, q, k]    with F as t1
+
+The selecting logits of a score with a soft-cap are capped; an additive bias is left out of them
+unless it is asked for. F is subtracted after everything else.
+
+Source: Selective Attention (arXiv 2410.02703); it is silent about biases and caps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from attn_compiler.ir.expr import Call, Const, Dot, Expr, Int, Read, Var, call, substitute
+from attn_compiler.ir.score import Program
+from attn_compiler.kernels.plan import NO_BIAS, has_dot
+
+
+@lru_cache(maxsize=512)
+def selecting(program: str, head: int, heads: int, select_from: str) -> str:
+    """The program of one head alone whose scores are the logits that select.
+
+    Args:
+        program: of the attention.
+        head: the number that reads by head see.
+        heads: how many heads the attention has.
+        select_from: "qk" leaves additive biases out, "logits" keeps them.
+    """
+    own = Program.parse(program)
+    table: dict[Expr, Expr] = {Var("h"): Const(head), Var("H"): Const(heads)}
+    score = unbiased(own.score) if select_from == "qk" else own.score
+    return str(Program(substitute(score, table), substitute(own.mask, table)))
+
+
+@lru_cache(maxsize=512)
+def subtracting(program: str, slot: int) -> str:
+    """The program with F, a tensor [B, T, S] in `slot`, subtracted from its score."""
+    own = Program.parse(program)
+    index = (Var("b"), Var("q"), Var("k"))
+    return str(replace(own, score=call("sub", own.score, Read(slot, index))))
+
+
+@lru_cache(maxsize=512)
+def pruned(program: str, slot: int) -> str:
+    """The program without evicted keys: the row that evicts each one stands in `slot`, [B, S]."""
+    own = Program.parse(program)
+    alive = call("lt", Var("q"), Read(slot, (Var("b"), Var("k"))))
+    return str(replace(own, mask=call("and", own.mask, alive)))
+
+
+@lru_cache(maxsize=512)
+def in_slots(program: str, slot: int, number: int, subtract: bool) -> str:
+    """The program of one row over the slots of a cache instead of over positions.
+
+    Args:
+        program: over positions.
+        slot: of an integer tensor [B, slots], the position that each slot holds, -1 for none.
+        number: of the first of three integers: which row this is, how many rows and how many
+            positions the program speaks of.
+        subtract: F, a tensor [B, slots] in the slot after it, is subtracted.
+    """
+    own, index = Program.parse(program), (Var("b"), Var("k"))
+    position = Read(slot, index)
+    row, rows, positions = (Int(number + i) for i in range(3))
+    table: dict[Expr, Expr] = {
+        Var("k"): position,
+        Var("q"): call("add", Var("q"), row),
+        Var("T"): rows,
+        Var("S"): positions,
+    }
+    score, mask = substitute(own.score, table), substitute(own.mask, table)
+    if subtract:
+        score = call("sub", score, Read(slot + 1, index))
+    sink = None if own.sink is None else substitute(own.sink, table)
+    return str(Program(score, call("and", mask, call("ge", position, 0)), sink, own.empty))
+
+
+def unbiased(expr: Expr) -> Expr:
+    """The score without what is added to its dot product, also under a soft-cap."""
+    if isinstance(expr, Dot):
+        return expr
+    if not isinstance(expr, Call) or not has_dot(expr):
+        return NO_BIAS
+    if expr.op in ("add", "sub"):
+        left, right = expr.args
+        if not has_dot(right):
+            return unbiased(left)
+        if not has_dot(left):
+            inner = unbiased(right)
+            return inner if expr.op == "add" else call("neg", inner)
+    return call(expr.op, *(unbiased(arg) if has_dot(arg) else arg for arg in expr.args))

@@ -1,0 +1,1 @@
+"""What conversions of trained attention share: the trained layer, and how its heads compare."""

@@ -1,0 +1,154 @@
+"""What is measured on a GPU: the list of cases, and which of them a budget of seconds allows.
+
+next_case(cases, 40.0)   ->   the most important case that needs no more than 40 seconds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+from gpu_rules import BLOCK, RULES, Rule, Sizes
+
+Section = Literal[
+    "ceilings", "forward", "backward", "tiles", "variants", "variants backward",
+    "decode", "blocks", "numerics", "launch",
+]  # fmt: skip
+# by head dim, so that the work is nearly the same
+HEADS = {64: 32, 128: 16, 256: 8}
+_TOKENS = 16384
+_FORWARD = ("triton", "gluon", "cudnn", "flash", "flex")
+_BACKWARD = ("triton", "queries", "keys_and_values", "cudnn", "flash", "flex")
+_NUMERICS = ("triton", "gluon", "cudnn", "flash")
+_SPLITS = (1, 4, 16, 32, 64)
+# how many of the tiles that the cost model likes best are measured beside ours
+_TILES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One comparison of several ways.
+
+    Attributes:
+        section: what it shows.
+        rule: of `gpu_rules.RULES`.
+        sizes: of the tensors.
+        ways: by name, the first is ours.
+        importance: 1 is measured first.
+        guess: seconds on an H200, compilation included (assumed).
+        density: of a map of blocks.
+    """
+
+    section: Section
+    rule: str
+    sizes: Sizes
+    ways: tuple[str, ...]
+    importance: int
+    guess: float
+    density: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others."""
+        s = self.sizes
+        parts = [self.section, self.rule, f"B{s.B}", f"H{s.H}", f"G{s.G}", f"T{s.T}", f"S{s.S}"]
+        parts.append(f"d{s.d}")
+        if self.rule == "blocks":
+            parts.append(f"density {self.density:g}")
+        return " ".join(parts)
+
+    @property
+    def plan(self) -> Rule:
+        return RULES[self.rule]
+
+
+def square(length: int, dim: int) -> Sizes:
+    """16384 tokens of one model."""
+    return Sizes(max(1, _TOKENS // length), HEADS[dim], HEADS[dim], length, length, dim)
+
+
+def cases() -> tuple[Case, ...]:
+    """All of them, in the order of the report."""
+    return (
+        Case("ceilings", "full", Sizes(1, 1, 1, 8192, 8192, 8192), CEILINGS, 1, 4),
+        *_dense(),
+        *_variants(),
+        *_decode(),
+        *_maps(),
+        *_numerics(),
+        *(
+            Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, 2, 12)
+            for rule in ("softcap", "causal")
+        ),
+    )
+
+
+CEILINGS = ("sum", "largest", "copy", "product")
+LAUNCH = (
+    "ours, no grad", "ours, grad", "ours, forward and backward", "ours, CUDA graph",
+    "SDPA, no grad", "SDPA, grad", "SDPA, forward and backward",
+)  # fmt: skip
+
+
+def _dense() -> Iterator[Case]:
+    shapes = list(product((64, 128, 256), ("full", "causal")))
+    for length, (dim, rule) in product((4096, 8192), shapes):
+        early = 3 if length == 4096 else 1 if dim == 128 else 2
+        yield Case("forward", rule, square(length, dim), _FORWARD, early, 14)
+    for length, (dim, rule) in product((4096, 8192), shapes):
+        early = 4 if length == 4096 else {64: 2, 128: 1, 256: 3}[dim]
+        yield Case("backward", rule, square(length, dim), _BACKWARD, early, 20)
+    for dim, rule in shapes:
+        ways = ("triton", *(f"tile {n}" for n in range(_TILES)))
+        yield Case("tiles", rule, square(8192, dim), ways, 3 if dim == 128 else 4, 16)
+
+
+def _variants() -> Iterator[Case]:
+    both = ("triton", "flex")
+    for rule in ("softcap", "alibi", "documents", "window"):
+        yield Case("variants", rule, square(8192, 128), both, 1, 8)
+    for rule in ("softcap", "documents"):
+        yield Case("variants backward", rule, square(8192, 128), both, 2, 16)
+
+
+def _decode() -> Iterator[Case]:
+    """Half a gigabyte of keys and values each: many short caches, one long one."""
+    ways = ("triton", *(f"splits {n}" for n in _SPLITS), "cudnn", "flash", "flex")
+    yield Case("decode", "full", Sizes(16, 64, 8, 1, 8192, 128), ways, 1, 14)
+    yield Case("decode", "full", Sizes(1, 32, 8, 1, 131072, 128), ways, 2, 12)
+
+
+def _maps() -> Iterator[Case]:
+    for density in (1.0, 0.1, 0.3, 0.6):
+        ways = ("triton", "dense", "flex")
+        early = 1 if density in (1.0, 0.1) else 2
+        yield Case("blocks", "blocks", square(8192, 128), ways, early, 10, density)
+
+
+def _numerics() -> Iterator[Case]:
+    for dim, rule in product((128, 64, 256), ("full", "causal")):
+        sizes = Sizes(1, 8, 8, 4096, 4096, dim)
+        yield Case("numerics", rule, sizes, _NUMERICS, 1 if dim == 128 else 3, 6)
+
+
+def next_case(left: Sequence[Case], remaining: float) -> Case | None:
+    """The most important case that fits into the remaining seconds; None if none does."""
+    fitting = [case for case in left if case.guess <= remaining]
+    return min(fitting, key=lambda case: case.importance, default=None)
+
+
+def shrunk(case: Case) -> Case:
+    """The same case for a machine without a GPU: its code and not its speed."""
+    s = case.sizes
+    if case.section == "ceilings":
+        return replace(case, sizes=Sizes(1, 1, 1, 64, 64, 64))
+    group = s.H // s.G
+    if case.section == "decode":
+        # one long cache, or several shorter ones
+        length = 300 if s.B > 1 else 500
+        return replace(case, sizes=Sizes(min(s.B, 2), group, 1, 1, length, 16))
+    # a map has blocks of its own size; others want some tiles and a ragged edge
+    length = 2 * BLOCK if case.rule == "blocks" else 53 if s.T < 8192 else 67
+    return replace(case, sizes=Sizes(1, 2, 2, length, length, s.d // 4))

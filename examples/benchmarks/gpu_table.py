@@ -1,0 +1,229 @@
+"""From results to the table in docs/performance.md, between its two markers.
+
+    {"rows": [{"section": "forward", "ways": ...}]}   ->   | forward, full ... | 480 TFLOP/s | ...
+
+A ratio is taken inside of each round; medians, with the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
+NOT_MEASURED = "not measured"
+# relative distance of two results in bfloat16 above which one of them is wrong
+WRONG = 0.02
+Row = dict[str, Any]
+_NAMES = {
+    "triton": "Triton", "gluon": "Gluon", "cudnn": "cuDNN", "flash": "flash (SDPA)",
+    "flex": "FlexAttention", "dense": "our own dense kernel", "queries": "dq alone",
+    "keys_and_values": "dk and dv alone",
+}  # fmt: skip
+# what a section shows, and against what
+SECTIONS = {
+    "ceilings": ("reading, copying, multiplying", "-"),
+    "forward": ("forward, head dim 64, 128, 256, full and causal", "cuDNN, flash, FlexAttention"),
+    "backward": ("backward", "cuDNN, flash, FlexAttention"),
+    "tiles": ("other tiles", "the picked tile"),
+    "variants": ("soft-cap, ALiBi, documents, window", "FlexAttention"),
+    "variants backward": ("backward of soft-cap, documents", "FlexAttention"),
+    "decode": ("decode", "read bandwidth, FlexAttention"),
+    "blocks": ("maps of blocks", "own dense kernel, FlexAttention"),
+    "numerics": ("error in bfloat16 against float64", "SDPA"),
+    "launch": ("seconds of the host per call", "SDPA"),
+}
+
+
+def table(results: Sequence[Row]) -> str:
+    """The text between the markers; without a result all rows say that they were not measured."""
+    return "\n\n".join(_one(result) for result in results or [{"rows": []}])
+
+
+def _one(result: Row) -> str:
+    lines = ["| what | ours | against |", "|---|---|---|"]
+    ceiling = _ceiling(result)
+    for section, (what, against) in SECTIONS.items():
+        rows = [r for r in result["rows"] if r.get("section") == section and "ways" in r]
+        if not rows:
+            lines.append(f"| {what} | {NOT_MEASURED} | {against} |")
+        for row in rows:
+            lines.append(f"| {title(row)} | {' | '.join(_WRITTEN[section](row, ceiling))} |")
+    notes = [f"- {row['name']}: {row['error']}" for row in result["rows"] if "error" in row]
+    notes += [f"- not measured, out of time: {name}" for name in result.get("dropped", ())]
+    for row in result["rows"]:
+        for way, found in row.get("ways", {}).items():
+            if "error" in found:
+                notes.append(f"- {row['name']}, {_name(way)}: {found['error']}")
+    text = "\n".join(lines)
+    if "gpu" in result:
+        where = ", ".join(
+            f"{key} {result[key]}" for key in ("driver", "torch", "triton") if key in result
+        )
+        head = f"{result['gpu']} ({where}), {result['dtype']}, {result['rounds']} rounds."
+        text = f"{head} {result['method']}\n\n{text}"
+    return "\n\n".join([text, "\n".join(notes)]) if notes else text
+
+
+def title(row: Row) -> str:
+    """What a row is about, by its sizes."""
+    s = row["sizes"]
+    if row["section"] == "ceilings":
+        return "this device"
+    length = f"T = {s['T']}" if s["T"] == s["S"] else f"{s['T']} of {s['S']} keys"
+    heads = f"{s['H']} heads" if s["H"] == s["G"] else f"{s['H']} heads on {s['G']}"
+    what = f"{row['section']}, {row['rule']}"
+    if row["rule"] == "blocks":
+        what = f"blocks of 128, {row['share']:.0%} kept"
+    return f"{what}, B {s['B']}, {heads}, d {s['d']}, {length}"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """`median (smallest to largest)`."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def measured(row: Row, way: str) -> list[float]:
+    """Seconds of a way; none where it failed or its result is wrong."""
+    found = row["ways"].get(way, {})
+    return [] if wrong(found) else found.get("seconds", [])
+
+
+def wrong(found: Row) -> bool:
+    return any(not share <= WRONG for share in found.get("differences", ()))
+
+
+def ratios(row: Row, theirs: str, ours: str) -> list[float]:
+    """How many times faster ours is, in each round; above 1 is good."""
+    pairs = zip(measured(row, theirs), measured(row, ours), strict=False)
+    return [slow / fast for slow, fast in pairs]
+
+
+def _name(way: str) -> str:
+    return _NAMES.get(way, way)
+
+
+def _rates(row: Row, way: str, unit: float, work: str) -> list[float]:
+    amount = row["ways"].get(way, {}).get(work, row.get(work, 0.0))
+    return [amount / s / unit for s in measured(row, way)]
+
+
+def _ceiling(result: Row) -> float:
+    """Bytes a second: the best median of the ways to read or copy a gigabyte; 0 is unknown."""
+    rows = [row for row in result["rows"] if row.get("section") == "ceilings"]
+    found = [_rates(row, way, 1.0, "bytes") for row in rows for way in ("sum", "largest", "copy")]
+    return max((statistics.median(rates) for rates in found if rates), default=0.0)
+
+
+def _absent(row: Row, way: str) -> str:
+    return "wrong numbers" if wrong(row["ways"].get(way, {})) else "failed"
+
+
+# ---------------------------------------------------------------- rows by section
+
+
+def _speeds(row: Row, ceiling: float) -> tuple[str, str]:
+    """TFLOP/s of ours, and for each other way how many times faster ours is."""
+    ours = [way for way in ("triton", "gluon") if way in row["ways"]]
+    others = [w for w in row["ways"] if w not in (*ours, "queries", "keys_and_values")]
+    left = "; ".join(_speed(row, way) for way in ours)
+    right = "; ".join(
+        f"{_name(other)}: {_speed(row, other)}, "
+        + ", ".join(
+            f"{_name(way)} is {spread(r)}x" for way in ours if (r := ratios(row, other, way))
+        )
+        for other in others
+    )
+    return left, right.replace(", ;", ";").removesuffix(", ")
+
+
+def _speed(row: Row, way: str) -> str:
+    rates = _rates(row, way, 1e12, "flops")
+    number = f"{spread(rates, 0)} TFLOP/s" if rates else _absent(row, way)
+    return f"{_name(way)} {number}" if way in ("triton", "gluon") else number
+
+
+def _bandwidth(row: Row, ceiling: float) -> tuple[str, str]:
+    parts = []
+    for way in row["ways"]:
+        rates = _rates(row, way, 1e9, "bytes")
+        number = f"{spread(rates, 0)} GB/s" if rates else _absent(row, way)
+        if rates and ceiling:
+            number += f", {statistics.median(rates) * 1e9 / ceiling:.0%} of reading"
+        if splits := row["ways"][way].get("tile", {}).get("splits"):
+            number += f", {splits} splits"
+        parts.append(f"{_name(way)}: {number}")
+    return parts[0], "; ".join(parts[1:])
+
+
+def _tiles(row: Row, ceiling: float) -> tuple[str, str]:
+    texts = []
+    for way, found in row["ways"].items():
+        tile = found.get("tile", {})
+        text = "x".join(str(tile.get(key, "?")) for key in ("rows", "keys", "warps", "stages"))
+        rates = _rates(row, way, 1e12, "flops")
+        texts.append(f"{text}: {spread(rates, 0) if rates else _absent(row, way)} TFLOP/s")
+    return texts[0], "; ".join(texts[1:])
+
+
+def _ceilings(row: Row, ceiling: float) -> tuple[str, str]:
+    parts = []
+    for way in row["ways"]:
+        unit, name, work = (
+            (1e12, "TFLOP/s", "flops") if way == "product" else (1e9, "GB/s", "bytes")
+        )
+        rates = _rates(row, way, unit, work)
+        parts.append(f"{way} {spread(rates, 0)} {name}" if rates else f"{way} failed")
+    return "-", "; ".join(parts)
+
+
+def _errors(row: Row, ceiling: float) -> tuple[str, str]:
+    def text(way: str) -> str:
+        errors = row["ways"][way].get("errors", {})
+        return f"{_name(way)} " + (
+            ", ".join(f"{name} {value:.1e}" for name, value in errors.items()) or "failed"
+        )
+
+    ways = list(row["ways"])
+    ours = [way for way in ways if way in ("triton", "gluon")]
+    right = []
+    for other in (way for way in ways if way not in ours):
+        theirs, mine = (row["ways"][w].get("errors", {}) for w in (other, "triton"))
+        worst = [mine[n] / theirs[n] for n in theirs if n in mine and theirs[n] > 0]
+        right.append(f"{text(other)}" + (f"; Triton at most {max(worst):.2f}x" if worst else ""))
+    return "; ".join(map(text, ours)), "; ".join(right)
+
+
+def _launches(row: Row, ceiling: float) -> tuple[str, str]:
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for way in row["ways"]:
+        found = measured(row, way)
+        text = f"{spread([s * 1e6 for s in found], 1)} µs" if found else "failed"
+        sides[way.startswith("ours")].append(f"{way}: {text}")
+    return "; ".join(sides[True]), "; ".join(sides[False])
+
+
+_WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
+    **dict.fromkeys(SECTIONS, _speeds),
+    "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth,
+    "numerics": _errors, "launch": _launches,
+}  # fmt: skip
+
+
+def write(page: Path, results: Sequence[Row]) -> None:
+    """Put the table between the markers of a page.
+
+    Raises:
+        ValueError: the page does not hold both markers, once, in order.
+    """
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
+        raise ValueError(f"{page} wants the markers {BEGIN} and {END}, once each, in this order")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""The generated kernels of Selective attention in Triton's interpreter.
+
+Run in a process of its own, with TRITON_INTERPRET=1 from the start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from attention_cases import text
+from selective_cases import CASES, WINDOW, B, Case, call, eager, qkv, with_gradients
+
+from attn_compiler.kernels import devices, gpu, masking_triton
+from attn_compiler.kernels.launch import Tile
+from attn_compiler.kernels.selective import reference, selective_attention
+
+pytestmark = pytest.mark.interpret
+
+# both ways of the two sizes of a tile
+TILES = (Tile(16, 32), Tile(32, 16))
+# pow has no text, dropout's threshold is the attention kernel's own
+NAMES = [name for name in CASES if name != "dropout"]
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("ATTN_COMPILER_CACHE", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setitem(
+        devices.IMPLEMENTATIONS, "cpu", devices.Implementation(gpu.forward, gpu.backward)
+    )
+    monkeypatch.setattr(gpu, "family", lambda device: "ampere")
+    monkeypatch.setattr(gpu, "processors", lambda device: 4)
+    small = Tile(32, 32)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, programs: small)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family: (small, small))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    plain = masking_triton.Scan.launch
+
+    def launch(scan: Any, kernel: str, tensors: Any) -> Any:
+        ran.append(kernel)
+        return plain(scan, kernel, tensors)
+
+    monkeypatch.setattr(masking_triton.Scan, "launch", launch)
+    monkeypatch.setitem(masking_triton.TILES_32_BITS, 64, TILES[NAMES.index(name) % 2])
+    case = CASES[name]
+    ours = with_gradients(case, selective_attention, torch.float32)
+    usual = with_gradients(case, eager, torch.float32)
+    exact = with_gradients(case, reference, torch.float32, wide=True)
+    own = case.grads and case.options(9).get("select_from") == "logits"
+    assert ran == (
+        ["amounts"] if own or name == "temperature" else ["amounts", "amounts", "unmask"]
+    )
+    for number, (a, b, c) in enumerate(zip(ours, usual, exact, strict=True)):
+        keep = c.isfinite()
+        assert torch.equal(keep, a.isfinite()), number
+        x, y, z = (t.double()[keep] for t in (a, b if number != 1 else a, c))
+        budget = 4 * float((y - z).abs().max()) + 2e-6 * max(1.0, float(z.abs().max()))
+        assert float((x - z).abs().max()) <= budget, number
+
+
+def test_a_carry() -> None:
+    """Rows after others: what they carried is subtracted, protected and handed on."""
+    q, k, v = qkv(torch.float32)
+    case = Case(text(mask=WINDOW.replace("q", "(q + (S - T))")), ints=(23,))
+    carry = torch.rand(B, 11) * 3
+    carry[:, 2] = -1
+    given = [q[:, :, 11:], k, v]
+    ours = call(case, selective_attention, given, {"carry": carry}, [])
+    exact = call(case, reference, [x.double() for x in given], {"carry": carry.double()}, [])
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert (ours[2][:, 2] == -1).all()

@@ -1,0 +1,112 @@
+"""When maps have settled: the rule of the method, step by step."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attn_compiler.errors import BadOption
+from attn_compiler.train.criterion import SwitchCriterion
+
+
+def at(x: float) -> Tensor:
+    """A map at a distance from another that is the difference of their numbers."""
+    return torch.tensor([[x, 0.0], [0.0, 0.0]])
+
+
+def looks(numbers: list[float], **options: Any) -> tuple[list[bool], list[float]]:
+    criterion = SwitchCriterion(**options)
+    said, changes = [], []
+    for x in numbers:
+        said.append(criterion.look({"a": at(x)}))
+        changes.append(criterion.changes.get("a", -1.0))
+    return said, changes
+
+
+def test_the_third_look_is_measured_against_the_first() -> None:
+    # distances: |10 - 0|, |19 - 0| to the first map, then |20 - 19| to the one before
+    said, changes = looks([0, 10, 19, 20])
+    assert changes == pytest.approx([-1, -1, 90, 100 * 18 / 19])
+    assert not any(said)
+    # against the map before: 10, 9, 1
+    said, changes = looks([0, 10, 19, 20], transition="clean")
+    assert changes == pytest.approx([-1, -1, 10, 10])
+    assert said == [False, False, True, True]
+
+
+def test_the_earliest_switch() -> None:
+    assert looks([0, 10, 10])[0] == [False, False, True]
+    assert looks([0, 10, 11.4])[0] == [False, False, True]
+    assert looks([0, 10, 11.5])[0] == [False, False, False]  # 15 is not below 15
+    assert looks([0, 10, 11.5], percent=15.1)[0] == [False, False, True]
+
+
+def test_maps_that_do_not_move() -> None:
+    assert looks([4, 4, 4]) == ([False, False, True], [-1, -1, 0])
+
+
+def test_distances_that_double_never_settle() -> None:
+    numbers, step = [0.0, 1.0, 2.0], 4.0  # distances 1, 2 to the first map, then 4, 8, ...
+    for _ in range(20):
+        numbers.append(numbers[-1] + step)
+        step *= 2
+    said, changes = looks(numbers)
+    assert not any(said) and changes[2:] == pytest.approx([100] * 21)
+
+
+def test_every_layer_has_to_settle() -> None:
+    criterion = SwitchCriterion()
+    for a, b in ((0, 0), (10, 10)):
+        assert not criterion.look({"a": at(a), "b": at(b)})
+    assert not criterion.look({"a": at(10), "b": at(20)})
+    assert criterion.changes == {"a": 0.0, "b": 100.0}
+
+
+def test_once_settled_it_stays_so() -> None:
+    criterion = SwitchCriterion()
+    for x in (0, 10, 10):
+        criterion.look({"a": at(x)})
+    assert criterion.settled and criterion.look({}) and criterion.looks == 3
+    assert criterion.state_dict()["references"] == {}
+
+
+def test_maps_may_be_written_over() -> None:
+    criterion, a = SwitchCriterion(), at(0)
+    for x in (0, 10, 19):
+        a[0, 0] = x
+        said = criterion.look({"a": a})
+    assert not said and criterion.changes["a"] == pytest.approx(90)
+
+
+@pytest.mark.parametrize("split", range(5))
+@pytest.mark.parametrize("transition", ["code", "clean"])
+def test_a_training_that_is_resumed(split: int, transition: Any) -> None:
+    numbers = [0.0, 10.0, 19.0, 40.0, 59.5]
+    whole = looks(numbers, transition=transition)
+    first, second = (SwitchCriterion(transition=transition) for _ in range(2))
+    said = [first.look({"a": at(x)}) for x in numbers[:split]]
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    said += [second.look({"a": at(x)}) for x in numbers[split:]]
+    assert (said, second.changes["a"]) == (whole[0], whole[1][-1])
+
+
+def test_what_is_refused() -> None:
+    for options, message in (({"percent": 0.0}, "percent"), ({"transition": "x"}, "transition")):
+        with pytest.raises(BadOption, match=message):
+            SwitchCriterion(**options)  # type: ignore[arg-type]
+    criterion = SwitchCriterion()
+    with pytest.raises(BadOption, match="no map"):
+        criterion.look({})
+    criterion.look({"a": at(0)})
+    for maps in ({"b": at(0)}, {"a": torch.zeros(3, 3)}, {"a": at(0), "b": at(0)}):
+        with pytest.raises(BadOption, match="seen before"):
+            criterion.look(maps)
+    with pytest.raises(BadOption, match="not the state"):
+        criterion.load_state_dict({"looks": 1})
