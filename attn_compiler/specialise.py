@@ -168,6 +168,8 @@ def _follow(
     with oblivious():
         call.record(guide.base, values)
         _sweep(recorder.graph)
+    if _answers(recorder) != _answers(guide.recorder):
+        raise Mismatch
     recorder.inspect(guide.bypassed)
     call.module_checks()
     call.guard_checks(guide.demands)
@@ -175,6 +177,11 @@ def _follow(
     graph = guide.module.graph
     with _patched(graph, guide.recorded, _constants(recorder.graph)):
         return Variant(_text(names_of(guide.base.forward), call, graph), call.names), report
+
+
+def _answers(recorder: Recorder) -> list[tuple[type, Any]]:
+    """What opaque objects said where the code took a branch on it: the graph checks it again."""
+    return [(type(a.value), a.value) for a in recorder.assumptions]
 
 
 def _bypassed(graph: fx.Graph) -> tuple[str, ...]:

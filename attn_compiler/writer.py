@@ -21,7 +21,7 @@ from attn_compiler.symbols import CaptureError, Symbols
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _WRITABLE = (*CONSTANTS, fx.Node, int, type(...), torch.layout, torch.memory_format)
-_TRACING = ("attn_compiler.record", "torch.overrides", __name__)
+_TRACING = ("attn_compiler.record", "attn_compiler.listen", "torch.overrides", __name__)
 
 
 class Writer:

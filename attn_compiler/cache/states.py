@@ -125,7 +125,11 @@ class States:
     def stands_for(self, x: Tensor) -> bool:
         """Was it made of this very tensor, and is it as it was then?"""
         given = None if self._given is None else self._given()
-        return given is x and self.changes == 0 and self._version == _version(self.x)
+        return given is x and self.changes == 0 and not self._overwritten()
+
+    def _overwritten(self) -> bool:
+        now = _version(self.x)
+        return self._version is not None and now is not None and now != self._version
 
     @property
     def rows(self) -> int:
@@ -137,7 +141,7 @@ class States:
         Raises:
             UnsupportedCall: somebody has written to a tensor that was borrowed.
         """
-        if self._version != _version(self.x):
+        if self._overwritten():
             raise UnsupportedCall(
                 "the states that a cache holds were overwritten",
                 why=("the encoder's output is kept instead of keys and values made of it",),
@@ -205,9 +209,11 @@ class States:
         return key.repeat_interleave(self.beams, 0), value.repeat_interleave(self.beams, 0)
 
 
-def _version(x: Tensor) -> int:
+def _version(x: Tensor) -> int | None:
     """Counts the writes to its storage, where they are counted."""
-    return 0 if x.is_inference() else x._version
+    if torch.compiler.is_compiling() or x.is_inference():
+        return None
+    return x._version
 
 
 def equal_neighbours(x: Tensor) -> int:

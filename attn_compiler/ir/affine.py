@@ -86,6 +86,8 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
     looked at.
     """
     weights = {n: p for n, p in module._parameters.items() if p is not None}
+    if _listened_to(module):
+        return None
     if type(module) is nn.Linear:
         return "weight", "bias" if "bias" in weights else None, False
     matrices = [n for n, p in weights.items() if p.dim() == 2]
@@ -107,10 +109,22 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
     return matrices[0], vectors[0] if vectors else None, transposed
 
 
+def _listened_to(module: nn.Module) -> bool:
+    """Does calling the module run more than its class's forward?"""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def _inside(module: nn.Module, call: fx.Node) -> list[fx.Node]:
     """The ATen operations of a module's forward; none where it cannot be traced."""
-    width = [ax.hint(n) for n in ops.value(call.all_input_nodes[0]).shape]
-    x = torch.empty(*(3 for _ in width[:-1]), width[-1], dtype=ops.value(call).dtype, device="meta")
+    given = ops.value(call.all_input_nodes[0])
+    sizes = [ax.hint(n) for n in given.shape]
+    x = torch.empty(sizes, dtype=given.dtype, device="meta")
     names = [n for n, p in module._parameters.items() if p is not None]
     weights = [torch.empty_like(p, device="meta") for p in module.parameters(recurse=False)]
 

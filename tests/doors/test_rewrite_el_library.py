@@ -1,0 +1,185 @@
+"""rewrite(transformers model, to=ELAttention()): the same tokens through generate(), a cache of
+hidden states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from doors.test_rewrite_el import Counted
+from torch import nn
+
+import attn_compiler as ac
+
+tf = pytest.importorskip("transformers")
+layer = pytest.importorskip("attn_compiler.cache.layer")
+_PAIR = {
+    "d_model": 64,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 100,
+}
+_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+_SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "hidden_size": 64}
+_TOKENS = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
+# the attentions with a cache, and the model
+MODELS: dict[str, tuple[int, Any]] = {
+    "bart": (4, lambda a: tf.BartForConditionalGeneration(tf.BartConfig(**_PAIR, **a))),
+    "mbart": (
+        4,
+        lambda a: tf.MBartForConditionalGeneration(
+            tf.MBartConfig(**_PAIR, **a, decoder_start_token_id=2)
+        ),
+    ),
+    "marian": (4, lambda a: tf.MarianMTModel(tf.MarianConfig(**_PAIR, **_TOKENS, **a))),
+    "pegasus": (4, lambda a: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**_PAIR, **a))),
+    "t5": (
+        4,
+        lambda a: tf.T5ForConditionalGeneration(tf.T5Config(**_T5, decoder_start_token_id=0, **a)),
+    ),
+    "mt5": (
+        4,
+        lambda a: tf.MT5ForConditionalGeneration(
+            tf.MT5Config(**_T5, decoder_start_token_id=0, **a)
+        ),
+    ),
+    "whisper": (
+        4,
+        lambda a: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(
+                **(_PAIR | _TOKENS),
+                num_mel_bins=8,
+                max_source_positions=13,
+                max_target_positions=40,
+                suppress_tokens=None,
+                begin_suppress_tokens=None,
+                **a,
+            )
+        ),
+    ),
+    "gpt2": (
+        2,
+        lambda a: tf.GPT2LMHeadModel(
+            tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, **a)
+        ),
+    ),
+    "opt": (2, lambda a: tf.OPTForCausalLM(tf.OPTConfig(**_SMALL, ffn_dim=96, **a))),
+}
+WAYS = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 5},
+}
+
+
+def example(name: str) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(2)
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 26, generator=draw)}
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    return {"input_ids": torch.randint(4, 90, (2, 7), generator=draw), "attention_mask": mask}
+
+
+def made(name: str, attention: str) -> tuple[nn.Module, nn.Module]:
+    """A model whose random weights are large enough for other tokens at other places, and the same
+    rewritten.
+    """
+    torch.manual_seed(0)
+    model = MODELS[name][1]({"attn_implementation": attention}).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.dim() > 1 else 1)
+    kwargs = example(name)
+    if model.config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = torch.randint(4, 90, (2, 5))
+    new = ac.rewrite(model, (), kwargs, to=ac.ELAttention())
+    taken = [s for s in ac.last_report().sites if s.decision.accepted]
+    assert len(taken) == MODELS[name][0], str(ac.last_report())
+    assert {s.decision.variant for s in taken} == {"el"}
+    return model, new
+
+
+def same_tokens(name: str, attention: str) -> None:
+    model, new = made(name, attention)
+    for way, options in WAYS.items():
+
+        def tokens(module: Any, options: dict[str, Any] = options) -> torch.Tensor:
+            torch.manual_seed(3)
+            lengths = {"max_new_tokens": 12, "min_new_tokens": 12}
+            return module.generate(**example(name), **options, **lengths)  # type: ignore[no-any-return]
+
+        expected = tokens(model)
+        assert torch.equal(tokens(new), expected), way
+        with Counted() as counted:
+            # all kinds of calls are known by now
+            assert torch.equal(tokens(new), expected), way
+        # every layer of every step
+        assert counted.found["el_attention"] >= 11 * MODELS[name][0], way
+
+
+def test_bart() -> None:
+    same_tokens("bart", "sdpa")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", MODELS)
+def test_same_tokens(name: str, attention: str) -> None:
+    same_tokens(name, attention)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def reachable(thing: Any, seen: set[int] | None = None) -> dict[int, int]:
+    """Bytes of the storages of all tensors that can be reached from something."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or isinstance(thing, type | str | int | float | nn.Module):
+        return {}
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        storage = thing.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    children = list(getattr(thing, "__dict__", {}).values())
+    children += thing.values() if isinstance(thing, dict) else ()
+    children += thing if isinstance(thing, list | tuple) else ()
+    return {k: v for child in children for k, v in reachable(child, seen).items()}
+
+
+def kept_bytes(model: nn.Module, beams: int, length: int) -> tuple[int, int]:
+    """What generate() keeps of the input, and of what it has written: encoder states and the cache
+    of cross-attention, the cache of self-attention.
+    """
+    given: list[Any] = []
+    hook = model.register_forward_pre_hook(
+        lambda m, args, kwargs: given.append(kwargs["encoder_outputs"]), with_kwargs=True
+    )
+    ids = torch.randint(4, 90, (2, length), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "return_dict_in_generate": True}
+    past = model.generate(input_ids=ids, num_beams=beams, **options).past_key_values
+    hook.remove()
+    cross = reachable([past.cross_attention_cache, given[-1]])
+    return sum(cross.values()), sum(reachable(past.self_attention_cache).values())
+
+
+@pytest.mark.slow
+def test_bytes_of_caches() -> None:
+    """12 layers, 4 beams: an encoder state for each beam, which the library keeps anyway, instead
+    of that and 2 x 12 tensors of its size.
+    """
+    config = tf.BartConfig(**(_PAIR | {"decoder_layers": 12}), attn_implementation="sdpa")
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(config).eval()
+    kwargs = {**example("bart"), "decoder_input_ids": torch.randint(4, 90, (2, 5))}
+    new = ac.rewrite(model, (), kwargs, to=ac.ELAttention())
+    theirs, ours = kept_bytes(model, 4, 97), kept_bytes(new, 4, 97)
+    state = 2 * 97 * 64 * 4
+    assert theirs[0] == (2 * 12 + 1) * 4 * state and ours[0] == 4 * state
+    assert theirs[1] == 2 * ours[1]
