@@ -70,11 +70,11 @@ class _Search:
             except CaptureError as error:
                 refusal = refusal or error
                 continue
-            if best is None or attempt.report.rewritten > best[1].report.rewritten:
+            if best is None or self._gain(attempt) > self._gain(best[1]):
                 best = level, attempt
             if attempt.complete:
                 break
-        if best is not None and best[1].report.rewritten:
+        if best is not None and self._gain(best[1]):
             self.levels[type(self.model.get_submodule(anchor))] = best[0]
             self._install(best[1])
         elif best is not None:
@@ -83,6 +83,11 @@ class _Search:
             log.info("%s: %s: %s", anchor, refusal.code, refusal.text)
             missed = Missed("", refusal.code, refusal.text, anchor)
             self.reports.append(Report(missed=(missed,)))
+
+    def _gain(self, attempt: _Attempt) -> int:
+        """How many attentions it rewrites that no owner below it has rewritten already."""
+        accepted = (s.path for s in attempt.report.sites if s.decision.accepted)
+        return sum(not any(_within(path, owner) for owner in self.owners) for path in accepted)
 
     def _candidates(self, anchor: str) -> list[tuple[int, str]]:
         stack = self.example.stacks[anchor][::-1][:_HIGHEST]

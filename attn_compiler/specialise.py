@@ -26,7 +26,7 @@ from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
 from attn_compiler.opaque import settle
 from attn_compiler.pipeline import compile_graph
-from attn_compiler.record import Recorder, is_bare
+from attn_compiler.record import Recorder, is_bare, plain_module
 from attn_compiler.report import Report
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
 
@@ -169,6 +169,8 @@ def _follow(
         call.record(guide.base, values)
         _sweep(recorder.graph)
     if _answers(recorder) != _answers(guide.recorder):
+        raise Mismatch
+    if not all(plain_module(owner.get_submodule(path)) for path in guide.bypassed):
         raise Mismatch
     recorder.inspect(guide.bypassed)
     call.module_checks()

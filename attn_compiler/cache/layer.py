@@ -153,11 +153,11 @@ def hold(cache: Any, index: int, x: Tensor, maps: Maps, borrowed: bool) -> State
     """Put x into an empty layer of a cache, or behind what it holds.
 
     Returns:
-        The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded, or
-        holds keys already.
+        The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded,
+        holds keys already, or what another model makes its keys of.
     """
     layer = layer_for(cache, index)
-    if type(layer) is StatesLayer:
+    if type(layer) is StatesLayer and layer.maps.same(maps):
         layer.append(x)
         return layer
     if type(layer) is not DynamicLayer or layer.get_seq_length():

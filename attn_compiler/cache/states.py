@@ -70,6 +70,13 @@ class Maps:
     def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
         return self
 
+    def same(self, other: Maps) -> bool:
+        """Are they of the same parameters?"""
+        if self.rows != other.rows:
+            return False
+        pairs = zip(self._weights, other._weights, strict=True)
+        return all((a and a()) is (b and b()) for a, b in pairs)
+
     def views(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """w_k [G, d, D], b_k [G, d], w_v [G, dv, D], b_v [G, dv].
 

@@ -156,6 +156,16 @@ def test_setting_keys() -> None:
     same(ours, theirs)
 
 
+def test_what_two_models_have_written() -> None:
+    one, other, x, more = Projections(), Projections(), states(2, 7), states(2, 1)
+    other.k.weight.mul_(1.5)
+    ours, theirs = caches(one, x, True)
+    for index in range(2):
+        el.keep(ours, (more, other.weights, False), (ROWS, ROWS), index)
+        theirs.update(*other(more), index)
+    same(ours, theirs)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_copies(again: Any) -> None:
     made, x = Projections(), states(2, 7)

@@ -239,6 +239,33 @@ def test_hooks_on_a_projection_are_not_passed_over() -> None:
     assert type(past.layers[0]) is not layer.StatesLayer
 
 
+class Two(nn.Module):
+    """Two layers, of which the second does not do what the first does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Attend(), Attend()
+        self.second.k.register_forward_hook(lambda m, args, out: out * 1.5)
+
+    def forward(self, x: Tensor, past: Any, other: Any) -> Tensor:
+        return self.second(self.first(x, past), other)  # type: ignore[no-any-return]
+
+
+def test_a_layer_with_a_hook_does_not_follow_one_without() -> None:
+    model = Two().eval()
+    new = ac.rewrite(model, (draw(2, 7), tf.DynamicCache(), tf.DynamicCache()), to=ac.ELAttention())
+    assert [s.decision.variant for s in ac.last_report().sites] == ["el", ""]
+    pasts = [[tf.DynamicCache(), tf.DynamicCache()] for _ in range(2)]
+    for length in (7, 1, 1):
+        with torch.no_grad():
+            ours, theirs = (
+                m(draw(2, length), *past) for m, past in zip((new, model), pasts, strict=True)
+            )
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert type(pasts[0][0].layers[0]) is layer.StatesLayer
+    assert type(pasts[0][1].layers[0]) is not layer.StatesLayer
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_computes_with_its_own_weights(again: Any) -> None:
     model = Attend()

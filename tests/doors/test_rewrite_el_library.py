@@ -135,6 +135,26 @@ def test_same_tokens(name: str, attention: str) -> None:
     same_tokens(name, attention)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_a_static_cache_holds_keys(name: str) -> None:
+    model, new = made(name, "eager")
+    options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
+    lengths = {"max_new_tokens": 12, "min_new_tokens": 12}
+    found = [m.generate(**example(name), **options, **lengths) for m in (model, new)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.slow
+def test_weights_that_are_asked_for() -> None:
+    model, new = made("bart", "eager")
+    kwargs = {**example("bart"), "decoder_input_ids": torch.tensor([[5, 7, 11], [13, 17, 19]])}
+    with torch.no_grad():
+        ours, theirs = (m(**kwargs, output_attentions=True) for m in (new, model))
+    for mine, other in zip(ours.cross_attentions, theirs.cross_attentions, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- bytes
 
 
