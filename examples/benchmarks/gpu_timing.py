@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.cost.hardware import Hardware
 from attn_compiler.kernels import gpu
 
 _SCRATCH = 2**28
@@ -47,27 +48,27 @@ class Machine:
 
     Attributes:
         device, dtype: of the tensors.
-        family, processors: as `kernels.gpu` and `kernels.gpu_tiles` name them.
+        family, hardware: as `kernels.gpu` and `kernels.gpu_tiles` name them.
         scratch: what is written between calls; None on a CPU.
     """
 
     device: torch.device
     dtype: torch.dtype
     family: str
-    processors: int
+    hardware: Hardware | None
     scratch: Tensor | None = None
 
     @staticmethod
     def of(name: str) -> Machine:
         """The GPU in bfloat16; or the CPU, in float32, as if it were a small GPU."""
         if name == "cpu":
-            return Machine(torch.device("cpu"), torch.float32, "ampere", 4)
+            return Machine(torch.device("cpu"), torch.float32, "ampere", None)
         device = torch.device("cuda", torch.cuda.current_device())
         return Machine(
             device,
             torch.bfloat16,
             gpu.family(device),
-            gpu.processors(device),
+            gpu.hardware(device),
             torch.empty(_SCRATCH, dtype=torch.int8, device=device),
         )
 

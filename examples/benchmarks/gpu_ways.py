@@ -111,7 +111,7 @@ def _maker(name: str, backward: bool) -> Maker:
 
 def picked(call: Call) -> Tile:
     """What `kernels.gpu` would launch."""
-    return forward_tile(call.given, call.machine.family, call.machine.processors)
+    return forward_tile(call.given, call.machine.family, call.machine.hardware)
 
 
 def _triton(call: Call, tile: Tile | None = None) -> Way:
@@ -154,11 +154,10 @@ def _liked(number: int, call: Call) -> Way:
     if call.problem is None:
         raise NotHere("the cost model knows bands only")
     # without a GPU that of the family which the machine stands for
-    cuda = call.machine.cuda
-    hardware = Hardware.from_device(call.machine.device) if cuda else Hardware.named("a100")
+    hardware = call.machine.hardware or Hardware.named("a100")
     own = picked(call)
     tiles = [
-        Tile(t.block_m, t.block_n, t.warps, t.stages, t.heads, t.splits)
+        Tile(t.block_m, t.block_n, t.warps, t.stages, t.heads, t.splits, own.descriptors)
         for t, _ in choose(hardware, call.problem)
     ]
     others = [tile for tile in tiles if tile != own]
@@ -225,7 +224,7 @@ def _before_backward(call: Call) -> tuple[Inputs, tuple[Tensor, Tensor], tuple[T
     if not call.machine.family:
         raise NotHere("Triton uses no matrix units here")
     saved = flash_triton.forward(Frame(given), picked(call))
-    return given, saved, backward_tiles(given, call.machine.family)
+    return given, saved, backward_tiles(given, call.machine.family, call.machine.hardware)
 
 
 # ---------------------------------------------------------------- theirs
