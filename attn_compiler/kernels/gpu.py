@@ -10,6 +10,7 @@ no kernel can be generated for runs the composite ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from attn_compiler.kernels import flash_triton, flash_triton_backward, sdpa_gpu
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
 from attn_compiler.kernels.gpu_tiles import SHORT, backward_tiles, forward_tile
 
+log = logging.getLogger("attn_compiler")
 Name = Literal["cudnn", "flash", "triton", "composite"]
 
 
@@ -33,11 +35,15 @@ def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     name = next(candidates(given))
     if name == "composite":
         return composite.forward(given)
-    if name != "triton":
+    if name == "triton":
+        device = given.q.device
+        tile = forward_tile(given, family(device), hardware(device))
+        return flash_triton.forward(Frame(given), tile)
+    try:
         return sdpa_gpu.forward(name, given)
-    device = given.q.device
-    tile = forward_tile(given, family(device), hardware(device))
-    return flash_triton.forward(Frame(given), tile)
+    except RuntimeError as error:  # torch refuses some calls only when they are made
+        _give_up(name, given, error)
+        return forward(given)
 
 
 def backward(
@@ -53,13 +59,16 @@ def backward(
         for i, need in enumerate(needs)
         if need
     }
-    found: Any
     if name == "triton":
         device = given.q.device
         tiles = backward_tiles(given, family(device), hardware(device))
         found = flash_triton_backward.backward(Frame(given), grad, saved, into, tiles)
     else:
-        found = sdpa_gpu.backward(name, given, grad, saved)
+        try:
+            found = sdpa_gpu.backward(name, given, grad, saved)
+        except RuntimeError as error:
+            _give_up(name, given, error)
+            return backward(given, grad, saved, needs)
     dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, given.qkv, strict=True))
     return dq, dk, dv, [grad.to(given.reads[i].dtype) for i, grad in into.items()]
 
@@ -69,11 +78,27 @@ def candidates(given: Inputs) -> Iterator[Name]:
     if all(x.numel() for x in given.qkv):
         if given.q.shape[2] > SHORT:  # a short query wants its keys divided among programs
             for backend in backends(given.q.device):
-                if sdpa_gpu.available(backend) and not sdpa_gpu.refusal(backend, given):
+                known = _kind(backend, given) not in _given_up and sdpa_gpu.available(backend)
+                if known and not sdpa_gpu.refusal(backend, given):
                     yield backend
         if generates(given):
             yield "triton"
     yield "composite"
+
+
+_given_up: set[tuple[Any, ...]] = set()
+
+
+def _kind(name: Name, given: Inputs) -> tuple[Any, ...]:
+    """Calls that a backend takes or refuses together."""
+    sizes = (given.q.shape[1:], given.k.shape[1:])
+    return name, given.q.dtype, given.q.device, given.program, sizes
+
+
+def _give_up(name: Name, given: Inputs, error: RuntimeError) -> None:
+    """Ask this backend no more for calls like this one."""
+    log.warning("%s does not take a call that it should take: %s", name, error)
+    _given_up.add(_kind(name, given))
 
 
 def generates(given: Inputs) -> bool:

@@ -81,3 +81,27 @@ def test_results_lie_where_the_operator_says(backend: sdpa_gpu.Backend, kv_heads
             )  # fmt: skip
         grads = sdpa_gpu.backward(backend, given, out, (out, lse))
         assert [g.shape for g in grads] == [x.shape for x in given.qkv]
+
+
+def test_a_backend_that_fails_is_asked_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What torch refuses only when it is called: the next candidate runs, here that of a CPU."""
+    asked: list[str] = []
+
+    def fails(backend: str, *_: object) -> None:
+        asked.append(backend)
+        raise RuntimeError("no plan for this shape")
+
+    monkeypatch.setattr(gpu, "family", lambda device: "")
+    monkeypatch.setattr(gpu, "_given_up", set())
+    monkeypatch.setattr(sdpa_gpu, "forward", fails)
+    monkeypatch.setattr(sdpa_gpu, "backward", fails)
+    q, k, v = (torch.randn(2, 4, 33, 16, dtype=torch.float16) for _ in range(3))
+    given = Inputs.of(q, k, v, [], [], None, program=text(), scale=0.25, dropout=0.0)
+    for _ in range(2):
+        out, lse = gpu.forward(given)
+        torch.testing.assert_close(out, (q @ k.mT * 0.25).softmax(-1) @ v, rtol=1e-2, atol=1e-2)
+        gpu.backward(given, torch.ones_like(out), (out, lse), [])
+    assert asked == ["cudnn", "flash"]
+    assert "no plan for this shape" in caplog.text
