@@ -98,7 +98,8 @@ def explain(
     Raises:
         BadOption: an option or the example is wrong.
     """
-    config = replace(_config(to, hardware, "keep"), keep_graphs=True)
+    installs = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+    config = replace(_config(to, hardware, "keep"), keep_graphs=True, installs=installs)
     args, kwargs = _example(args, kwargs)
     if isinstance(model, ExportedProgram):
         report = compile_graph(copy.deepcopy(model.graph_module), config)

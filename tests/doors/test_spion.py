@@ -181,6 +181,14 @@ def _codes() -> set[str]:
     return {r.code for site in ac.last_report().sites for r in site.decision.reasons}
 
 
+def test_explain_says_what_rewrite_would_do(model: Model) -> None:
+    report = ac.explain(model, (draw(),), to=SPEC)
+    assert [s.decision.variant for s in report.sites] == ["spion", "spion"]
+    assert "attn_blocks_0[q // 16, k // 16]" not in report.graph_before
+    assert "q // 16, k // 16" in report.graph_after
+    assert not [name for name, _ in model.named_buffers()]
+
+
 def test_a_backend_cannot_install_it(model: Model) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="attn_compiler", options={"to": SPEC, "then": "eager"})
