@@ -73,11 +73,11 @@ def test_seeds_that_once_failed(seed: int, dynamic: bool) -> None:
 
 
 def test_a_few_random_graphs() -> None:
-    assert sum(_try(seed, bool(seed % 2)) for seed in range(60)) > 10
+    assert sum(_try(seed, bool(seed % 2)) for seed in range(30)) > 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(1, 25))
+@pytest.mark.parametrize("chunk", range(25))
 def test_many_random_graphs(chunk: int) -> None:
     first = chunk * CHUNK
     assert sum(_try(seed, bool(seed % 2)) for seed in range(first, first + CHUNK)) > 20
