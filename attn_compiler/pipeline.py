@@ -21,7 +21,7 @@ from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
-from attn_compiler.ir.provenance import location, module
+from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
     FunctionalRegion,
@@ -164,12 +164,12 @@ def _visit(
     work: _Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]
 ) -> None:
     """Try the nodes that may end this candidate, the first that works is taken."""
-    refusals: list[tuple[fx.Node, Reason]] = []
+    refusals: list[tuple[Reason, fx.Node | None]] = []
     if not candidate.ends:
         reason = Reason(
             "not_attention.no_value_product", "the softmax never meets a product with values"
         )
-        refusals.append((candidate.anchor, reason))
+        refusals.append((reason, None))
     for end in candidate.ends:
         if end in work.done:
             return
@@ -177,16 +177,17 @@ def _visit(
         try:
             found = _raise(work, end, position, writers)
         except (NotAttention, RegionError) as refusal:
-            refusals.append((end, Reason(refusal.code, refusal.text, where)))
+            node = refusal.node if isinstance(refusal, NotAttention) else None
+            refusals.append((Reason(refusal.code, refusal.text, where), node))
         except Exception as error:  # only looked so far: the model compiles without this rewrite
             log.warning("internal error at %s, left as it is", where, exc_info=True)
             text = f"an error of attn_compiler, please report it: {type(error).__name__}: {error}"
-            refusals.append((end, Reason("internal.error", text, where)))
+            refusals.append((Reason("internal.error", text, where), None))
         else:
             _decide(work, *found)
             work.done.add(end)
             return
-    _miss(work, candidate.anchor, refusals[0][1])
+    _miss(work, candidate.anchor, *refusals[0])
 
 
 def _raise(
@@ -196,13 +197,32 @@ def _raise(
         return recognise_flex(end)
     region = cut(end, position, writers)
     functional = functionalise(region, work.state, work.memo)
-    return region, functional, recognise(functional)
+    try:
+        return region, functional, recognise(functional)
+    except NotAttention as refusal:
+        node = _in_host(functional, refusal.node)
+        raise NotAttention(refusal.code, refusal.text, node) from refusal
 
 
-def _miss(work: _Work, node: fx.Node, reason: Reason) -> None:
+def _in_host(functional: FunctionalRegion, node: fx.Node | None) -> fx.Node | None:
+    """The operation of the user's graph that a functional one belongs to."""
+    host = {n: h for h, n in reversed(list(functional.of_host.items()))}
+    pending = [node] if node is not None else []
+    for found in pending:  # one operation may be several functional ones: the last has a host
+        if found in host:
+            return host[found]
+        pending += [user for user in found.users if user not in pending]
+    return None
+
+
+def _miss(work: _Work, node: fx.Node, reason: Reason, misfit: fx.Node | None = None) -> None:
     path, _ = module(node)
     log.info("%s: %s", path or location(node), reason)
-    work.missed.append(Missed(location(node), reason.code, reason.text, path))
+    operation = ""
+    if misfit is not None and location(misfit):
+        operation = f"{ops.name(misfit)} at {location(misfit)}: {source_line(misfit)}"
+    line = source_line(node)
+    work.missed.append(Missed(location(node), reason.code, reason.text, path, line, operation))
 
 
 def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
@@ -246,7 +266,8 @@ def _chosen(
         seen = show_kernels(region, core, work.config.hardware)
         if seen is not None:
             decision = replace(decision, tile=seen.tile, predicted_seconds=seen.seconds)
-            site = replace(site, facts={**site.facts, "kernel": _named(seen)})
+            limit = {"limit": seen.limit} if seen.limit else {}
+            site = replace(site, facts={**site.facts, "kernel": _named(seen), **limit})
             work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
     return replace(site, decision=decision)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,7 @@ class Report:
     def __str__(self) -> str:
         found = f"{len(self.sites)} attention sites, {self.rewritten} rewritten"
         lines = [f"{found}, {len(self.missed)} look-alikes left alone"]
-        for sites in _alike(self.sites):
+        for sites in alike(self.sites):
             lines += _site_lines(sites)
         for missed in self.missed:
             where = missed.path or "the root"
@@ -72,7 +73,7 @@ _SAME = (
 )  # fmt: skip
 
 
-def _alike(sites: tuple[AttentionSite, ...]) -> list[list[AttentionSite]]:
+def alike(sites: Iterable[AttentionSite]) -> list[list[AttentionSite]]:
     """Repeated layers folded: sites that differ in nothing but their path."""
     groups: dict[Any, list[AttentionSite]] = {}
     for site in sites:
@@ -120,6 +121,7 @@ def _site_dict(site: AttentionSite) -> dict[str, Any]:
         "path": site.path,
         "owner": site.owner,
         "location": site.location,
+        "line": site.line,
         "kind": str(site.kind),
         "phases": [str(p) for p in site.phases],
         "query_heads": site.query_heads,

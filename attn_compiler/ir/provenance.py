@@ -13,19 +13,27 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.axes import hint
 from attn_compiler.ir.site import Projection
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)[^\n]*(?:\n {4}([^\n]+))?')
 _FARTHEST = 64
 
 
 def location(node: fx.Node | None) -> str:
     """The innermost line of the user's code that ran this operation, "file.py:88"."""
+    file, number, _ = _frame(node)
+    return f"{Path(file).name}:{number}" if file else ""
+
+
+def source_line(node: fx.Node | None) -> str:
+    """The text of that line, as far as the tracer kept it."""
+    return _frame(node)[2].strip()
+
+
+def _frame(node: fx.Node | None) -> tuple[str, str, str]:
     trace = node.meta.get("stack_trace") if node is not None else None
     frames = _FRAME.findall(trace) if trace else []
     torch_home = str(Path(torch.__file__).parent)
-    for file, line in reversed(frames):
-        if not file.startswith(torch_home):
-            return f"{Path(file).name}:{line}"
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    users = [frame for frame in frames if not frame[0].startswith(torch_home)]
+    return (users or frames or [("", "", "")])[-1]
 
 
 def module(node: fx.Node) -> tuple[str, str]:

@@ -100,6 +100,7 @@ class AttentionSite:
         facts: further findings by name ("rotary", "cache", "spelling").
         obstacles: why a cache cannot hold what keys and values are made of in their place; None
             where nobody has asked.
+        line: the text at `location`.
         decision: what was chosen.
     """
 
@@ -123,13 +124,25 @@ class AttentionSite:
     facts: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
+    line: str = ""
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Something that looked like attention and was left alone."""
+    """Something that looked like attention and was left alone.
+
+    Attributes:
+        location: "file.py:88" of its softmax.
+        code, text: why.
+        path: of the module.
+        line: the text at `location`.
+        operation: the first operation that did not fit, with its place and line: "mul at
+            file.py:90: w = w * gate"; "" where the reason is none of a single operation.
+    """
 
     location: str
     code: str
     text: str
     path: str = ""
+    line: str = ""
+    operation: str = ""

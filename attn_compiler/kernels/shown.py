@@ -13,6 +13,7 @@ import torch
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.peers import peers
 from attn_compiler.cost.problem import Problem
+from attn_compiler.cost.roofline import Time
 from attn_compiler.cost.search import choose
 from attn_compiler.ir.expr import slots
 from attn_compiler.kernels import blocks, flash_triton, schedule
@@ -32,6 +33,7 @@ class Shown:
         why: why no kernel is generated, "" if one is or none is needed.
         tile: of the generated kernel.
         seconds: predicted for the forward, None where nothing is known.
+        limit: what bounds that time, as the cost model names it.
         sources: texts of generated kernels, by name.
     """
 
@@ -40,6 +42,7 @@ class Shown:
     tile: Tile | None = None
     seconds: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    limit: str = ""
 
 
 def shown(given: Inputs, hardware: Hardware) -> Shown:
@@ -53,8 +56,8 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
         return Shown("composite", "no elements")
     problem = problem_of(given)
     if hardware.kind == "cpu":
-        name, seconds = _on_a_cpu(hardware, problem)
-        return Shown(name, seconds=seconds)
+        name, time = _on_a_cpu(hardware, problem)
+        return Shown(name, seconds=time.seconds, limit=time.limit)
     family = family_of(hardware)
     why = (
         flash_triton.refusal(given) if family else f"{hardware.arch} has no matrix units in Triton"
@@ -63,11 +66,12 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
         return Shown("composite", why)
     best = min(peers(hardware, problem).items(), key=lambda p: p[1].seconds, default=None)
     if best is not None and not given.reads:
-        return Shown(best[0], seconds=best[1].seconds)
+        return Shown(best[0], seconds=best[1].seconds, limit=best[1].limit)
     tile = forward_tile(given, family, hardware)
     found = choose(hardware, problem, "forward")
     predicted = found[0][1].seconds if found else None
-    return Shown("triton", "", tile, predicted, _sources(given, tile))
+    limit = found[0][1].limit if found else ""
+    return Shown("triton", "", tile, predicted, _sources(given, tile), limit)
 
 
 def family_of(hardware: Hardware) -> str:
@@ -79,11 +83,10 @@ def family_of(hardware: Hardware) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, float]:
+def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, Time]:
     from attn_compiler.cost.cpu import ranked
 
-    name, time = next(way for way in ranked(hardware, problem) if way[0] != "keep")
-    return name, time.seconds
+    return next(way for way in ranked(hardware, problem) if way[0] != "keep")
 
 
 def _sources(given: Inputs, tile: Tile) -> dict[str, str]:

@@ -13,7 +13,7 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.expr import slots
 from attn_compiler.ir.mask import classify
-from attn_compiler.ir.provenance import display_name, location, module, sources
+from attn_compiler.ir.provenance import display_name, location, module, source_line, sources
 from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
@@ -52,6 +52,7 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
         projections=projections,
         facts=_facts(region, core),
         length=_length(region, core),
+        line=source_line(region.end),
     )
 
 

@@ -1,0 +1,123 @@
+"""One model under torch.compile twice, as it is and with its attention rewritten.
+
+    compare(given, "fastest", 15)   ->   seconds in alternated rounds, memory, largest difference
+
+Forward passes without gradients, on the example and the device that were given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from attn_compiler import backend
+from attn_compiler.given import Given, failure
+from attn_compiler.report import Report
+from attn_compiler.terminal import heading
+from attn_compiler.timing import Spread, alternated, peak_bytes, ratios
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        device: where.
+        rounds: how often each way was called, after a call that compiles and one that warms up.
+        report: what was rewritten.
+        seconds: of a call, by way.
+        ratio: stock / ours, inside each round.
+        peak: bytes that a call holds at most beyond what is there before it, by way.
+        difference: the largest between the outputs.
+    """
+
+    device: str
+    rounds: int
+    report: Report
+    seconds: dict[str, Spread]
+    ratio: Spread
+    peak: dict[str, int]
+    difference: float
+
+    def __str__(self) -> str:
+        lines = [f"{heading(self.report)}; {self.rounds} rounds on {self.device}"]
+        for way, spread in self.seconds.items():
+            times = f"{_ms(spread.median)} ({_ms(spread.least)} to {_ms(spread.most)})"
+            lines.append(f"{way:<13}  {times}, {self.peak[way] / 2**20:,.1f} MiB at most")
+        r = self.ratio
+        lines.append(f"stock / ours   {r.median:.2f} ({r.least:.2f} to {r.most:.2f})")
+        lines.append(f"largest difference of the outputs {self.difference:.1e}")
+        return "\n".join(lines)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        found = {name: getattr(self, name) for name in ("device", "rounds", "peak", "difference")}
+        found["seconds"] = {way: asdict(spread) for way, spread in self.seconds.items()}
+        found["stock_over_ours"] = asdict(self.ratio)
+        found["sites"] = len(self.report.sites)
+        found["rewritten"] = self.report.rewritten
+        return found
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.2f} ms"
+
+
+def compare(given: Given, to: Any, rounds: int) -> Comparison:
+    """Compile both ways, then call them in turns.
+
+    Raises:
+        CouldNot: the model cannot be compiled.
+        BadOption: a wrong target.
+    """
+    device = given.device()
+    backend.register()
+    options = {"to": to}
+    ways = {
+        "stock": torch.compile(given.model),
+        "attn_compiler": torch.compile(given.model, backend="attn_compiler", options=options),
+    }
+
+    def call(way: str) -> Any:
+        with torch.no_grad():
+            return ways[way](*given.args, **given.kwargs)
+
+    calls = {way: (lambda way=way: call(way)) for way in ways}
+    try:
+        outputs = {way: one() for way, one in calls.items()}
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from error
+    except Exception as error:
+        raise failure(given, error) from error
+    report = backend.last_report()
+    for one in calls.values():
+        one()
+    seconds = alternated(calls, rounds, device)
+    return Comparison(
+        device=_named(device),
+        rounds=rounds,
+        report=report,
+        seconds={way: Spread.of(values) for way, values in seconds.items()},
+        ratio=ratios(seconds["stock"], seconds["attn_compiler"]),
+        peak={way: peak_bytes(one, device) for way, one in calls.items()},
+        difference=_difference(*outputs.values()),
+    )
+
+
+def _named(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _difference(one: Any, other: Any) -> float:
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=True)
+    found = [
+        (a.double() - b.double()).abs().max().item()
+        for a, b in pairs
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()
+    ]
+    return max(found, default=0.0)
