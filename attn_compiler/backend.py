@@ -1,22 +1,32 @@
 """torch.compile(model, backend="attn_compiler"): rewrite the attention of each graph, then let
 Inductor compile it.
+
+PyTorch's own switches work: `TORCH_LOGS=attn_compiler` logs each decision, `+attn_compiler` also the
+graphs, and `TORCH_TRACE=folder` puts the report and the graphs into the trace that tlparse reads.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._logging import trace_structured
 
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
+
+log = logging.getLogger("attn_compiler")
+# PyTorch's own: it has a handler while a structured trace is written
+_trace = logging.getLogger("torch.__trace")
 
 
 class Reports:
@@ -72,11 +82,33 @@ def attn_compiler(
         NoLegalVariant: with `on_reject="raise"`.
     """
     config = make_config({**(options or {}), **({"mode": mode} if mode is not None else {})})
-    report = compile_graph(gm, config)
+    watched = _watched()
+    report = compile_graph(gm, replace(config, keep_graphs=watched))
+    if watched:
+        _tell(report)
     run = gm.forward if config.then == "eager" else _inductor(gm, example_inputs, config)
     # Dynamo may stop Inductor and start again: only what came to its end counts
     reports.add(report)
     return run
+
+
+def _watched() -> bool:
+    """Does somebody want to see the graphs?"""
+    return log.isEnabledFor(logging.DEBUG) or bool(_trace.handlers)
+
+
+def _tell(report: Report) -> None:
+    """The report and the graphs for the log, and for a structured trace if one is written."""
+    log.debug("before:\n%s", report.graph_before)
+    log.debug("after:\n%s", report.graph_after)
+    log.debug("%s", report)
+    for name, encoding, text in (
+        ("attn_compiler_report", "json", report.to_json()),
+        ("attn_compiler_before", "string", report.graph_before),
+        ("attn_compiler_after", "string", report.graph_after),
+    ):
+        about = {"name": name, "encoding": encoding}
+        trace_structured("artifact", metadata_fn=lambda a=about: a, payload_fn=lambda t=text: t)
 
 
 def _inductor(

@@ -179,11 +179,14 @@ def spec(words: str) -> VariantSpec | str:
 
 
 def _specs() -> list[type[VariantSpec]]:
-    found = [cls for cls in VariantSpec.__subclasses__() if cls.__module__.startswith(_PACKAGE)]
+    # a dataclass with slots is made anew: what it was made from is a subclass still
+    found = [
+        cls
+        for cls in VariantSpec.__subclasses__()
+        if cls.__module__.startswith("attn_compiler.")
+        and getattr(sys.modules[cls.__module__], cls.__name__) is cls
+    ]
     return sorted(found, key=lambda cls: (cls is not Flash, cls.__name__))
-
-
-_PACKAGE = "attn_compiler."
 
 
 def target(words: Iterable[str]) -> Any:

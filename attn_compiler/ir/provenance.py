@@ -46,11 +46,13 @@ def module(node: fx.Node) -> tuple[str, str]:
 
 
 def clean(path: str) -> str:
-    """Dynamo's spelling of a module path, L['self'].layers[0].attn, as layers.0.attn."""
+    """Dynamo's spelling of a module path, L['self'].layers[0].attn, as layers.0.attn. The local is
+    `fn` where the forward of the root is torch's own, as that of nn.Sequential is.
+    """
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     path = re.sub(r"^L\.self\.?|^L\.[a-z_]+\.self\.?|^self\.", "", path)
-    return path.removeprefix("L.").strip(".")
+    return re.sub(r"^L\.(fn(\.|$))?", "", path).strip(".")
 
 
 def display_name(node: fx.Node) -> str:

@@ -1,0 +1,85 @@
+"""Models for the tests of the command line: FILE:FUNCTION names a function of this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Made = tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]
+WIDTH, HEADS = 28, 7
+
+
+class Attention(nn.Module):
+    """Causal attention as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (y.view(b, t, HEADS, -1).transpose(1, 2) for y in self.qkv(x).split(d, 2))
+        scores = q @ k.mT * 0.5
+        future = torch.ones(t, t, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, d))  # type: ignore[no-any-return]
+
+
+class Gated(nn.Module):
+    """A gate on the weights: no attention that can be rewritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ x.mT).softmax(-1)
+        weights = weights * x.mean(-1, keepdim=True).sigmoid()
+        return weights @ x
+
+
+class Broken(nn.Module):
+    """Its layers do not fit each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = Attention(), nn.Linear(WIDTH + 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x)  # type: ignore[no-any-return]
+
+
+class Untraceable(nn.Module):
+    """Runs by itself; a whole graph is asked for, and a line breaks it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shifted(x)
+
+    @torch._dynamo.error_on_graph_break(True)
+    def shifted(self, x: Tensor) -> Tensor:
+        offset = int(x.sum().item() > 0)
+        return x + offset
+
+
+def example() -> Tensor:
+    return torch.randn(2, 11, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+def make() -> Made:
+    torch.manual_seed(0)
+    return nn.Sequential(Attention(), Attention(), Gated()).eval(), (example(),), {}
+
+
+def broken() -> Made:
+    return Broken(), (example(),), {}
+
+
+def untraceable() -> Made:
+    return Untraceable(), (example(),), {}
+
+
+def fails() -> Made:
+    raise FileNotFoundError("no weights here")
+
+
+def number() -> int:
+    return 3
