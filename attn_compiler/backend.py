@@ -1,8 +1,9 @@
 """torch.compile(model, backend="attn_compiler"): rewrite the attention of each graph, then let
 Inductor compile it.
 
-PyTorch's own switches work: `TORCH_LOGS=attn_compiler` logs each decision, `+attn_compiler` also the
-graphs, and `TORCH_TRACE=folder` puts the report and the graphs into the trace that tlparse reads.
+PyTorch's own switches work: `TORCH_LOGS=attn_compiler` logs each decision, `+attn_compiler` also
+the graphs, and `TORCH_TRACE=folder` puts the report and the graphs into the trace that tlparse
+reads.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             raise BadOption(
                 f"a key of option to is {glob!r}", do="use globs over module paths as keys"
             )
-        if target != "fastest" and not isinstance(target, tuple(v.spec for v in VARIANTS)):
+        if target != "fastest" and _served(target) is None:
             names = ", ".join(v.spec.__name__ for v in VARIANTS)
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
@@ -122,6 +122,12 @@ def _exactly(target: Target) -> Target:
 
 def variant_of(target: Target) -> Variant:
     """The variant that serves a spec; "fastest" is the exact one."""
-    if target == "fastest":
-        return VARIANTS[0]
-    return next(v for v in VARIANTS if isinstance(target, v.spec))
+    found = VARIANTS[0] if target == "fastest" else _served(target)
+    assert found is not None  # `make_config` has asked
+    return found
+
+
+def _served(target: Any) -> Variant | None:
+    """A variant of this package, or the one that a spec of another package names."""
+    own = next((v for v in VARIANTS if isinstance(target, v.spec)), None)
+    return own or (target.variant() if isinstance(target, VariantSpec) else None)

@@ -45,6 +45,10 @@ class VariantSpec:
     equal hashes: Dynamo compares options, and caches are keyed by them.
     """
 
+    def variant(self) -> Variant | None:
+        """What serves a spec of another package, whose variants are not in this one's list."""
+        return None
+
 
 class ByPath(Mapping[str, V]):
     """One value for each module path, immutable and hashable, equal to a dict of the same."""

@@ -142,7 +142,7 @@ print(v.grad.sum().item(), counters["aot_autograd"]["autograd_cache_hit"])
 
 @pytest.mark.slow
 def test_a_new_process_sees_a_changed_derivative(tmp_path: Path) -> None:
-    """AOTAutograd keeps the backward it traced, and does not know where an operator's comes from."""
+    """AOTAutograd keeps the backward it traced, and does not see the formula it came from."""
     shutil.copytree(
         PACKAGE, tmp_path / "attn_compiler", ignore=shutil.ignore_patterns("__pycache__")
     )
