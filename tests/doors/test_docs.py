@@ -1,0 +1,63 @@
+"""What the pages of docs/ say is so: outputs come from a run, tables from the sources."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from doors import pages, reasons
+
+ROOT = Path(__file__).parent.parent.parent
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
+def test_outputs_come_from_a_run(page: Path) -> None:
+    """If it says something else now, and that is right: python tests/doors/pages.py."""
+    said = [text for _, text in pages.parts(page)]
+    assert any(said)
+    assert pages.outputs(page) == said
+
+
+def test_the_table_of_codes_is_that_of_the_sources() -> None:
+    """If a code was added: python tests/doors/reasons.py."""
+    text = reasons.PAGE.read_text(encoding="utf-8")
+    assert text.split(reasons.START)[1].split(reasons.END)[0].strip() == reasons.table()
+
+
+def test_every_code_that_a_source_spells_is_found() -> None:
+    """Whatever looks like a code of a known family is in the table."""
+    known = reasons.codes()
+    families = {code.split(".")[0] for code in known if "." in code}
+    pattern = re.compile(rf'"((?:{"|".join(families)})\.[a-z_]+)"')
+    for file in sorted((ROOT / "attn_compiler").rglob("*.py")):
+        for code in pattern.findall(file.read_text(encoding="utf-8")):
+            assert code in known, f"{file.name}: {code}"
+
+
+def test_the_pieces_of_the_page_on_variants_are_the_example() -> None:
+    example = (ROOT / "examples" / "04_add_a_variant.py").read_text(encoding="utf-8")
+    page = (DOCS / "add_a_variant.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(pieces) >= 3
+    for piece in pieces:
+        assert piece in example, piece
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_links_and_names_of_files_are_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:attn_compiler|docs|examples|tests)/[\w/.]+)`", text)
+    named += [str(Path("docs") / link) for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
+    for name in named:
+        assert (ROOT / name).exists(), name
