@@ -122,7 +122,7 @@ def test_debug_folder_of_inductor(tmp_path: Path) -> None:
         TORCH_COMPILE_DEBUG_DIR=str(tmp_path),
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
     )
-    (graph,) = tmp_path.glob("**/fx_graph_readable.py")
+    (graph,) = tmp_path.glob("torch_compile_debug/**/fx_graph_readable.py")
     text = graph.read_text(encoding="utf-8")
     assert "attn_compiler.attention" in text and "softmax" not in text
 
