@@ -266,8 +266,7 @@ def _chosen(
         seen = show_kernels(region, core, work.config.hardware)
         if seen is not None:
             decision = replace(decision, tile=seen.tile, predicted_seconds=seen.seconds)
-            limit = {"limit": seen.limit} if seen.limit else {}
-            site = replace(site, facts={**site.facts, "kernel": _named(seen), **limit})
+            site = replace(site, facts={**site.facts, "kernel": _named(seen)})
             work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
     return replace(site, decision=decision)
 

@@ -162,8 +162,8 @@ def _decided(site: AttentionSite) -> Iterator[tuple[str, str]]:
         yield "runs on", site.facts["kernel"]
     seconds = decision.predicted_seconds
     if seconds is not None:
-        limit = site.facts.get("limit", "")
-        yield "time", f"{seconds * 1e6:,.1f} us predicted" + (f", bound by {limit}" * bool(limit))
+        limit = f", bounded by {decision.limit}" if decision.limit else ""
+        yield "time", f"{seconds * 1e6:,.1f} us predicted{limit}"
 
 
 def _miss(missed: Missed) -> Block:

@@ -13,7 +13,6 @@ import torch
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.peers import peers
 from attn_compiler.cost.problem import Problem
-from attn_compiler.cost.roofline import Time
 from attn_compiler.cost.search import choose
 from attn_compiler.ir.expr import slots
 from attn_compiler.kernels import blocks, flash_triton, schedule
@@ -33,7 +32,6 @@ class Shown:
         why: why no kernel is generated, "" if one is or none is needed.
         tile: of the generated kernel.
         seconds: predicted for the forward, None where nothing is known.
-        limit: what bounds that time, as the cost model names it.
         sources: texts of generated kernels, by name.
     """
 
@@ -42,7 +40,6 @@ class Shown:
     tile: Tile | None = None
     seconds: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
-    limit: str = ""
 
 
 def shown(given: Inputs, hardware: Hardware) -> Shown:
@@ -56,8 +53,8 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
         return Shown("composite", "no elements")
     problem = problem_of(given)
     if hardware.kind == "cpu":
-        name, time = _on_a_cpu(hardware, problem)
-        return Shown(name, seconds=time.seconds, limit=time.limit)
+        name, seconds = _on_a_cpu(hardware, problem)
+        return Shown(name, seconds=seconds)
     family = family_of(hardware)
     why = (
         flash_triton.refusal(given) if family else f"{hardware.arch} has no matrix units in Triton"
@@ -66,12 +63,11 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
         return Shown("composite", why)
     best = min(peers(hardware, problem).items(), key=lambda p: p[1].seconds, default=None)
     if best is not None and not given.reads:
-        return Shown(best[0], seconds=best[1].seconds, limit=best[1].limit)
+        return Shown(best[0], seconds=best[1].seconds)
     tile = forward_tile(given, family, hardware)
     found = choose(hardware, problem, "forward")
     predicted = found[0][1].seconds if found else None
-    limit = found[0][1].limit if found else ""
-    return Shown("triton", "", tile, predicted, _sources(given, tile), limit)
+    return Shown("triton", "", tile, predicted, _sources(given, tile))
 
 
 def family_of(hardware: Hardware) -> str:
@@ -83,10 +79,11 @@ def family_of(hardware: Hardware) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, Time]:
+def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, float]:
     from attn_compiler.cost.cpu import ranked
 
-    return next(way for way in ranked(hardware, problem) if way[0] != "keep")
+    name, time = next(way for way in ranked(hardware, problem) if way[0] != "keep")
+    return name, time.seconds
 
 
 def _sources(given: Inputs, tile: Tile) -> dict[str, str]:

@@ -53,7 +53,7 @@ def test_explain_shows_sites_and_near_misses(capsys: Run) -> None:
 def test_explain_says_what_a_device_would_take(capsys: Run) -> None:
     assert cli.main(["explain", f"{FILE}:make", "--hardware", "h200"]) == 0
     printed = capsys.readouterr().out
-    assert "runs on   triton" in printed and "us predicted, bound by" in printed
+    assert "runs on   triton" in printed and "us predicted, bounded by" in printed
 
 
 def test_explain_as_json_is_the_report(capsys: Run) -> None:
