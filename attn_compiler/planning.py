@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 
 from attn_compiler.cost import cpu
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.cost.letters import Cost
 from attn_compiler.cost.peers import peers
 from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, Time, time_of
+from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import Flash, costed, ordinary
@@ -165,7 +166,7 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
     problem = problem_of(shape, dtype)
     # "keep" is PyTorch's code as most models spell it: scores through memory
     factor = _WITH_BACKWARD if shape.training else 1.0
-    written = cpu.ways(problem)["keep"]
+    written = _summed(cpu.ways(problem)["keep"])
     times: list[tuple[str, Time, TileConfig | None]] = []
     if hardware.kind == "cpu":
         times = [(name, _scaled(t, factor), None) for name, t in cpu.ranked(hardware, problem)]
@@ -184,6 +185,16 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
         for name, time, tile in times
     ]
     return tuple(sorted(plans, key=lambda p: p.seconds))
+
+
+def _summed(phases: cpu.Phases) -> Cost:
+    return Cost(
+        flops=sum(p.flops for p in phases),
+        exps=sum(p.exps for p in phases),
+        other=sum(p.other for p in phases),
+        read=sum(p.moved for p in phases),
+        launches=len(phases),
+    )
 
 
 def _generated(
@@ -241,18 +252,40 @@ def _variant(
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
     core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
-    slack = exact.seconds - time_of(core, hardware, dtype.itemsize).seconds
-    # what the best kernel needs beyond the formula, in proportion to the scores that are computed
-    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
     name = type(spec).__name__
-    fit = Calibration(clock=_EFFICIENCY[name])
-    ours = time_of(numbers, hardware, dtype.itemsize, calibration=fit)
-    theirs = time_of(dense, hardware, dtype.itemsize)
-    ours = replace(ours, seconds=ours.seconds + max(0.0, slack) * share)
-    theirs = replace(theirs, seconds=theirs.seconds + max(0.0, slack))
+    ours, theirs = _time(numbers, hardware, dtype, name), _time(dense, hardware, dtype)
+    # what the best kernel needs beyond the formula, in proportion to the scores that are computed;
+    # constants of their own know it already
+    slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
+    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+    if _template(name) == "layer" or hardware.kind != "cpu":
+        ours = replace(ours, seconds=ours.seconds + slack * share)
+    if not (scope is Scope.SITE and shape.work == "decode" and hardware.kind == "cpu"):
+        theirs = replace(theirs, seconds=theirs.seconds + slack)
     kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
     found = _plan(name, spec, ours, numbers, hardware)
     return replace(found, keep=ours.seconds >= theirs.seconds, alternatives=(kept,))
+
+
+def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) -> Cost:
+    """The numbers of a variant with its projections, None for ordinary attention."""
+    if spec is None:
+        return _numbers(ordinary(shape, Scope.SITE), shape, dtype)
+    _, cost, _, extra = costed(spec, shape)
+    return _numbers(cost, shape, dtype, **extra)
+
+
+def _template(name: str) -> str:
+    """Whose constants a variant has on a CPU."""
+    return "states" if name == "ELAttention" else "layer"
+
+
+def _time(cost: Cost, hardware: Hardware, dtype: torch.dtype, name: str = "") -> Time:
+    """Of operators of which no more than the cost is known; `name` is a variant's."""
+    if hardware.kind == "cpu":
+        return cpu.time_of_cost(cost, hardware, dtype.itemsize, _template(name))
+    fit = Calibration(clock=_EFFICIENCY.get(name, 1.0))
+    return time_of(cost, hardware, dtype.itemsize, calibration=fit)
 
 
 def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, TileConfig, blocks, visible
-from attn_compiler.cost.roofline import Calibration, Time
+from attn_compiler.cost.roofline import Time
 
 Peer = Literal["cudnn", "flash"]
 # by architecture: head dims up to 64, up to 128, above
