@@ -110,7 +110,8 @@ def steps(batch: int, beams: int, keys: int, heads: int, head_dim: int) -> Ways:
     w_q, w_k, w_v, w_o = (torch.randn(width, width, generator=draw) / width**0.5 for _ in range(4))
 
     def split(y: Tensor) -> Tensor:
-        return y.unflatten(-1, (heads, head_dim)).transpose(1, 2)
+        apart: Tensor = y.unflatten(-1, (heads, head_dim))
+        return apart.transpose(1, 2)
 
     k, v = (split(F.linear(x, w)).repeat_interleave(beams, 0) for w in (w_k, w_v))
     both = [w.view(heads, head_dim, width) for w in (w_k, w_v)]

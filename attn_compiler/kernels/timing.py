@@ -42,7 +42,7 @@ def seconds(call: Call, scratch: Tensor | None = None) -> float:
     call()
     end.record()
     torch.cuda.synchronize(scratch.device)
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def clock(device: torch.device) -> Clock:

@@ -5,9 +5,9 @@
 float32, random data. The ways: `keep` is attention as models write it, `sdpa` PyTorch's fused call
 with a causal flag or a mask tensor, `blocked` and `gathered` this package's operator under a window
 or a map of blocks; for a step of generation with its projections `layer` over cached keys and
-values against `states`, EL-attention over what they are made of. In every round each way runs once and the
-order turns around, so that a busy moment of the machine hits all of them. A choice is right if its
-median is within five percent of the best one.
+values against `states`, EL-attention over what they are made of. In every round each way runs once
+and the order turns around, so that a busy moment of the machine hits all of them. A choice is right
+if its median is within five percent of the best one.
 
     python examples/benchmarks/cpu_choice.py [--rounds 11] [--calibrate] [--out results/cpu.json]
     python examples/benchmarks/cpu_choice.py --score results/cpu.json
@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ import attn_compiler as ac
 from attn_compiler.cost import cpu
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem
+from attn_compiler.kernels import timing
 from attn_compiler.kernels.cpu_ways import cores, steps
 
 BAND = 1.05
@@ -121,17 +121,10 @@ def ways(case: Case) -> dict[str, Callable[[], Tensor]]:
 def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in every round."""
     found = ways(case)
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    results = {name: way() for name, way in found.items()}
-    first = next(iter(results.values()))
-    for result in results.values():
-        torch.testing.assert_close(result, first, rtol=1e-3, atol=1e-4)
-    for turn in range(rounds):
-        for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
-            began = time.perf_counter()
-            found[name]()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+    results = [way() for way in found.values()]
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-4)
+    return timing.alternated(found, rounds, timing.seconds)
 
 
 def predicted(hardware: Hardware, case: Case) -> dict[str, float]:

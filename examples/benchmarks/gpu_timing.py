@@ -24,8 +24,8 @@ _WARM_UP = 2
 _SAID = 400
 METHOD = (
     f"CUDA events. Before each call {timing.SCRATCH >> 20} MiB are written {timing.WRITES} times, "
-    "so the last cache holds nothing of it and the host is ahead. Compilation and two calls come before the "
-    "first round, and the order of the ways turns around in each. Random data."
+    "so the last cache holds nothing of it and the host is ahead. Compilation and two calls come "
+    "before the first round, and the order of the ways turns around in each. Random data."
 )
 
 
