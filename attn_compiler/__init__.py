@@ -30,6 +30,7 @@ _HOMES = {
     "SwitchHead": "attn_compiler.variants.switchhead",
     "UnsupportedCall": "attn_compiler.errors",
     "VerificationFailed": "attn_compiler.errors",
+    "calibrate": "attn_compiler.calibrating",
     "distill": "attn_compiler.train.distill",
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",

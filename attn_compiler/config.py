@@ -32,6 +32,7 @@ class CompileConfig:
         keep_graphs: keep the text of the graphs before and after for the report.
         installs: a module is at hand that new tensors can be put into.
         hardware: what costs are predicted for, None for the device of the tensors.
+        measure_top: so many candidates of each call are timed on its device, 0 for none.
     """
 
     to: tuple[tuple[str, Target], ...] = (("*", "fastest"),)
@@ -42,6 +43,7 @@ class CompileConfig:
     keep_graphs: bool = False
     installs: bool = False
     hardware: Hardware | None = None
+    measure_top: int = 0
 
     def exact(self) -> CompileConfig:
         """The same for calls in which there is no cache to change: the same function."""
@@ -67,7 +69,6 @@ def make_config(options: Mapping[str, Any] | None = None) -> CompileConfig:
             raise BadOption(
                 f'unknown option "{key}"', do=f"{hint}known options: {', '.join(_OPTIONS)}"
             )
-    _refuse_unbuilt(options)
     inductor = options.get("inductor") or {}
     if not isinstance(inductor, Mapping):
         raise BadOption(f"option inductor is {inductor!r}", do="give a dict of Inductor options")
@@ -78,16 +79,16 @@ def make_config(options: Mapping[str, Any] | None = None) -> CompileConfig:
         mode=options.get("mode"),
         inductor=tuple(sorted(inductor.items())),
         hardware=None if options.get("hardware") is None else resolve(options["hardware"]),
+        measure_top=_number("measure_top", options.get("measure_top")),
     )
 
 
-def _refuse_unbuilt(options: Mapping[str, Any]) -> None:
-    if options.get("measure_top") is not None:
-        raise BadOption(
-            "option measure_top is set",
-            why=["nothing is measured in this version"],
-            do="leave it out",
-        )
+def _number(name: str, value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise BadOption(f"option {name} is {value!r}", do="give a whole number from 0")
+    return value
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> Any:

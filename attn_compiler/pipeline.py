@@ -9,7 +9,7 @@ host graph --find_candidates--> candidates --cut, functionalise--> regions --rec
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import fx
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
+from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
@@ -99,9 +100,24 @@ def compile_graph(
         graph_before=before,
         graph_after=gm.print_readable(print_output=False) if config.keep_graphs else "",
         kernels={name: text for work in works for name, text in work.kernels.items()},
+        roofline=_roofline(config, [site for work in works for site in work.sites]),
     )
     _raise_rejected(report, config)
     return report
+
+
+def _roofline(config: CompileConfig, sites: Sequence[AttentionSite]) -> Roofline | None:
+    """The predictions as points, where a hardware is named."""
+    if config.hardware is None:
+        return None
+    found = roofline(config.hardware, 4 if config.hardware.kind == "cpu" else 2)
+    for site in sites:
+        decision, name = site.decision, site.path or site.location
+        if decision.predicted_seconds is not None:
+            found = found.with_point(
+                name, decision.work, decision.predicted_seconds, decision.limit
+            )
+    return found
 
 
 def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator[_Work]:
@@ -263,9 +279,12 @@ def _chosen(
     name, fidelity = "" if reasons else variant.name, variant.fidelity.value
     decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
     if lowering is None and kept is None and not reasons:
-        seen = show_kernels(region, core, work.config.hardware)
+        seen = show_kernels(region, core, work.config.hardware, work.config.measure_top)
         if seen is not None:
-            decision = replace(decision, tile=seen.tile, predicted_seconds=seen.seconds)
+            decision = replace(
+                decision, tile=seen.tile, predicted_seconds=seen.seconds, limit=seen.limit,
+                work=seen.work,
+            )  # fmt: skip
             site = replace(site, facts={**site.facts, "kernel": _named(seen)})
             work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
     return replace(site, decision=decision)

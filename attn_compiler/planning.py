@@ -9,23 +9,27 @@ projections, or the block with its feed-forward net. `keep` says that it does no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from attn_compiler.cost import cpu
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.cost.letters import Cost
 from attn_compiler.cost.peers import peers
+from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, Time, time_of
+from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import Flash, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
 _SHOWN = 5
+# forward and backward of a training, in forwards: seven products for two
+_WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
 # chunks are small, where states are as wide as the model: assumed, to be measured
 _EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
@@ -46,6 +50,7 @@ class Plan:
         limit: what bounds the time: "tensor", "special", "dram", "l2", "waves", "launch", ...
         hardware: name of the device.
         alternatives: other plans, the fastest first.
+        roofline: the roofs of the device with this plan and its alternatives as points.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Plan:
     limit: str
     hardware: str
     alternatives: tuple[Plan, ...] = ()
+    roofline: Roofline | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         head = f"{self.spec} on {self.hardware}: {'keep it as it is' if self.keep else self.name}"
@@ -112,6 +118,16 @@ def plan(
         BadOption: an unknown hardware, a spec of no known variant, or sizes that it cannot have.
     """
     machine = resolve(hardware)
+    found = _planned(spec, shape, machine, dtype)
+    drawn = roofline(machine, dtype.itemsize)
+    for p in (found, *found.alternatives):
+        drawn = drawn.with_point(p.name, (p.flops, p.bytes), p.seconds, p.limit)
+    return replace(found, roofline=drawn)
+
+
+def _planned(
+    spec: VariantSpec | Literal["fastest"], shape: Shape, machine: Hardware, dtype: torch.dtype
+) -> Plan:
     exact = _exact(shape, machine, dtype)
     if spec == "fastest" or isinstance(spec, Flash):
         best = exact[0] if spec == "fastest" else _first(exact, "keep")
@@ -149,25 +165,36 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
     """Ways to compute the core, the fastest first."""
     problem = problem_of(shape, dtype)
     # "keep" is PyTorch's code as most models spell it: scores through memory
-    written = cpu.ways(problem)["keep"]
+    factor = _WITH_BACKWARD if shape.training else 1.0
+    written = _summed(cpu.ways(problem)["keep"])
     times: list[tuple[str, Time, TileConfig | None]] = []
     if hardware.kind == "cpu":
-        times = [(name, time, None) for name, time in cpu.ranked(hardware, problem)]
-        factor = 3.5 if shape.training else 1.0
-        times = [(name, _scaled(time, factor), tile) for name, time, tile in times]
+        times = [(name, _scaled(t, factor), None) for name, t in cpu.ranked(hardware, problem)]
     else:
         keep = time_of(written, hardware, problem.itemsize)
-        times.append(("keep", _scaled(keep, 3.5 if shape.training else 1.0), None))
+        times.append(("keep", _scaled(keep, factor), None))
         times += _generated(hardware, problem, shape.training)
         back = peers(hardware, problem, backward=True) if shape.training else {}
         for name, time in peers(hardware, problem).items():
             times.append((name, _sum(time, back[name]) if back else time, None))
     cost = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
     plans = [
-        _plan(name, Flash(), time, written if name == "keep" else cost, hardware, tile)
+        _plan(
+            name, Flash(), time, written.times(factor) if name == "keep" else cost, hardware, tile
+        )
         for name, time, tile in times
     ]
     return tuple(sorted(plans, key=lambda p: p.seconds))
+
+
+def _summed(phases: cpu.Phases) -> Cost:
+    return Cost(
+        flops=sum(p.flops for p in phases),
+        exps=sum(p.exps for p in phases),
+        other=sum(p.other for p in phases),
+        read=sum(p.moved for p in phases),
+        launches=len(phases),
+    )
 
 
 def _generated(
@@ -225,18 +252,40 @@ def _variant(
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
     core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
-    slack = exact.seconds - time_of(core, hardware, dtype.itemsize).seconds
-    # what the best kernel needs beyond the formula, in proportion to the scores that are computed
-    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
     name = type(spec).__name__
-    fit = Calibration(clock=_EFFICIENCY[name])
-    ours = time_of(numbers, hardware, dtype.itemsize, calibration=fit)
-    theirs = time_of(dense, hardware, dtype.itemsize)
-    ours = replace(ours, seconds=ours.seconds + max(0.0, slack) * share)
-    theirs = replace(theirs, seconds=theirs.seconds + max(0.0, slack))
+    ours, theirs = _time(numbers, hardware, dtype, name), _time(dense, hardware, dtype)
+    # what the best kernel needs beyond the formula, in proportion to the scores that are computed;
+    # constants of their own know it already
+    slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
+    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+    if _template(name) == "layer" or hardware.kind != "cpu":
+        ours = replace(ours, seconds=ours.seconds + slack * share)
+    if not (scope is Scope.SITE and shape.work == "decode" and hardware.kind == "cpu"):
+        theirs = replace(theirs, seconds=theirs.seconds + slack)
     kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
     found = _plan(name, spec, ours, numbers, hardware)
     return replace(found, keep=ours.seconds >= theirs.seconds, alternatives=(kept,))
+
+
+def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) -> Cost:
+    """The numbers of a variant with its projections, None for ordinary attention."""
+    if spec is None:
+        return _numbers(ordinary(shape, Scope.SITE), shape, dtype)
+    _, cost, _, extra = costed(spec, shape)
+    return _numbers(cost, shape, dtype, **extra)
+
+
+def _template(name: str) -> str:
+    """Whose constants a variant has on a CPU."""
+    return "states" if name == "ELAttention" else "layer"
+
+
+def _time(cost: Cost, hardware: Hardware, dtype: torch.dtype, name: str = "") -> Time:
+    """Of operators of which no more than the cost is known; `name` is a variant's."""
+    if hardware.kind == "cpu":
+        return cpu.time_of_cost(cost, hardware, dtype.itemsize, _template(name))
+    fit = Calibration(clock=_EFFICIENCY.get(name, 1.0))
+    return time_of(cost, hardware, dtype.itemsize, calibration=fit)
 
 
 def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost:

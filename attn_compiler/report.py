@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from attn_compiler.cost.points import Roofline
 from attn_compiler.ir.site import AttentionSite, Decision, Missed
 
 
@@ -19,6 +20,7 @@ class Report:
         missed: what looked like attention and was left alone.
         graph_before, graph_after: readable text, where the door keeps it.
         kernels: source of generated kernels by name.
+        roofline: the roofs of the hardware that was named, with a point for each predicted site.
     """
 
     sites: tuple[AttentionSite, ...] = ()
@@ -26,6 +28,7 @@ class Report:
     graph_before: str = ""
     graph_after: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
+    roofline: Roofline | None = None
 
     @property
     def rewritten(self) -> int:
@@ -38,6 +41,7 @@ class Report:
             "\n\n".join(filter(None, (self.graph_before, other.graph_before))),
             "\n\n".join(filter(None, (self.graph_after, other.graph_after))),
             {**self.kernels, **other.kernels},
+            _joined(self.roofline, other.roofline),
         )
 
     def __str__(self) -> str:
@@ -65,6 +69,12 @@ class Report:
             },
             indent=2,
         )
+
+
+def _joined(a: Roofline | None, b: Roofline | None) -> Roofline | None:
+    if a is None or b is None:
+        return a or b
+    return replace(a, points=(*a.points, *b.points))
 
 
 _SAME = (
@@ -112,7 +122,10 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
 def _seconds(decision: Decision) -> str:
     """A prediction in words; microseconds are what people compare."""
     seconds = decision.predicted_seconds
-    return "" if seconds is None else f", {seconds * 1e6:,.0f} us predicted"
+    if seconds is None:
+        return ""
+    limit = f", bounded by {decision.limit}" if decision.limit else ""
+    return f", {seconds * 1e6:,.0f} us predicted{limit}"
 
 
 def _site_dict(site: AttentionSite) -> dict[str, Any]:
@@ -140,6 +153,7 @@ def _site_dict(site: AttentionSite) -> dict[str, Any]:
             "variant": decision.variant,
             "fidelity": decision.fidelity,
             "predicted_seconds": decision.predicted_seconds,
+            "limit": decision.limit,
             "reasons": [vars_of(reason) for reason in decision.reasons],
         },
     }

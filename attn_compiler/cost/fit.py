@@ -13,17 +13,21 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
+from attn_compiler.cost.calibration import BOUNDS, Calibration, default
+from attn_compiler.cost.cpu import Phases
+from attn_compiler.cost.cpu import time_of as time_of_phases
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, time_of_work
+from attn_compiler.cost.roofline import predict, time_of_work
 from attn_compiler.cost.work import work
 from attn_compiler.errors import BadOption
 
-# least and greatest value of each constant, in their order
-_BOUNDS = ((0.0, 0.98), (0.2, 1.5), (0.2, 1.0), (0.1, 1.0), (1e-7, 1e-4), (0.0, 1e5))
 # the first steps; halved until they are a thousandth of that
 _STEPS = (0.1, 0.1, 0.1, 0.1, 1e-6, 1000.0)
 _HALVINGS = 10
+# how much a constant of a CPU wants to be what it usually is, beside one measurement: caches, calls
+# and overlap explain much the same there, and few calls cannot tell them apart
+_PRIOR = 0.05
 _MOVES = 40
 
 
@@ -46,25 +50,76 @@ def fit(
     measurements: Sequence[Measurement],
     start: Calibration | None = None,
 ) -> Calibration:
-    """The constants that explain the measurements best.
+    """The constants that explain the measurements of a generated kernel best.
 
     Raises:
         BadOption: no measurement, or one that is not a positive time.
     """
-    if not measurements:
-        raise BadOption("no measurements to fit", do="give at least one, better twenty")
-    if any(not 0.0 < m.seconds < math.inf for m in measurements):
-        raise BadOption("a measured time is not positive")
     known = [(m, work(hardware, m.problem, template, m.tile)) for m in measurements]
+    guesses = [
+        lambda c, m=m, does=does: time_of_work(hardware, does, m.tile, m.resident, c).seconds
+        for m, does in known
+    ]
+    return _fitted(guesses, [m.seconds for m in measurements], start or default(template))
+
+
+def fit_cpu(
+    hardware: Hardware, way: str, measurements: Sequence[tuple[Phases, float]], itemsize: int = 4
+) -> Calibration:
+    """The same for a way to compute attention on a CPU.
+
+    Args:
+        way: whose defaults are started from.
+        measurements: what was done, and its seconds.
+        itemsize: of what the products multiply.
+    """
+    guesses = [
+        lambda c, phases=phases: time_of_phases(phases, hardware, itemsize, c).seconds
+        for phases, _ in measurements
+    ]
+    return _fitted(guesses, [seconds for _, seconds in measurements], default(way), _PRIOR)
+
+
+def off(
+    hardware: Hardware,
+    template: Template,
+    found: Sequence[Measurement],
+    constants: Calibration | None,
+) -> float:
+    """The mean factor, above 1, between predicted and measured."""
+    logs = [
+        abs(math.log(
+            predict(hardware, m.problem, template, m.tile, m.resident, constants).seconds
+            / m.seconds
+        ))
+        for m in found
+    ]  # fmt: skip
+    return math.exp(sum(logs) / len(logs))
+
+
+Guess = Callable[[Calibration], float]
+
+
+def _fitted(
+    guesses: Sequence[Guess], seconds: Sequence[float], start: Calibration, prior: float = 0.0
+) -> Calibration:
+    if not seconds:
+        raise BadOption("no measurements to fit", do="give at least one, better twenty")
+    if any(not 0.0 < s < math.inf for s in seconds):
+        raise BadOption("a measured time is not positive")
 
     def error(point: Sequence[float]) -> float:
-        constants, total = Calibration(*point), 0.0
-        for m, does in known:
-            found = time_of_work(hardware, does, m.tile, m.resident, constants).seconds
-            total += math.log(found / m.seconds) ** 2
-        return total
+        constants = Calibration(*point)
+        pairs = zip(guesses, seconds, strict=True)
+        found = sum(math.log(guess(constants) / taken) ** 2 for guess, taken in pairs)
+        return found + prior * sum(map(_distance, point, usual)) if prior else found
 
-    return Calibration(*_least(error, list(astuple(start or Calibration()))))
+    usual = list(astuple(start))
+    return Calibration(*_least(error, list(usual)))
+
+
+def _distance(value: float, usual: float) -> float:
+    return math.log((value + 1e-9) / (usual + 1e-9)) ** 2
 
 
 def _least(error: Callable[[Sequence[float]], float], point: list[float]) -> list[float]:
@@ -106,5 +161,5 @@ def _explored(
 
 
 def _within(i: int, value: float) -> float:
-    low, high = _BOUNDS[i]
+    low, high = BOUNDS[i]
     return min(max(value, low), high)

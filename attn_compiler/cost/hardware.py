@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from attn_compiler.cost.calibration import BOUNDS, NAMES, Calibration, default
 from attn_compiler.errors import BadOption
 
 Kind = Literal["nvidia", "amd", "cpu"]
-Mark = Literal["=", "~", "?"]
+Mark = Literal["=", "~", "?", "measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,9 @@ class Hardware:
         registers_step: registers are handed to a warp in units of so many.
         shared, shared_block: bytes of a processor, and the most a block may take of them.
         shared_step, shared_reserved: unit in which they are handed out; what the driver takes.
-        mark: "=" the peak is the product of the parts, "~" the vendor says so, "?" partly assumed.
+        mark: "=" the peak is the product of the parts, "~" the vendor says so, "?" partly assumed,
+            "measured" on the device itself.
+        constants: what was fitted, by template; of the others the defaults hold.
     """
 
     name: str
@@ -74,6 +75,11 @@ class Hardware:
     shared_step: int
     shared_reserved: int
     mark: Mark
+    constants: tuple[tuple[str, Calibration], ...] = ()
+
+    def constants_of(self, template: str) -> Calibration:
+        """What was fitted for a template of kernels, else the defaults."""
+        return dict(self.constants).get(template) or default(template)
 
     @property
     def peak16(self) -> float:
@@ -98,7 +104,9 @@ class Hardware:
         return found
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        """All fields; `constants` is an object by template."""
+        constants = {name: asdict(fit) for name, fit in self.constants}
+        return json.dumps(asdict(self) | {"constants": constants}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Hardware:
@@ -113,12 +121,15 @@ class Hardware:
             raise BadOption("hardware is not JSON", why=[str(error)]) from None
         if not isinstance(found, dict):
             raise BadOption("hardware is not a JSON object", why=[f"it is {type(found).__name__}"])
-        wrong = _complaints(found)
+        constants = found.pop("constants", {})
+        wrong = _complaints(found) + _complaints_of_constants(constants)
         if wrong:
             raise BadOption(
                 "hardware has wrong fields", why=wrong, do="start from the to_json() of a known row"
             )
-        return cls(**{f.name: _number(f.type, found[f.name]) for f in fields(cls)})
+        fits = {name: Calibration(*(fit[n] for n in NAMES)) for name, fit in constants.items()}
+        given = {f.name: _number(f.type, found[f.name]) for f in fields(cls) if f.name in found}
+        return cls(**given, constants=tuple(sorted(fits.items())))
 
     @classmethod
     def from_device(cls, device: Any = None) -> Hardware:
@@ -126,26 +137,14 @@ class Hardware:
 
         A device whose name is not in the table gets the row of the same architecture that is
         nearest in processors, with its own number of processors and bytes and the mark "?".
+        What `calibrate` fitted for it on this machine comes first.
 
         Raises:
             BadOption: a device of a kind or an architecture that the table does not know.
         """
-        import torch
+        from attn_compiler.cost.at_hand import hardware_of
 
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
-        if device.type == "cpu":
-            return _cpu_here()
-        if device.type != "cuda":
-            raise BadOption(f"no hardware numbers for a {device.type} device", do="name a hardware")
-        properties = torch.cuda.get_device_properties(device)
-        arch = getattr(properties, "gcnArchName", "").split(":")[0]
-        if not (torch.version.hip and arch):
-            arch = f"sm_{properties.major}{properties.minor}"
-        return of_properties(
-            properties.name, arch, properties.multi_processor_count, properties.total_memory
-        )
+        return hardware_of(device)
 
 
 def resolve(hardware: str | Hardware | None, device: Any = None) -> Hardware:
@@ -235,7 +234,7 @@ _POSITIVE = ("processors", "clock", "sustained", "flops32", "exps", "dram", "dra
 
 
 def _complaints(found: Mapping[str, Any]) -> list[str]:
-    names = {f.name: f.type for f in fields(Hardware)}
+    names = {f.name: f.type for f in fields(Hardware) if f.name != "constants"}
     wrong = [f"missing: {name}" for name in names if name not in found]
     wrong += [f"unknown: {name}" for name in found if name not in names]
     for name, value in found.items():
@@ -253,6 +252,20 @@ def _complaints(found: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
+def _complaints_of_constants(found: Any) -> list[str]:
+    if not isinstance(found, dict):
+        return ["constants is not an object"]
+    wrong = []
+    for template, fit in found.items():
+        if not isinstance(fit, dict) or set(fit) != set(NAMES):
+            wrong.append(f"constants of {template} are not {', '.join(NAMES)}")
+            continue
+        for name, (low, high) in zip(NAMES, BOUNDS, strict=True):
+            if not _is_number(fit[name], whole=False) or not low <= fit[name] <= high:
+                wrong.append(f"{name} of {template} is {fit[name]!r}, not in {low} to {high}")
+    return wrong
+
+
 def _is_number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
@@ -261,47 +274,3 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 def _number(type_: Any, value: Any) -> Any:
     return float(value) if type_ == "float" else value
-
-
-# ---------------------------------------------------------------- the CPU at hand
-
-# flop per clock of one core in 32 bits: two units of fused multiply-add, where the widest is there
-_SIMD = (("avx512f", 64.0), ("avx2", 32.0), ("asimd", 16.0), ("neon", 16.0))
-# how much faster 16-bit products are; nominal rates are higher, real kernels do not get there
-_HALVES = (("amx_bf16", 4.0), ("avx512_bf16", 2.0), ("bf16", 2.0))
-
-
-def _cpu_here() -> Hardware:
-    """This machine, from what Linux says of it; elsewhere the table's row with its own cores."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return of_cpuinfo(text, cores or 1)
-
-
-def of_cpuinfo(text: str, cores: int) -> Hardware:
-    """A CPU by the text of /proc/cpuinfo and the number of cores it may use."""
-    row = Hardware.named("cpu")
-    found: dict[str, str] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    flags = set((found.get("flags") or found.get("Features") or "").split())
-    flops = next((rate for flag, rate in _SIMD if flag in flags), row.flops32)
-    half = next((factor for flag, factor in _HALVES if flag in flags), 0.5)
-    clock = float(found.get("cpu MHz", row.clock / 1e6)) * 1e6
-    # a virtual machine is told the whole chip's cache
-    cache = float((found.get("cache size") or "0").split()[0]) * 1024 or row.l2
-    return replace(
-        row,
-        processors=cores,
-        clock=clock,
-        flops32=flops,
-        flops16=flops * half,
-        exps=flops / 64,
-        l2=min(cache, 2.0**21 * cores),
-        l2_rate=16.0 * cores,
-        dram_rate=min(5e9 * cores, 100e9),
-    )

@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any
 
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.problem import Template, TileConfig
+from attn_compiler.cost.problem import Problem, Template, TileConfig
 
 THREADS_OF_A_BLOCK = 1024
 _REGISTERS_OF_A_THREAD = {"nvidia": 255, "amd": 512}
@@ -113,6 +113,15 @@ def facts(
     if exact is None or guess is None:
         return None
     return Facts(exact, guess[0], guess[1], False)
+
+
+def living(hardware: Hardware, problem: Problem, template: Template, tile: TileConfig) -> int:
+    """Programs of a call that live on one processor; 0 where that is not known, or it spills."""
+    width = max(problem.width, problem.value_width)
+    known = facts(hardware, template, width, problem.itemsize, tile)
+    if known is None or known.spilled:
+        return 0
+    return resident(hardware, tile.warps, known.registers, known.shared)
 
 
 def shared_bytes(arch: str, width: int, itemsize: int, tile: TileConfig) -> int | None:

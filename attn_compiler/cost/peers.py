@@ -9,11 +9,14 @@ are of long sequences on one machine each: good for a ranking, not for a promise
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.problem import Problem, TileConfig, blocks, visible
-from attn_compiler.cost.roofline import Calibration, Time
+from attn_compiler.cost.problem import Problem, Template, TileConfig, blocks, visible
+from attn_compiler.cost.roofline import Time
+from attn_compiler.cost.search import choose
 
 Peer = Literal["cudnn", "flash"]
 # by architecture: head dims up to 64, up to 128, above
@@ -24,6 +27,8 @@ _FORWARD: dict[Peer, dict[str, tuple[float, float, float]]] = {
 # of the forward's share
 _BACKWARD = 0.85
 _ROWS = 128
+# by how much a share from one device may be off on another (assumed)
+_DOUBT = 1.4
 
 
 def peers(hardware: Hardware, problem: Problem, backward: bool = False) -> dict[Peer, Time]:
@@ -45,6 +50,44 @@ def peers(hardware: Hardware, problem: Problem, backward: bool = False) -> dict[
         if share > 0:
             found[name] = _time(hardware, problem, share, backward)
     return found
+
+
+def predicted(hardware: Hardware, problem: Problem, work: str = "forward") -> dict[str, float]:
+    """Seconds of PyTorch's kernels that can express a call, and of the generated ones ("triton").
+
+    Args:
+        work: "forward" or "backward".
+    """
+    found: dict[str, float] = {
+        name: time.seconds for name, time in peers(hardware, problem, work == "backward").items()
+    }
+    templates: tuple[Template, ...] = (
+        ("forward",) if work == "forward" else ("queries", "keys_and_values")
+    )
+    tiles = [choose(hardware, problem, template) for template in templates]
+    if all(tiles):
+        found["triton"] = sum(each[0][1].seconds for each in tiles)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def order(
+    hardware: Hardware, problem: Problem, names: tuple[str, ...], work: str = "forward"
+) -> tuple[str, ...]:
+    """Implementations by the predicted seconds of a class of shapes.
+
+    Nobody shall get something slower than before, and these shares are other machines': until its
+    device is calibrated a generated kernel goes behind PyTorch's unless it is predicted faster by
+    more than such shares are off.
+
+    Args:
+        problem: as `Problem.bucketed` gives it.
+    """
+    seconds = {n: s for n, s in predicted(hardware, problem, work).items() if n in names}
+    if hardware.mark != "measured" and "triton" in seconds:
+        seconds["triton"] *= _DOUBT
+    unknown = 2 * max(seconds.values(), default=0.0)
+    return tuple(sorted(names, key=lambda name: seconds.get(name, unknown)))
 
 
 def _plain(problem: Problem) -> bool:

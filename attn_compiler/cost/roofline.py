@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, Template, TileConfig
 from attn_compiler.cost.work import Work, matrix_rate, work
@@ -34,28 +35,6 @@ _PORT = 64.0
 _LOOP = 100.0
 # `hidden` is meant for so many warps of a processor
 _WARPS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What is fitted for a hardware and a template; the defaults are documented ranges' middles.
-
-    Attributes:
-        hidden: share of the shorter of tensor and special work that the longer one hides. Compilers
-            reach 0.1 to 0.3, kernels that schedule two groups by hand 0.75 to 0.85.
-        clock: factor of the sustained clock.
-        dram: share of memory's rate; streaming kernels reach 0.88 to 0.92.
-        l2: share of the last cache's rate; kernels reach 0.55 to 0.75.
-        launch: seconds for each kernel on the device, 2 to 3 microseconds.
-        prologue: clocks for which a program runs beside its tiles.
-    """
-
-    hidden: float = 0.2
-    clock: float = 1.0
-    dram: float = 0.9
-    l2: float = 0.65
-    launch: float = 3e-6
-    prologue: float = 3000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +65,11 @@ def predict(
 
     Args:
         resident: programs that fit on a processor at once (`limits.resident`), at least 1.
-        calibration: None takes the defaults.
+        calibration: None takes those of the hardware.
     """
     does = work(hardware, problem, template, tile)
-    return time_of_work(hardware, does, tile, resident, calibration or Calibration())
+    fit = calibration or hardware.constants_of(template)
+    return time_of_work(hardware, does, tile, resident, fit)
 
 
 def time_of_work(
@@ -213,14 +193,10 @@ def time_of(
     cached = held is not None and held <= hardware.l2
     rate = hardware.l2_rate * hardware.clock * fit.l2 if cached else hardware.dram_rate * fit.dram
     memory = "l2" if cached else "dram"
-    launch = cost.launches * (_CALL_ON_A_CPU if hardware.kind == "cpu" else fit.launch)
+    launch = cost.launches * fit.launch
     parts = (
         ("tensor", tensor), ("special", special), (memory, moved / rate), ("launch", launch)
     )  # fmt: skip
     busy = max(tensor, special) + (1.0 - fit.hidden) * min(tensor, special)
     limit = max(parts, key=lambda part: part[1])[0]
     return Time(launch + _together(busy, moved / rate), limit, parts)
-
-
-# seconds of an operator's way through PyTorch
-_CALL_ON_A_CPU = 1e-5

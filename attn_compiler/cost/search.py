@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, Time, predict
+from attn_compiler.cost.roofline import Time, predict
 from attn_compiler.cost.tile import legal
 
 Choice = tuple[TileConfig, Time]

@@ -61,6 +61,8 @@ class Decision:
         reasons: why not, all of them.
         tile: block sizes, where a kernel has them.
         predicted_seconds: by the cost model, None where it does not speak.
+        limit: what bounds them: "tensor", "special", "dram", "launch", ...
+        work: operations of matrix products, and bytes that have to cross memory's bus.
         fidelity: "exact", "calibrated" or "retrained".
         tensors: what its module gets, under their final names.
     """
@@ -70,6 +72,8 @@ class Decision:
     reasons: tuple[Reason, ...] = ()
     tile: Any = None
     predicted_seconds: float | None = None
+    limit: str = ""
+    work: tuple[float, float] = (0.0, 0.0)
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
 

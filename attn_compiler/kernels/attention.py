@@ -22,7 +22,7 @@ from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import TRUE
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_cpu as flash
-from attn_compiler.kernels import rows
+from attn_compiler.kernels import measured, rows
 from attn_compiler.kernels.frame import (
     Frame,
     Inputs,
@@ -101,9 +101,27 @@ def forward(given: Inputs) -> tuple[Tensor, Tensor]:
         out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         return out.zero_(), lse.fill_(-INF)
     frame = Frame(given)
-    if flash.fits(frame):
-        return flash.forward(frame)
-    out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
+    found = measured.fastest(given, "forward") if given.q.device.type == "cpu" else None
+    if found is not None and found.name in ways(frame):
+        return by(given, found.name)
+    return flash.forward(frame) if flash.fits(frame) else _by_rows(frame)
+
+
+def by(given: Inputs, way: str) -> tuple[Tensor, Tensor]:
+    """The same in one of its `ways` on a CPU."""
+    frame = Frame(given)
+    return _by_rows(frame) if way == "rows" else flash.forward(frame, way)
+
+
+def ways(frame: Frame) -> list[str]:
+    """What a CPU can do for a call whose sizes say what there is to do, the usual one first."""
+    return [*(flash.ways(frame) if flash.fits(frame) else ()), "rows"]
+
+
+def _by_rows(frame: Frame) -> tuple[Tensor, Tensor]:
+    given = frame.given
+    out = empty_heads(given.v, (*given.q.shape[:3], given.v.shape[-1]))
+    lse = empty_lse(given.q, given.dtype)
     rows.forward(frame, out, lse)
     return out, lse
 

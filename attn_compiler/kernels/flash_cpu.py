@@ -37,6 +37,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 2.0**10
 # elements of a bias that is built for one call
 _BIAS_BUDGET = 2**20
+# and of one that is built for all rows, where that was measured to be faster
+_LARGEST_BIAS = 2**25
 # rows of a block where the mask lets keys be skipped, and elsewhere
 _SKIP_ROWS = 128
 _ROWS = 1024
@@ -63,11 +65,27 @@ def fits_backward(frame: Frame, lse: Tensor, wanted: Mapping[int, Tensor]) -> bo
     )
 
 
-def forward(frame: Frame) -> tuple[Tensor, Tensor]:
-    """out and lse in the layout of `empty_heads`."""
-    call, tiles = _call(frame), tiles_cpu.lists(frame)
+def ways(frame: Frame) -> list[str]:
+    """The calls that a band or a bias may be cut into, the usual one first."""
+    usual, _ = next(_pieces(frame, _common(frame.given)))
+    if usual.r1 == frame.grid.T:
+        return ["whole"]
+    varies, grid = frame.plan.varies, frame.grid
+    pairs = (grid.B if "b" in varies else 1) * (grid.H if "h" in varies else 1)
+    small = pairs * grid.T * grid.S <= _LARGEST_BIAS
+    return ["blocked", "whole"] if small else ["blocked"]
+
+
+def forward(frame: Frame, way: str = "") -> tuple[Tensor, Tensor]:
+    """out and lse in the layout of `empty_heads`.
+
+    Args:
+        way: one of `ways`; "whole" is one call for all rows. By default a map of blocks, or else
+            the sizes, decide.
+    """
+    call, tiles = _call(frame), None if way else tiles_cpu.lists(frame)
     if tiles is None:
-        out, lse = _spans(frame, call)
+        out, lse = _spans(frame, call, way == "whole")
     else:
         out, lse = gathered_cpu.forward(frame, tiles, call.qkv)
     if frame.plan.sink is not None:
@@ -188,16 +206,20 @@ def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
 # ---------------------------------------------------------------- forward
 
 
-def _spans(frame: Frame, call: _Call) -> tuple[Tensor, Tensor]:
+def _spans(frame: Frame, call: _Call, whole: bool = False) -> tuple[Tensor, Tensor]:
     """out and lse without the sink, by blocks of rows."""
+    pieces = _pieces(frame, call.q.dtype)
+    first = next(pieces)
+    if whole and first[0].r1 < frame.grid.T:
+        first, pieces = (frame.grid.whole(), False), iter(())
     results = (
-        (span, *_piece(frame, call, span, causal)) for span, causal in _pieces(frame, call.q.dtype)
+        (span, *_piece(frame, call, span, causal)) for span, causal in chain([first], pieces)
     )
     span, out, lse = next(results)
     if span.r1 < frame.grid.T:
-        first = (span, out, lse)
+        done = (span, out, lse)
         out, lse = empty_heads(call.q, call.q.shape), empty_heads(lse, call.q.shape[:3])
-        for span, part, part_lse in chain([first], results):
+        for span, part, part_lse in chain([done], results):
             out[span.rows], lse[span.rows] = part, part_lse
     return out, lse
 

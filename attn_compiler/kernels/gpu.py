@@ -3,9 +3,9 @@
     score: dot; mask: k <= q     ->   cudnn, flash, triton, composite
     score: 30 * tanh(dot / 30)   ->   triton, composite
 
-PyTorch's own kernels come first where they express a call, since nobody shall get something
-slower than before; which is faster has not been measured yet. Everything else is generated. What
-no kernel can be generated for runs the composite ones.
+The cost model orders PyTorch's own kernels, where they express a call, and the generated one (see
+`cost.peers.order`). What was measured comes before any prediction. What no kernel can be generated
+for runs the composite ones.
 """
 
 from __future__ import annotations
@@ -20,29 +20,41 @@ import torch
 from torch import Tensor
 
 from attn_compiler.cost.hardware import Hardware
+from attn_compiler.cost.peers import order, predicted
 from attn_compiler.errors import BadOption
 from attn_compiler.kernels import attention as composite
-from attn_compiler.kernels import flash_triton, flash_triton_backward, sdpa_gpu
+from attn_compiler.kernels import flash_triton, flash_triton_backward, measured, sdpa_gpu
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
-from attn_compiler.kernels.gpu_tiles import SHORT, backward_tiles, forward_tile
+from attn_compiler.kernels.gpu_tiles import (
+    SHORT,
+    backward_tiles,
+    forward_tile,
+    problem_of,
+    ranked_tiles,
+)
+from attn_compiler.kernels.measured import Choice
 
 log = logging.getLogger("attn_compiler")
-Name = Literal["cudnn", "flash", "triton", "composite"]
+Work = Literal["forward", "backward"]
 
 
 def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     """out and lse."""
-    name = next(candidates(given))
-    if name == "composite":
+    return forward_by(given, chosen(given, "forward"))
+
+
+def forward_by(given: Inputs, choice: Choice) -> tuple[Tensor, Tensor]:
+    """The same by one of the candidates; the next one where PyTorch refuses a call."""
+    if choice.name == "composite":
         return composite.forward(given)
-    if name == "triton":
+    if choice.name == "triton":
         device = given.q.device
-        tile = forward_tile(given, family(device), hardware(device))
-        return flash_triton.forward(Frame(given), tile)
+        tiles = choice.tiles or (forward_tile(given, family(device), hardware(device)),)
+        return flash_triton.forward(Frame(given), tiles[0])
     try:
-        return sdpa_gpu.forward(name, given)
+        return sdpa_gpu.forward(backend_of(choice), given)
     except RuntimeError as error:  # torch refuses some calls only when they are made
-        _give_up(name, given, error)
+        _give_up(backend_of(choice), given, error)
         return forward(given)
 
 
@@ -50,52 +62,100 @@ def backward(
     given: Inputs, grad: Tensor, saved: tuple[Tensor, Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of q, k, v and of the reads that `needs` marks."""
-    name = next(candidates(given))
+    choice = chosen(given, "backward")
     # gradients of tensors are added up in no fixed order
-    if name == "composite" or (any(needs) and torch.are_deterministic_algorithms_enabled()):
+    if choice.name == "composite" or (any(needs) and torch.are_deterministic_algorithms_enabled()):
         return composite.backward(given, grad, saved, needs)
     into = {
         i: torch.zeros(given.reads[i].shape, dtype=given.dtype, device=given.q.device)
         for i, need in enumerate(needs)
         if need
     }
-    if name == "triton":
-        device = given.q.device
-        tiles = backward_tiles(given, family(device), hardware(device))
-        found = flash_triton_backward.backward(Frame(given), grad, saved, into, tiles)
-    else:
-        try:
-            found = sdpa_gpu.backward(name, given, grad, saved)
-        except RuntimeError as error:
-            _give_up(name, given, error)
-            return backward(given, grad, saved, needs)
+    try:
+        found = backward_by(given, choice, grad, saved, into)
+    except RuntimeError as error:
+        if choice.name == "triton":
+            raise
+        _give_up(backend_of(choice), given, error)
+        return backward(given, grad, saved, needs)
     dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, given.qkv, strict=True))
     return dq, dk, dv, [grad.to(given.reads[i].dtype) for i, grad in into.items()]
 
 
-def candidates(given: Inputs) -> Iterator[Name]:
+def backward_by(
+    given: Inputs,
+    choice: Choice,
+    grad: Tensor,
+    saved: tuple[Tensor, Tensor],
+    into: dict[int, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v by a candidate with kernels; those of the reads are added to `into`."""
+    if choice.name != "triton":
+        return sdpa_gpu.backward(backend_of(choice), given, grad, saved)
+    device = given.q.device
+    tiles = choice.tiles or backward_tiles(given, family(device), hardware(device))
+    return flash_triton_backward.backward(
+        Frame(given), grad, saved, into, (tiles[0], tiles[1])
+    )  # fmt: skip
+
+
+def backend_of(choice: Choice) -> sdpa_gpu.Backend:
+    return "cudnn" if choice.name == "cudnn" else "flash"
+
+
+# ---------------------------------------------------------------- who
+
+
+def chosen(given: Inputs, work: Work) -> Choice:
+    """What was measured for a call like this one, else the first candidate."""
+    found = measured.fastest(given, work)
+    if found is not None and found.name in candidates(given, work):
+        return found
+    return Choice(next(candidates(given, work)))
+
+
+def candidates(given: Inputs, work: Work = "forward") -> Iterator[str]:
     """What can run a call on its device, the best first."""
+    names: list[str] = []
     if all(x.numel() for x in given.qkv):
         if given.q.shape[2] > SHORT:  # a short query wants its keys divided among programs
             for backend in backends(given.q.device):
                 known = _kind(backend, given) not in _given_up and sdpa_gpu.available(backend)
                 if known and not sdpa_gpu.refusal(backend, given):
-                    yield backend
+                    names.append(backend)
         if generates(given):
-            yield "triton"
-    yield "composite"
+            names.append("triton")
+    row = hardware(given.q.device) if len(names) > 1 else None
+    if row is not None:
+        names = list(order(row, problem_of(given).bucketed(), tuple(names), work))
+    yield from (*names, "composite")
+
+
+def choices(given: Inputs, work: Work) -> Iterator[Choice]:
+    """The candidates of a call with their tiles, the best by the cost model first."""
+    device = given.q.device
+    row, problem = hardware(device), problem_of(given)
+    found: list[tuple[float, Choice]] = []
+    seconds = predicted(row, problem, work) if row is not None else {}
+    for name in candidates(given, work):
+        if name == "triton":
+            for guess, tiles in ranked_tiles(given, family(device), row, work):
+                found.append((guess, Choice(name, tiles)))
+        elif name != "composite":
+            found.append((seconds.get(name, 0.0), Choice(name)))
+    yield from (choice for _, choice in sorted(found, key=lambda pair: pair[0]))
 
 
 _given_up: set[tuple[Any, ...]] = set()
 
 
-def _kind(name: Name, given: Inputs) -> tuple[Any, ...]:
+def _kind(name: str, given: Inputs) -> tuple[Any, ...]:
     """Calls that a backend takes or refuses together."""
     sizes = (given.q.shape[1:], given.k.shape[1:])
     return name, given.q.dtype, given.q.device, given.program, sizes
 
 
-def _give_up(name: Name, given: Inputs, error: RuntimeError) -> None:
+def _give_up(name: str, given: Inputs, error: RuntimeError) -> None:
     """Ask this backend no more for calls like this one."""
     log.warning("%s does not take a call that it should take: %s", name, error)
     _given_up.add(_kind(name, given))

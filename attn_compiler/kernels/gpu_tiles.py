@@ -10,6 +10,7 @@ not been measured on a GPU yet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -73,19 +74,42 @@ def backward_tiles(given: Inputs, family: str, hardware: Hardware | None) -> tup
     return replace(by_key, descriptors=on), replace(by_row, descriptors=on)
 
 
+def ranked_tiles(
+    given: Inputs, family: str, hardware: Hardware | None, work: str
+) -> Iterator[tuple[float, tuple[Tile, ...]]]:
+    """Predicted seconds and tiles of a "forward" or a "backward", the first ones of the model; of a
+    backward the n-th tile of one kernel goes with the n-th of the other.
+    """
+    if work == "forward":
+        usual = forward_tile(given, family, hardware)
+        for seconds, tile in _choices(given, hardware, "forward"):
+            yield seconds, (replace(tile, descriptors=usual.descriptors),)
+        return
+    on = family == "hopper"
+    pairs = zip(
+        *(_choices(given, hardware, name) for name in ("keys_and_values", "queries")), strict=False
+    )
+    for (first, by_key), (second, by_row) in pairs:
+        tiles = (replace(by_key, descriptors=on), replace(by_row, descriptors=on))
+        yield first + second, tiles
+
+
 # ---------------------------------------------------------------- by the cost model
 
 
 def _chosen(given: Inputs, hardware: Hardware | None, template: Template) -> Tile | None:
+    return next((tile for _, tile in _choices(given, hardware, template)), None)
+
+
+def _choices(
+    given: Inputs, hardware: Hardware | None, template: Template
+) -> Iterator[tuple[float, Tile]]:
     if hardware is None:
-        return None
+        return
     from attn_compiler.cost.search import choose
 
-    found = choose(hardware, problem_of(given), template)
-    if not found:
-        return None
-    tile, _ = found[0]
-    return Tile(tile.block_m, tile.block_n, tile.warps, tile.stages, tile.heads, tile.splits)
+    for t, time in choose(hardware, problem_of(given), template):
+        yield time.seconds, Tile(t.block_m, t.block_n, t.warps, t.stages, t.heads, t.splits)
 
 
 def problem_of(given: Inputs) -> Problem:

@@ -5,19 +5,21 @@ call, h200   ->   Shown("triton", Tile(128, 64, ...), 0.00042, {"forward": "..."
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 
+from attn_compiler.cost.cpu import ranked
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.peers import peers
-from attn_compiler.cost.problem import Problem
+from attn_compiler.cost.peers import order, peers
+from attn_compiler.cost.problem import Problem, visible
+from attn_compiler.cost.roofline import Time
 from attn_compiler.cost.search import choose
 from attn_compiler.ir.expr import slots
 from attn_compiler.kernels import blocks, flash_triton, schedule
 from attn_compiler.kernels.frame import Frame, Inputs
-from attn_compiler.kernels.gpu_tiles import forward_tile, problem_of
+from attn_compiler.kernels.gpu_tiles import SHORT, forward_tile, problem_of
 from attn_compiler.kernels.launch import Tile, structure_of
 from attn_compiler.kernels.triton_source import Visits, backward_source, forward_source
 
@@ -32,6 +34,8 @@ class Shown:
         why: why no kernel is generated, "" if one is or none is needed.
         tile: of the generated kernel.
         seconds: predicted for the forward, None where nothing is known.
+        limit: what bounds it.
+        work: operations of matrix products, and bytes that have to cross memory's bus.
         sources: texts of generated kernels, by name.
     """
 
@@ -39,6 +43,8 @@ class Shown:
     why: str = ""
     tile: Tile | None = None
     seconds: float | None = None
+    limit: str = ""
+    work: tuple[float, float] = (0.0, 0.0)
     sources: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,21 +59,35 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
         return Shown("composite", "no elements")
     problem = problem_of(given)
     if hardware.kind == "cpu":
-        name, seconds = _on_a_cpu(hardware, problem)
-        return Shown(name, seconds=seconds)
+        name, time = _on_a_cpu(hardware, problem)
+        return Shown(name, seconds=time.seconds, limit=time.limit, work=_work(problem))
     family = family_of(hardware)
     why = (
         flash_triton.refusal(given) if family else f"{hardware.arch} has no matrix units in Triton"
     )
     if why:
         return Shown("composite", why)
-    best = min(peers(hardware, problem).items(), key=lambda p: p[1].seconds, default=None)
-    if best is not None and not given.reads:
-        return Shown(best[0], seconds=best[1].seconds)
+    theirs = {} if given.reads or problem.rows <= SHORT else peers(hardware, problem)
+    name = order(hardware, problem.bucketed(), (*theirs, "triton"))[0]
+    if name != "triton":
+        time = {str(peer): time for peer, time in theirs.items()}[name]
+        return Shown(name, seconds=time.seconds, limit=time.limit, work=_work(problem))
     tile = forward_tile(given, family, hardware)
+    made = Shown("triton", tile=tile, work=_work(problem), sources=_sources(given, tile))
     found = choose(hardware, problem, "forward")
-    predicted = found[0][1].seconds if found else None
-    return Shown("triton", "", tile, predicted, _sources(given, tile))
+    if not found:
+        return made
+    return replace(made, seconds=found[0][1].seconds, limit=found[0][1].limit)
+
+
+def _work(problem: Problem) -> tuple[float, float]:
+    """Operations and bytes of a forward, each tensor once."""
+    pairs, width = problem.batch * problem.heads, problem.head_dim + problem.value_dim
+    seen = pairs * visible(problem)
+    rows = pairs * problem.rows
+    keys = problem.batch * problem.kv_heads * problem.keys
+    moved = problem.itemsize * (rows + keys) * width + seen * problem.score_bytes
+    return 2 * seen * width, moved
 
 
 def family_of(hardware: Hardware) -> str:
@@ -79,11 +99,8 @@ def family_of(hardware: Hardware) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, float]:
-    from attn_compiler.cost.cpu import ranked
-
-    name, time = next(way for way in ranked(hardware, problem) if way[0] != "keep")
-    return name, time.seconds
+def _on_a_cpu(hardware: Hardware, problem: Problem) -> tuple[str, Time]:
+    return next(way for way in ranked(hardware, problem) if way[0] != "keep")
 
 
 def _sources(given: Inputs, tile: Tile) -> dict[str, str]:

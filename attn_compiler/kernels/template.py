@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
-import tempfile
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from attn_compiler.cost import store
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _LENGTH = 20
@@ -25,11 +25,7 @@ _LENGTH = 20
 
 def cache_folder() -> Path:
     """Where generated kernels live."""
-    named = os.environ.get("ATTN_COMPILER_CACHE")
-    if named:
-        return Path(named) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "attn_compiler" / "kernels"
+    return store.folder("kernels")
 
 
 def render(name: str, **structure: Any) -> str:
@@ -59,19 +55,9 @@ def _environment() -> Any:
 def write(name: str, source: str) -> Path:
     """The file that holds `source`; written if it is not there, or not whole."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:_LENGTH]
-    folder = cache_folder()
-    path = folder / f"{name}_{digest}.py"
-    if _holds(path, source):
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}_", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(source)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    path = cache_folder() / f"{name}_{digest}.py"
+    if not _holds(path, source):
+        store.put(path, source)
     return path
 
 

@@ -5,46 +5,53 @@ core with sizes s0, s1   --hints of the example-->   a call without data   -->  
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 
-from attn_compiler.cost.hardware import Hardware, resolve
-from attn_compiler.errors import BadOption
+from attn_compiler.cost.hardware import Hardware
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.pull import val
 from attn_compiler.ir.roles import extent
 from attn_compiler.ir.trace import Region
+from attn_compiler.kernels import gpu
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Inputs
+from attn_compiler.kernels.measure import measure
 from attn_compiler.kernels.shown import Shown, meta, shown
 
 
-def show_kernels(region: Region, core: Core, hardware: Hardware | None) -> Shown | None:
+def show_kernels(
+    region: Region, core: Core, hardware: Hardware | None, measure_top: int = 0
+) -> Shown | None:
     """What runs the exact operator.
 
     Args:
         hardware: None for the GPU of the tensors; for a CPU nothing is shown unasked, since times
             on it say little.
+        measure_top: so many candidates are timed on the device of the tensors.
 
     Returns:
         None where a size of the example is not known, or the device is not.
     """
-    machine = hardware or _here(ops.value(region.end).device)
-    given = _call(region, core) if machine is not None else None
-    return None if machine is None or given is None else shown(given, machine)
-
-
-@lru_cache(maxsize=8)
-def _here(device: torch.device) -> Hardware | None:
-    try:
-        return None if device.type == "cpu" else resolve(None, device)
-    except BadOption:
+    device = ops.value(region.end).device
+    machine = hardware or (None if device.type == "cpu" else gpu.hardware(device))
+    if machine is None and not measure_top:
         return None
+    given = _call(region, core)
+    if given is None:
+        return None
+    found = shown(given, machine) if machine is not None else None
+    training = torch.is_grad_enabled()
+    choice = measure(given, device, measure_top, training) if measure_top else None
+    if choice is None:
+        return found
+    tile = choice.tiles[0] if choice.tiles else None
+    return replace(found or Shown(""), name=f"{choice.name} (measured)", why="", tile=tile)
 
 
 def _call(region: Region, core: Core) -> Inputs | None:

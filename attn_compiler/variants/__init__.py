@@ -25,13 +25,18 @@ def needs_data(spec: VariantSpec) -> bool:
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:
     """What attention costs that is left as it is, at a scope."""
-    return flash.cost(Flash(), shape.work, causal=shape.causal, scope=scope)
+    return flash.cost(Flash(), shape.work, causal=shape.causal, cross=_is_cross(shape), scope=scope)
+
+
+def _is_cross(shape: Shape) -> bool:
+    """Do keys come from another sequence?"""
+    return not shape.causal and shape.query != shape.key
 
 
 def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, dict[str, float]]:
     """The spec with numbers, its formula, its scope, and letters that are its own."""
     work, causal, width = shape.work, shape.causal, shape.channels
-    cross = not causal and shape.query != shape.key
+    cross = _is_cross(shape)
     if isinstance(spec, el.ELAttention):
         return spec, el.cost(spec, work, causal=causal, cross=cross), Scope.SITE, {}
     if isinstance(spec, selective.Selective):

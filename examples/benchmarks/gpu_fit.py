@@ -8,18 +8,15 @@ the call, medians.
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 from gpu_table import wrong
 
-from attn_compiler.cost.fit import Measurement, fit
+from attn_compiler.cost.fit import Measurement, fit, off
 from attn_compiler.cost.hardware import Hardware, of_properties
-from attn_compiler.cost.limits import facts, resident
+from attn_compiler.cost.limits import living, resident
 from attn_compiler.cost.problem import TEMPLATES, Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, predict
 
 
 def hardware_of(result: dict[str, Any]) -> Hardware:
@@ -59,28 +56,7 @@ def _resident(
     """Programs of a processor: by what the driver said of the kernel, else by the table."""
     if "registers" in way:
         return resident(hardware, tile.warps, way["registers"], way["shared"])
-    width = max(problem.width, problem.value_width)
-    known = facts(hardware, template, width, problem.itemsize, tile)
-    if known is None or known.spilled:
-        return 0
-    return resident(hardware, tile.warps, known.registers, known.shared)
-
-
-def off(
-    hardware: Hardware,
-    template: Template,
-    found: Sequence[Measurement],
-    constants: Calibration | None,
-) -> float:
-    """The mean factor, above 1, between predicted and measured."""
-    logs = [
-        abs(math.log(
-            predict(hardware, m.problem, template, m.tile, m.resident, constants).seconds
-            / m.seconds
-        ))
-        for m in found
-    ]  # fmt: skip
-    return math.exp(statistics.fmean(logs))
+    return living(hardware, problem, template, tile)
 
 
 def report(result: dict[str, Any]) -> str:

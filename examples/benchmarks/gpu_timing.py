@@ -2,10 +2,8 @@
 
     warm-up of each way, its compilation included   ->   rounds: a b c, c b a, a b c, ...
 
-Before each measured call of a GPU 256 MiB are written several times: that empties the last cache,
-and keeps the device busy for so long that the host has launched the call before it begins. So the
-events around the call see the device's time and not the host's. A CPU has neither: there the same
-code is run by a clock, to know that it runs.
+How one call is timed stands in `attn_compiler.kernels.timing`. On a CPU the same code is run, to
+know that it runs.
 """
 
 from __future__ import annotations
@@ -20,17 +18,14 @@ import torch
 from torch import Tensor
 
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.kernels import gpu
+from attn_compiler.kernels import gpu, timing
 
-_SCRATCH = 2**28
-# writes of the scratch before a call: about two milliseconds at four terabytes a second
-_WRITES = 32
 _WARM_UP = 2
 _SAID = 400
 METHOD = (
-    f"CUDA events. Before each call {_SCRATCH >> 20} MiB are written {_WRITES} times, so the last "
-    "cache holds nothing of it and the host is ahead. Compilation and two calls come before the "
-    "first round, and the order of the ways turns around in each. Random data."
+    f"CUDA events. Before each call {timing.SCRATCH >> 20} MiB are written {timing.WRITES} times, "
+    "so the last cache holds nothing of it and the host is ahead. Compilation and two calls come "
+    "before the first round, and the order of the ways turns around in each. Random data."
 )
 
 
@@ -69,7 +64,7 @@ class Machine:
             torch.bfloat16,
             gpu.family(device),
             gpu.hardware(device),
-            torch.empty(_SCRATCH, dtype=torch.int8, device=device),
+            torch.empty(timing.SCRATCH, dtype=torch.int8, device=device),
         )
 
     @property
@@ -82,18 +77,7 @@ class Machine:
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Of one call on the device."""
-        if self.scratch is None:
-            began = time.perf_counter()
-            call()
-            return time.perf_counter() - began
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_WRITES):
-            self.scratch.zero_()
-        start.record()
-        call()
-        end.record()
-        self.wait()
-        return start.elapsed_time(end) / 1e3
+        return timing.seconds(call, self.scratch)
 
     def host_seconds(self, call: Callable[[], Any], calls: int = 100) -> float:
         """Of one call among many in a row: what the host needs, where the device needs less."""

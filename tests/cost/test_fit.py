@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.fit import Measurement, fit
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, TileConfig
-from attn_compiler.cost.roofline import Calibration, predict
+from attn_compiler.cost.roofline import predict
 from attn_compiler.errors import BadOption
 
 H200 = Hardware.named("h200")

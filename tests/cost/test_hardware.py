@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attn_compiler.cost.hardware import Hardware, known, of_cpuinfo, of_properties, resolve
+from attn_compiler.cost.at_hand import of_cpuinfo
+from attn_compiler.cost.hardware import Hardware, known, of_properties, resolve
 from attn_compiler.errors import BadOption
 
 # 1e12 operations per second of 16-bit, 8-bit and tf32 products, as published, dense

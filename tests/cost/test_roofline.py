@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.letters import Cost
 from attn_compiler.cost.problem import TEMPLATES, Problem, Template, TileConfig
-from attn_compiler.cost.roofline import Calibration, predict, time_of, time_of_work
+from attn_compiler.cost.roofline import predict, time_of, time_of_work
 from attn_compiler.cost.work import Step, Work
 
 H200, L4 = Hardware.named("h200"), Hardware.named("l4")
