@@ -83,6 +83,18 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
     return _unviewed(node), None
 
 
+def reaches(source: fx.Node, node: fx.Node) -> bool:
+    """Is a tensor a part of what another one is made of, here or through a cache?"""
+    between, position = {node}, {n: i for i, n in enumerate(node.graph.nodes)}
+    open_ = [node]
+    while open_:
+        inputs = open_.pop().all_input_nodes
+        fresh = {n for n in inputs if position[n] >= position[source]} - between
+        between |= fresh
+        open_ += fresh
+    return source in between
+
+
 def _elements(node: fx.Node) -> int:
     found = ops.value(node)
     tensors = found if isinstance(found, tuple | list) else (found,)
