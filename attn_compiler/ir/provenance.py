@@ -85,13 +85,16 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
 
 def reaches(source: fx.Node, node: fx.Node) -> bool:
     """Is a tensor a part of what another one is made of, here or through a cache?"""
-    between, position = {node}, {n: i for i, n in enumerate(node.graph.nodes)}
-    open_ = [node]
-    while open_:
-        inputs = open_.pop().all_input_nodes
-        fresh = {n for n in inputs if position[n] >= position[source]} - between
-        between |= fresh
-        open_ += fresh
+    position = {n: i for i, n in enumerate(node.graph.nodes)}
+    between: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        # an input may stand for what a cache returned
+        here = waiting.pop()
+        here = here.meta.get("opaque", here)
+        if here not in between and position[here] >= position[source]:
+            between.add(here)
+            waiting += here.all_input_nodes
     return source in between
 
 

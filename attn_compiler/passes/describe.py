@@ -106,7 +106,9 @@ def _starts(core: Core, functional: FunctionalRegion) -> dict[str, fx.Node]:
     host = {node: h for h, node in reversed(list(functional.of_host.items()))}
     found: dict[str, fx.Node] = {}
     for name, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-        start = next((host[node] for node, _ in operand.chain if node in host), None)
+        nodes = [node for node, _ in operand.chain]
+        start = next((host[node] for node in nodes if node in host), None)
+        start = start or next((functional.read[n] for n in nodes if n in functional.read), None)
         if start is not None:
             found[name] = start
     return found
