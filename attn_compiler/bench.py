@@ -7,7 +7,14 @@ Forward passes without gradients, on the example and the device that were given.
 
 from __future__ import annotations
 
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +22,22 @@ from torch.utils import _pytree as pytree
 
 from attn_compiler import backend
 from attn_compiler.given import Given, failure
+from attn_compiler.kernels.timing import alternated
 from attn_compiler.report import Report
 from attn_compiler.terminal import heading
-from attn_compiler.timing import Spread, alternated, peak_bytes, ratios
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, smallest and largest of some numbers."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -26,7 +46,7 @@ class Comparison:
 
     Attributes:
         device: where.
-        rounds: how often each way was called, after a call that compiles and one that warms up.
+        rounds: how often each way was called, after those that compile and warm up.
         report: what was rewritten.
         seconds: of a call, by way.
         ratio: stock / ours, inside each round.
@@ -93,9 +113,7 @@ def compare(given: Given, to: Any, rounds: int) -> Comparison:
     except Exception as error:
         raise failure(given, error) from error
     report = backend.last_report()
-    for one in calls.values():
-        one()
-    seconds = alternated(calls, rounds, device)
+    seconds = alternated(calls, rounds, partial(_seconds, device))
     return Comparison(
         device=_named(device),
         rounds=rounds,
@@ -121,3 +139,59 @@ def _difference(one: Any, other: Any) -> float:
         if isinstance(a, torch.Tensor) and a.is_floating_point() and a.numel()
     ]
     return max(found, default=0.0)
+
+
+# ---------------------------------------------------------------- time and memory
+
+
+def _seconds(device: torch.device, call: Callable[[], Any]) -> float:
+    """What a user waits for a call: on a GPU it ends when the GPU has."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ratios(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """one / other, round by round."""
+    return Spread.of([a / b for a, b in zip(one, other, strict=True)])
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most that PyTorch's allocator holds beyond what was there before the call."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with _silenced(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    held = most = 0
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = seen.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """The profiler writes lines of its own past sys.stderr."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -255,9 +255,9 @@ def _plain(found: Any) -> dict[str, Any]:
 
 def calibrate(options: argparse.Namespace) -> int:
     """Fit the constants of the cost model."""
-    import attn_compiler as ac
+    from attn_compiler.calibrating import calibrate
 
-    found = ac.calibrate(options.hardware)
+    found = calibrate(options.hardware)
     print(found.to_json() if options.json else f"the cost model was fitted to {found.name}")
     return 0
 

@@ -60,6 +60,7 @@ def examine() -> list[Check]:
         _torch(),
         *(_package(name, do) for name, do in _OPTIONAL.items()),
         *_devices(),
+        _calibration(),
         _triton(),
         _compiler(),
         *_folders(),
@@ -117,6 +118,18 @@ def _device(name: str, device: torch.device, text: str) -> Check:
     except BadOption as error:
         return Check(name, "missing", f"{text}: {error.what}", error.do)
     return Check(name, "ok", f'{text}; row "{row.name}", {row.arch}: {_MARKS[row.mark]}')
+
+
+def _calibration() -> Check:
+    name = "GPU" if torch.cuda.is_available() else "CPU"
+    try:
+        fitted = Hardware.from_device().constants
+    except BadOption:
+        fitted = ()
+    if fitted:
+        return Check("calibration", "ok", f"the cost model was fitted to this {name}")
+    text = f"predictions for this {name} come from its data sheet"
+    return Check("calibration", "absent", text, "attn-compiler calibrate")
 
 
 def _triton() -> Check:

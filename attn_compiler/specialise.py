@@ -248,14 +248,26 @@ def _moved(guide: _Guide, plan: Plan) -> Report:
 
 
 def _late(guards: list[sympy.Basic]) -> list[sympy.Basic]:
-    """What the rewriting demands; it asks about a size of 1 to choose a view or a copy."""
+    """What the rewriting demands. It asks whether a size is 1, also by comparing strides, to choose
+    a view or a copy: that is not demanded.
+    """
     return [guard for guard in guards if not (isinstance(guard, sympy.Ne) or _about_one(guard))]
 
 
 def _about_one(guard: sympy.Basic) -> bool:
-    """1 < s, the other way in which decompositions ask whether a size is 1."""
+    """Does it hold wherever no size is below 2, as 1 < s or t < s*t?"""
     strict = isinstance(guard, sympy.StrictLessThan | sympy.StrictGreaterThan)
-    return strict and 1 in guard.args and any(isinstance(a, sympy.Symbol) for a in guard.args)
+    if not strict and not isinstance(guard, sympy.LessThan | sympy.GreaterThan):
+        return False
+    # sizes from 2 are 2 + n with n from 0, and a sum without a minus is not negative
+    sizes = sorted(guard.free_symbols, key=str)
+    room = (guard.gts - guard.lts).subs({s: s + 2 for s in sizes}, simultaneous=True)
+    try:
+        terms = dict(sympy.Poly(room, *sizes).terms())
+    except sympy.PolynomialError:
+        return False
+    least = terms.get((0,) * len(sizes), 0)
+    return all(c >= 0 for c in terms.values()) and (least > 0 or not strict)
 
 
 def _spell_constants(gm: fx.GraphModule) -> None:

@@ -93,6 +93,21 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
     return _unviewed(node), None
 
 
+def reaches(source: fx.Node, node: fx.Node) -> bool:
+    """Is a tensor a part of what another one is made of, here or through a cache?"""
+    position = {n: i for i, n in enumerate(node.graph.nodes)}
+    between: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        # an input may stand for what a cache returned
+        here = waiting.pop()
+        here = here.meta.get("opaque", here)
+        if here not in between and position[here] >= position[source]:
+            between.add(here)
+            waiting += here.all_input_nodes
+    return source in between
+
+
 def _elements(node: fx.Node) -> int:
     found = ops.value(node)
     tensors = found if isinstance(found, tuple | list) else (found,)

@@ -13,11 +13,18 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.expr import slots
 from attn_compiler.ir.mask import classify
-from attn_compiler.ir.provenance import display_name, location, module, source_line, sources
+from attn_compiler.ir.provenance import (
+    display_name,
+    location,
+    module,
+    reaches,
+    source_line,
+    sources,
+)
 from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
-from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase, Projection
+from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase
 from attn_compiler.ir.trace import Region
 
 _ROTARY = re.compile(r"^(sin|cos|polar|view_as_complex)$")
@@ -30,13 +37,14 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
     names = [_name(node, host, functional) for node in core.reads]
     kinds = [_kind(node) for node in core.reads]
     roles = core.roles
-    projections, ends = _projections(core, host)
+    starts = _starts(core, functional)
+    made = {name: sources(start)[1] for name, start in starts.items()}
     rows = core.sizes["T"]
     return AttentionSite(
         path=path,
         owner=owner,
         location=location(region.end),
-        kind=Kind.CROSS if ends.get("q") is not ends.get("k") else Kind.SELF,
+        kind=Kind.SELF if _same_sequence(starts) else Kind.CROSS,
         phases=(Phase.DECODE,) if rows == 1 else (Phase.PREFILL,),
         query_heads=_static(extent(roles.query_heads)),
         kv_heads=_static(extent(roles.heads)),
@@ -49,7 +57,7 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
         softmax_dtype=str(core.dtype).removeprefix("torch."),
         dropout=core.dropout,
         decision=Decision(False),
-        projections=projections,
+        projections={name: p for name, p in made.items() if p is not None},
         facts=_facts(region, core),
         length=_length(region, core),
         line=source_line(region.end),
@@ -69,6 +77,14 @@ def _length(region: Region, core: Core) -> int | None:
             if ax.equal(ax.size_of(size), rows):
                 return int(ax.hint(size))
     return None
+
+
+def _same_sequence(starts: dict[str, fx.Node]) -> bool:
+    """Are the keys made of what the queries are made of, be it through a cache?"""
+    if len(starts.keys() & {"q", "k"}) < 2:
+        return False
+    source, _ = sources(starts["q"])
+    return source is sources(starts["k"])[0] or reaches(source, starts["k"])
 
 
 def _static(size: Any) -> int | None:
@@ -93,19 +109,17 @@ def _named(text: str, names: list[str], used: list[int]) -> str:
     return text
 
 
-def _projections(
-    core: Core, host: dict[fx.Node, fx.Node]
-) -> tuple[dict[str, Projection], dict[str, fx.Node]]:
-    found: dict[str, Projection] = {}
-    ends: dict[str, fx.Node] = {}
+def _starts(core: Core, functional: FunctionalRegion) -> dict[str, fx.Node]:
+    """The host nodes that q, k and v begin at."""
+    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    found: dict[str, fx.Node] = {}
     for name, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
-        start = next((host[node] for node, _ in operand.chain if node in host), None)
-        if start is None:
-            continue
-        ends[name], projection = sources(start)
-        if projection is not None:
-            found[name] = projection
-    return found, ends
+        nodes = [node for node, _ in operand.chain]
+        start = next((host[node] for node in nodes if node in host), None)
+        start = start or next((functional.read[n] for n in nodes if n in functional.read), None)
+        if start is not None:
+            found[name] = start
+    return found
 
 
 def _facts(region: Region, core: Core) -> dict[str, str]:

@@ -106,3 +106,25 @@ def test_a_model_without_attention(x: torch.Tensor) -> None:
     gm = fx.symbolic_trace(model)
     assert not ac.fx_pass()(gm, x).modified
     torch.testing.assert_close(ac.rewrite(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_keys_behind_a_cache_belong_to_the_queries_sequence(own: bool) -> None:
+    class Decoding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(
+            self, x: torch.Tensor, other: torch.Tensor, cache: list[torch.Tensor]
+        ) -> torch.Tensor:
+            of = (x, x, x) if own else (x, other, other)
+            pairs = zip(self.maps, of, strict=True)
+            q, k, v = (f(y).unflatten(-1, (4, -1)).transpose(1, 2) for f, y in pairs)
+            k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    x, other = torch.randn(2, 1, WIDTH), torch.randn(2, 3, WIDTH)
+    cache = [torch.randn(2, 4, 11, WIDTH // 4) for _ in range(2)]
+    (site,) = ac.explain(Decoding(), (x, other, cache)).sites
+    assert str(site.kind) == ("self" if own else "cross")

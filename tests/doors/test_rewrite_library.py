@@ -63,6 +63,13 @@ MODELS: dict[str, tuple[int, Any]] = {
             tf.BartConfig(d_model=64, vocab_size=100, **_PAIR, attn_implementation=a)
         ),
     ),
+    # scores depend on how many values the cache holds
+    "doge": (
+        2,
+        lambda a: tf.DogeForCausalLM(
+            tf.DogeConfig(**_SMALL, num_key_value_heads=2, attn_implementation=a)
+        ),
+    ),
     "vit": (
         2,
         lambda a: tf.ViTModel(
@@ -70,7 +77,7 @@ MODELS: dict[str, tuple[int, Any]] = {
         ),
     ),
 }
-GENERATE = ["gpt2", "llama", "t5", "bart"]
+GENERATE = ["gpt2", "llama", "t5", "bart", "doge"]
 _made: dict[tuple[str, str], tuple[nn.Module, nn.Module, dict[str, Any]]] = {}
 
 
