@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from attn_compiler.ir.listing import Listing
 from attn_compiler.ir.site import AttentionSite, Decision, Missed
 
 
@@ -18,6 +21,7 @@ class Report:
         missed: what looked like attention and was left alone.
         graph_before, graph_after: readable text, where the door keeps it.
         kernels: source of generated kernels by name.
+        graphs: the same graphs node by node, with the source line and the module of each.
     """
 
     sites: tuple[AttentionSite, ...] = ()
@@ -25,6 +29,7 @@ class Report:
     graph_before: str = ""
     graph_after: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
+    graphs: tuple[Listing, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -37,6 +42,7 @@ class Report:
             "\n\n".join(filter(None, (self.graph_before, other.graph_before))),
             "\n\n".join(filter(None, (self.graph_after, other.graph_after))),
             {**self.kernels, **other.kernels},
+            self.graphs + other.graphs,
         )
 
     def __str__(self) -> str:
@@ -64,6 +70,24 @@ class Report:
             },
             indent=2,
         )
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the same as one page for a browser, which needs no other file and no network.
+
+        Args:
+            path: of the file; one that is there is replaced.
+        """
+        from attn_compiler.html import page  # what draws it is loaded only where it is wanted
+
+        found = json.loads(self.to_json())
+        shown = page.Found(
+            groups=tuple(map(tuple, _alike(self.sites))),
+            missed=self.missed,
+            graphs=self.graphs,
+            kernels=self.kernels,
+            numbers={name: found[name] for name in ("sites", "missed")},
+        )
+        Path(path).write_text(page.render(shown), encoding="utf-8")
 
 
 _SAME = (

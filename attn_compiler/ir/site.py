@@ -63,6 +63,8 @@ class Decision:
         predicted_seconds: by the cost model, None where it does not speak.
         fidelity: "exact", "calibrated" or "retrained".
         tensors: what its module gets, under their final names.
+        call: the sizes of the example and the device in the cost model's words (`kernels.shown.
+            Call`), where a device was named.
     """
 
     accepted: bool
@@ -72,6 +74,7 @@ class Decision:
     predicted_seconds: float | None = None
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
+    call: Any = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

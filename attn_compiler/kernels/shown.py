@@ -5,7 +5,7 @@ call, h200   ->   Shown("triton", Tile(128, 64, ...), 0.00042, {"forward": "..."
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,14 @@ from attn_compiler.kernels.triton_source import Visits, backward_source, forward
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """What the cost model was asked: sizes, and a device."""
+
+    problem: Problem
+    hardware: Hardware
+
+
+@dataclass(frozen=True, slots=True)
 class Shown:
     """What would run.
 
@@ -33,6 +41,7 @@ class Shown:
         tile: of the generated kernel.
         seconds: predicted for the forward, None where nothing is known.
         sources: texts of generated kernels, by name.
+        call: what was asked, None where there is nothing to compute.
     """
 
     name: str
@@ -40,6 +49,7 @@ class Shown:
     tile: Tile | None = None
     seconds: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    call: Call | None = None
 
 
 def shown(given: Inputs, hardware: Hardware) -> Shown:
@@ -52,6 +62,10 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
     if any(x.numel() == 0 for x in given.qkv):
         return Shown("composite", "no elements")
     problem = problem_of(given)
+    return replace(_runs(given, hardware, problem), call=Call(problem, hardware))
+
+
+def _runs(given: Inputs, hardware: Hardware, problem: Problem) -> Shown:
     if hardware.kind == "cpu":
         name, seconds = _on_a_cpu(hardware, problem)
         return Shown(name, seconds=seconds)
