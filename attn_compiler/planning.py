@@ -9,7 +9,7 @@ projections, or the block with its feed-forward net. `keep` says that it does no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from attn_compiler.cost import cpu
 from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.cost.letters import Cost
 from attn_compiler.cost.peers import peers
+from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, Template, TileConfig
 from attn_compiler.cost.roofline import Calibration, Time, time_of
 from attn_compiler.cost.search import choose
@@ -26,6 +27,8 @@ from attn_compiler.variants import Flash, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
 _SHOWN = 5
+# forward and backward of a training, in forwards: seven products for two
+_WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
 # chunks are small, where states are as wide as the model: assumed, to be measured
 _EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
@@ -46,6 +49,7 @@ class Plan:
         limit: what bounds the time: "tensor", "special", "dram", "l2", "waves", "launch", ...
         hardware: name of the device.
         alternatives: other plans, the fastest first.
+        roofline: the roofs of the device with this plan and its alternatives as points.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Plan:
     limit: str
     hardware: str
     alternatives: tuple[Plan, ...] = ()
+    roofline: Roofline | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         head = f"{self.spec} on {self.hardware}: {'keep it as it is' if self.keep else self.name}"
@@ -112,6 +117,16 @@ def plan(
         BadOption: an unknown hardware, a spec of no known variant, or sizes that it cannot have.
     """
     machine = resolve(hardware)
+    found = _planned(spec, shape, machine, dtype)
+    drawn = roofline(machine, dtype.itemsize)
+    for p in (found, *found.alternatives):
+        drawn = drawn.with_point(p.name, (p.flops, p.bytes), p.seconds, p.limit)
+    return replace(found, roofline=drawn)
+
+
+def _planned(
+    spec: VariantSpec | Literal["fastest"], shape: Shape, machine: Hardware, dtype: torch.dtype
+) -> Plan:
     exact = _exact(shape, machine, dtype)
     if spec == "fastest" or isinstance(spec, Flash):
         best = exact[0] if spec == "fastest" else _first(exact, "keep")
@@ -149,22 +164,23 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
     """Ways to compute the core, the fastest first."""
     problem = problem_of(shape, dtype)
     # "keep" is PyTorch's code as most models spell it: scores through memory
+    factor = _WITH_BACKWARD if shape.training else 1.0
     written = cpu.ways(problem)["keep"]
     times: list[tuple[str, Time, TileConfig | None]] = []
     if hardware.kind == "cpu":
-        times = [(name, time, None) for name, time in cpu.ranked(hardware, problem)]
-        factor = 3.5 if shape.training else 1.0
-        times = [(name, _scaled(time, factor), tile) for name, time, tile in times]
+        times = [(name, _scaled(t, factor), None) for name, t in cpu.ranked(hardware, problem)]
     else:
         keep = time_of(written, hardware, problem.itemsize)
-        times.append(("keep", _scaled(keep, 3.5 if shape.training else 1.0), None))
+        times.append(("keep", _scaled(keep, factor), None))
         times += _generated(hardware, problem, shape.training)
         back = peers(hardware, problem, backward=True) if shape.training else {}
         for name, time in peers(hardware, problem).items():
             times.append((name, _sum(time, back[name]) if back else time, None))
     cost = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
     plans = [
-        _plan(name, Flash(), time, written if name == "keep" else cost, hardware, tile)
+        _plan(
+            name, Flash(), time, written.times(factor) if name == "keep" else cost, hardware, tile
+        )
         for name, time, tile in times
     ]
     return tuple(sorted(plans, key=lambda p: p.seconds))
