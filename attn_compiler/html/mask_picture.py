@@ -67,7 +67,9 @@ class MaskPicture:
         return "".join(found)
 
 
-def picture(mask: Mask, rows: int, keys: int, batch: int, heads: int, *, example: bool) -> MaskPicture:
+def picture(
+    mask: Mask, rows: int, keys: int, batch: int, heads: int, *, example: bool
+) -> MaskPicture:
     """Draw a mask.
 
     Args:

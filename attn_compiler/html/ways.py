@@ -1,6 +1,6 @@
 """The ways to compute the core of a site on a device, by the cost model, the fastest first.
 
-    the call of the example, h200   ->   triton 6 us, cudnn 8 us, keep 41 us, each with its parts
+the call of the example, h200   ->   triton 6 us, cudnn 8 us, keep 41 us, each with its parts
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from attn_compiler.cost import cpu
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.peers import peers
+from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, TileConfig, visible
 from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
-from attn_compiler.cost.work import matrix_rate, work
+from attn_compiler.cost.work import work
 
 _TILES = 2
 
@@ -34,16 +35,6 @@ class Way:
     time: Time
     flops: float
     bytes: float
-
-    @property
-    def intensity(self) -> float:
-        """flop per byte."""
-        return self.flops / self.bytes
-
-    @property
-    def rate(self) -> float:
-        """flop per second."""
-        return self.flops / self.time.seconds
 
 
 def ways(problem: Problem, hardware: Hardware) -> tuple[Way, ...]:
@@ -75,15 +66,11 @@ def _tile(tile: TileConfig) -> str:
     return text + (f", {tile.splits} splits" if tile.splits > 1 else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Roofs:
-    """What bounds every point: flop per second, and bytes per second."""
-
-    matrix: float
-    memory: float
-
-
-def roofs(problem: Problem, hardware: Hardware) -> Roofs:
-    """The peak of the matrix products of a call's dtype, and of memory."""
-    rate = matrix_rate(hardware, problem.itemsize, problem.tf32)
-    return Roofs(rate * hardware.processors * hardware.clock, hardware.dram_rate)
+def drawn(problem: Problem, hardware: Hardware, found: tuple[Way, ...]) -> Roofline:
+    """The roofs of the device, each way a point under them."""
+    picture = roofline(hardware, problem.itemsize, problem.tf32)
+    for way in found:
+        picture = picture.with_point(
+            way.name, (way.flops, way.bytes), way.time.seconds, way.time.limit
+        )
+    return picture

@@ -1,7 +1,7 @@
 """A graph as lines that people read, each with its type, the user's source line and its modules.
 
-    %mul_1 = call_function[operator.mul](%matmul, 0.125)
-        ->   mul_1  float32[2, 4, 7, 7]  matmul * 0.125      model.py:31   layers.0 / layers.0.attn
+%mul_1 = call_function[operator.mul](%matmul, 0.125)
+    ->   mul_1  float32[2, 4, 7, 7]  matmul * 0.125      model.py:31   layers.0 / layers.0.attn
 """
 
 from __future__ import annotations
