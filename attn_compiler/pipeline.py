@@ -254,11 +254,10 @@ def _chosen(
     if lowering is None and kept is None and not reasons:
         seen = show_kernels(region, core, work.config.hardware)
         if seen is not None:
-            decision = replace(
-                decision, tile=seen.tile, predicted_seconds=seen.seconds, call=seen.call
-            )
+            decision = replace(decision, tile=seen.tile, predicted_seconds=seen.seconds)
             site = replace(site, facts={**site.facts, "kernel": _named(seen)})
             work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
+            decision = replace(decision, call=seen.call)
     return replace(site, decision=decision)
 
 

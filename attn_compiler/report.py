@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Report:
     def __str__(self) -> str:
         found = f"{len(self.sites)} attention sites, {self.rewritten} rewritten"
         lines = [f"{found}, {len(self.missed)} look-alikes left alone"]
-        for sites in _alike(self.sites):
+        for sites in alike(self.sites):
             lines += _site_lines(sites)
         for missed in self.missed:
             where = missed.path or "the root"
@@ -71,7 +72,7 @@ class Report:
             indent=2,
         )
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
+    def to_html(self, path: str | Path) -> None:
         """Write the same as one page for a browser, which needs no other file and no network.
 
         Args:
@@ -81,7 +82,7 @@ class Report:
 
         found = json.loads(self.to_json())
         shown = page.Found(
-            groups=tuple(map(tuple, _alike(self.sites))),
+            groups=tuple(map(tuple, alike(self.sites))),
             missed=self.missed,
             graphs=self.graphs,
             kernels=self.kernels,
@@ -92,15 +93,15 @@ class Report:
 
 _SAME = (
     "location", "owner", "mask", "score", "query_heads", "kv_heads", "head_dim", "dropout",
-    "kind", "phases", "decision", "facts",
+    "kind", "phases", "length", "decision", "decision.call", "facts",
 )  # fmt: skip
 
 
-def _alike(sites: tuple[AttentionSite, ...]) -> list[list[AttentionSite]]:
+def alike(sites: Iterable[AttentionSite]) -> list[list[AttentionSite]]:
     """Repeated layers folded: sites that differ in nothing but their path."""
     groups: dict[Any, list[AttentionSite]] = {}
     for site in sites:
-        key = tuple(str(getattr(site, name)) for name in _SAME)
+        key = tuple(str(attrgetter(name)(site)) for name in _SAME)
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 

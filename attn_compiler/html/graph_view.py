@@ -1,4 +1,4 @@
-"""The graphs of a report as the page shows them: rows, the user's lines over them, folded modules."""
+"""The graphs as the page shows them: rows, the user's lines over them, folded modules."""
 
 from __future__ import annotations
 
