@@ -100,6 +100,41 @@ def views(graphs: Sequence[Listing], places: Places) -> tuple[GraphView, ...]:
     return tuple(found)
 
 
+def noted(graphs: Sequence[GraphView]) -> dict[int, RowView]:
+    """The first row of each site, by its number: where a link leads."""
+    found: dict[int, RowView] = {}
+    for graph in graphs:
+        for row in _rows(graph.top):
+            if row.site:
+                found.setdefault(row.site, row)
+    return found
+
+
+def _rows(part: PartView) -> Iterator[RowView]:
+    for item in part.items:
+        if isinstance(item, RowView):
+            yield item
+        elif isinstance(item, PartView):
+            yield from _rows(item)
+
+
+def exchanged(
+    graphs: Sequence[GraphView], path: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the operations of a module that are gone, and of those that came."""
+    gone: list[str] = []
+    come: list[str] = []
+    for row in (row for graph in graphs for row in graph.top.part.rows()):
+        if row.kind == "same" or (row.line.modules[-1][0] if row.line.modules else "") != path:
+            continue
+        before = row.before.op if row.before else ""
+        after = row.after.op if row.after else ""
+        if before != after:  # else one operation that reads something else now
+            gone += [before] * bool(before)
+            come += [after] * (after not in ("", "getitem"))
+    return tuple(gone), tuple(come)
+
+
 def _part(part: Part, places: Places) -> PartView:
     items = tuple(_items(part, places))
     noted = sum(

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
+from attn_compiler.html.squares import outlines
 from attn_compiler.ir.mask import Mask, Tile, classify
 
 Class = Literal["never", "always", "edge", "data"]
@@ -54,17 +54,10 @@ class MaskPicture:
         flat = [c for row in self.classes for c in row]
         return {c: flat.count(c) / len(flat) for c in CLASSES if c in flat}
 
-    def outline(self, wanted: Class) -> str:
-        """The squares of a class as the data of an SVG path, in runs."""
-        found = []
-        for y, row in enumerate(self.classes):
-            x = 0
-            for name, run in groupby(row):
-                length = len(list(run))
-                if name == wanted:
-                    found.append(f"M{x} {y}h{length}v1h-{length}z")
-                x += length
-        return "".join(found)
+    def outlines(self) -> list[tuple[Class, str]]:
+        """The squares of each class that may be seen, as data of SVG paths."""
+        found = outlines(self.classes)
+        return [(name, found[name]) for name in CLASSES if name in found and name != "never"]
 
 
 def picture(

@@ -10,13 +10,13 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from attn_compiler.html import mask_picture, words
-from attn_compiler.html.graph_view import Places, views
+from attn_compiler.html import words
+from attn_compiler.html.graph_view import GraphView, Places, exchanged, noted, views
 from attn_compiler.html.site_view import SiteView, view
 from attn_compiler.html.source_text import pieces
 from attn_compiler.ir.listing import Listing
@@ -65,13 +65,15 @@ def render(found: Found) -> str:
         [(v.number, s) for v, group in zip(sites, found.groups, strict=True) for s in group],
         found.missed,
     )
+    graphs = views(found.graphs, places)
+    sites = [_exchanged(site, sites, graphs) for site in sites]
     return str(
         _environment()
         .get_template("page.html.jinja")
         .render(
             sites=sites,
             missed=_alike(found.missed),
-            graphs=views(found.graphs, places),
+            graphs=graphs,
             kernels=[_kernel(n, name, found.kernels[name], sites) for name, n in order.items()],
             total=Totals.of(sites, found.missed),
             numbers=found.numbers,
@@ -79,9 +81,21 @@ def render(found: Found) -> str:
             script_hash=_hash(script),
             style=style,
             words=words,
-            classes=mask_picture.CLASSES,
+            noted=noted(graphs),
         )
     )
+
+
+def _exchanged(
+    site: SiteView, sites: list[SiteView], graphs: tuple[GraphView, ...]
+) -> SiteView:
+    """With the operations that were exchanged, where its module has no other site."""
+    path = site.paths[0]
+    alone = sum(other.paths.count(path) for other in sites) == 1
+    if not alone or not site.site.decision.accepted:
+        return site
+    gone, come = exchanged(graphs, path)
+    return replace(site, gone=gone, come=come)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attn_compiler.html import mask_picture, roofline_picture, words
+from attn_compiler.html import mask_picture, pattern_picture, roofline_picture, words
 from attn_compiler.html.mask_picture import MaskPicture
+from attn_compiler.html.pattern_picture import PatternPicture
 from attn_compiler.html.roofline_picture import RooflinePicture
 from attn_compiler.html.ways import Way, drawn, ways
 from attn_compiler.ir.site import AttentionSite
@@ -38,6 +39,9 @@ class SiteView:
         ways: the fastest first.
         roofline: None without ways.
         kernels: numbers of its generated kernels on the page, with their names.
+        pattern: of blocks that are kept, where a variant has one.
+        gone, come: names of the operations before and of those that took their place; empty where
+            no graph tells.
     """
 
     number: int
@@ -48,6 +52,9 @@ class SiteView:
     ways: tuple[WayView, ...]
     roofline: RooflinePicture | None
     kernels: tuple[tuple[int, str], ...]
+    pattern: PatternPicture | None
+    gone: tuple[str, ...] = ()
+    come: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -64,12 +71,12 @@ class SiteView:
 
     @property
     def runs_on(self) -> str:
-        return self.site.facts.get("kernel", "")
+        return words.fact(self.site.facts.get("kernel", ""))
 
     @property
     def done(self) -> str:
         """What the variant says was done, where it says something."""
-        return self.site.facts.get(self.site.decision.variant, "")
+        return words.fact(self.site.facts.get(self.site.decision.variant, ""))
 
     @property
     def searched(self) -> str:
@@ -104,6 +111,7 @@ def view(number: int, sites: tuple[AttentionSite, ...], kernels: dict[str, int])
         if found
         else None,
         kernels=tuple((n, name.partition(":")[0]) for n, name in sorted(own.items())),
+        pattern=pattern_picture.picture(site.facts.get(site.decision.variant)),
     )
 
 
@@ -118,7 +126,7 @@ def _picture(site: AttentionSite, call: Call | None) -> MaskPicture:
 
 
 def _way_views(found: tuple[Way, ...], site: AttentionSite) -> tuple[WayView, ...]:
-    runs = site.facts.get("kernel", "").partition(":")[0]
+    runs = words.fact(site.facts.get("kernel", "")).partition(":")[0]
     if not site.decision.accepted:
         runs = "keep"
     first = next((way for way in found if way.name == runs), None)

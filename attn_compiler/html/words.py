@@ -6,6 +6,7 @@ Causal(0)   ->   "causal: a query sees the keys up to its own position"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from attn_compiler.ir.mask import (
     Causal,
@@ -100,10 +101,25 @@ def formula(site: AttentionSite) -> list[str]:
     return lines
 
 
-def seconds(value: float | None) -> str:
+def projections(site: AttentionSite) -> list[tuple[str, str]]:
+    """What makes q, k and v: "q, k, v" and "c_attn.weight + bias" where one map makes all three."""
+    found: dict[str, list[str]] = {}
+    for name, p in site.projections.items():
+        weight = p.weight.removeprefix(f"{site.path}." if site.path else "")
+        bias = f" + {p.bias.rpartition('.')[2]}" if p.bias else ""
+        found.setdefault(weight + bias, []).append(name)
+    return [(", ".join(names), text) for text, names in found.items()]
+
+
+def fact(value: Any) -> str:
+    """A fact as a sentence: itself, or what it says of itself."""
+    return str(value.get("text", "")) if isinstance(value, dict) else str(value)
+
+
+def seconds(value: float) -> str:
     """A time as people compare it."""
-    if value is None:
-        return ""
+    if value == 0:
+        return "0"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if value >= size:
             return f"{value / size:,.3g} {unit}"

@@ -28,6 +28,7 @@ class Line:
         name: of the node; of a parameter its path.
         kind: "input", "call" or "output".
         type: dtype and shape of its value, "" where it is no tensor.
+        op: bare name of what is called, "" if nothing is.
         text: what it computes, as a Python expression.
         place: "file.py:88" of the user's code.
         code: that line.
@@ -37,6 +38,7 @@ class Line:
     name: str
     kind: LineKind
     type: str
+    op: str
     text: str
     place: str
     code: str
@@ -64,6 +66,7 @@ def _line(node: fx.Node) -> Line:
         name=_name(node),
         kind=kinds.get(node.op, "call"),
         type=_type(ops.value(node)),
+        op=ops.name(node),
         text=_text(node),
         place=place,
         code=_code(node, place),

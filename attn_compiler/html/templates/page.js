@@ -37,6 +37,17 @@
     document.querySelector(".filters").addEventListener("submit", (event) => event.preventDefault());
   }
 
+  // ---- order: that of the model, or the slowest first
+  const sorts = all("[data-sort]");
+  sorts.forEach((button) => button.addEventListener("click", () => {
+    const slowest = button.dataset.sort === "seconds";
+    const value = (site) => (slowest ? -Number(site.dataset.seconds) : Number(site.dataset.order));
+    const table = document.querySelector("table.sites");
+    [...sites].sort((a, b) => value(a) - value(b)).forEach((site) => table.append(site));
+    sorts.forEach((other) => other.closest("th").removeAttribute("aria-sort"));
+    button.closest("th").setAttribute("aria-sort", slowest ? "descending" : "ascending");
+  }));
+
   // ---- the graph
   all("[data-open]").forEach((button) => button.addEventListener("click", () => {
     const wanted = button.dataset.open;
@@ -66,7 +77,7 @@
       target.hidden = false;
       open(target, true);
     }
-    if (target.matches("details")) target.open = true;
+    for (let part = target.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
     target.scrollIntoView();
   };
   addEventListener("hashchange", show);
