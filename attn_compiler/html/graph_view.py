@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 from attn_compiler.html.side_by_side import Part, Row, tree
@@ -11,6 +12,8 @@ from attn_compiler.ir.listing import Line, Listing
 from attn_compiler.ir.site import AttentionSite, Missed
 
 Note = Literal["", "attention", "kept", "missed"]
+# lines as before that are shown between others
+_LONG = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,14 @@ class RowView:
     site: int
 
 
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """Lines as before, too many to be read on the way to what changed."""
+
+    items: tuple[SourceView | RowView, ...]
+    count: int
+
+
 @dataclass(slots=True)
 class FoldView:
     """Modules that say the same as earlier ones."""
@@ -45,11 +56,14 @@ class PartView:
     size: int
     changed: int
     noted: int
-    items: tuple[SourceView | RowView | FoldView | PartView, ...]
+    items: tuple[Item, ...]
 
     @property
     def open(self) -> bool:
         return bool(self.changed or self.noted)
+
+
+Item = SourceView | RowView | RunView | FoldView | PartView
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +132,7 @@ def _rows(part: PartView) -> Iterator[RowView]:
             yield from _rows(item)
 
 
-def exchanged(
-    graphs: Sequence[GraphView], path: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def exchanged(graphs: Sequence[GraphView], path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the operations of a module that are gone, and of those that came."""
     gone: list[str] = []
     come: list[str] = []
@@ -142,10 +154,31 @@ def _part(part: Part, places: Places) -> PartView:
         or (isinstance(item, PartView) and item.noted > 0)
         for item in items
     )
+    items = tuple(_runs(items)) if part.changed or noted else items
     return PartView(part, part.size, part.changed, noted, items)
 
 
-def _items(part: Part, places: Places) -> Iterator[SourceView | RowView | FoldView | PartView]:
+def _runs(items: Sequence[Item]) -> Iterator[Item]:
+    """Long stretches of lines as before put together."""
+    for quiet, group in groupby(items, _is_quiet):
+        found = [item for item in group if isinstance(item, SourceView | RowView) or not quiet]
+        # the last source line belongs to what follows
+        last = found.pop() if quiet and isinstance(found[-1], SourceView) else None
+        rows = sum(isinstance(item, RowView) for item in found)
+        if quiet and rows >= _LONG:
+            yield RunView(tuple(x for x in found if isinstance(x, SourceView | RowView)), rows)
+        else:
+            yield from found
+        if last is not None:
+            yield last
+
+
+def _is_quiet(item: Item) -> bool:
+    same = isinstance(item, RowView) and item.row.kind == "same" and not item.note
+    return same or isinstance(item, SourceView)
+
+
+def _items(part: Part, places: Places) -> Iterator[Item]:
     place, fold = "", FoldView()
     for item in part.parts:
         if isinstance(item, Part) and item.like:

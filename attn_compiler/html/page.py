@@ -86,9 +86,7 @@ def render(found: Found) -> str:
     )
 
 
-def _exchanged(
-    site: SiteView, sites: list[SiteView], graphs: tuple[GraphView, ...]
-) -> SiteView:
+def _exchanged(site: SiteView, sites: list[SiteView], graphs: tuple[GraphView, ...]) -> SiteView:
     """With the operations that were exchanged, where its module has no other site."""
     path = site.paths[0]
     alone = sum(other.paths.count(path) for other in sites) == 1

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Literal
 
 from attn_compiler.ir.listing import Line, Listing
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 Kind = Literal["same", "removed", "added", "changed"]
+Modules = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +97,30 @@ def tree(listing: Listing) -> Part:
     after = [line for line in listing.after if line.kind != "input"]
     root = Part("", listing.name)
     stack = [root]
-    modules: tuple[tuple[str, str], ...] = ()
-    for row in aligned(before, after):
-        # a new node without a module stands where the one before it stood
-        modules = row.line.modules or (modules if row.kind != "same" else ())
+    rows = aligned(before, after)
+    for row, modules in zip(rows, _homes(rows), strict=True):
         _descend(stack, modules).parts.append(row)
     names = {line.name for line in (*listing.before, *listing.after)}
     _fold(root, names)
     return root
 
 
-def _descend(stack: list[Part], modules: Sequence[tuple[str, str]]) -> Part:
+def _homes(rows: Sequence[Row]) -> list[Modules]:
+    """The modules of each row. A line of no module is where the lines around it both are."""
+    known = [row.line.modules for row in rows]
+    after: list[Modules] = [()] * len(rows)
+    for i in range(len(rows) - 2, -1, -1):
+        after[i] = known[i + 1] or after[i + 1]
+    found: list[Modules] = []
+    last: Modules = ()
+    for own, following in zip(known, after, strict=True):
+        last = own or last
+        both = takewhile(lambda pair: pair[0] == pair[1], zip(last, following, strict=False))
+        found.append(own or tuple(module for module, _ in both))
+    return found
+
+
+def _descend(stack: list[Part], modules: Modules) -> Part:
     """The innermost part of these modules; parts that the graph has left are closed."""
     paths = [path for path, _ in modules]
     while len(stack) > 1 and [part.path for part in stack[1:]] != paths[: len(stack) - 1]:

@@ -1,6 +1,6 @@
 """A picture made of squares, as data of SVG paths: one path for all squares that look alike.
 
-    [[1, 1, 0]]   ->   {1: "M0 0h2v1h-2z", 0: "M2 0h1v1h-1z"}
+[[1, 1, 0]]   ->   {1: "M0 0h2v1h-2z", 0: "M2 0h1v1h-1z"}
 """
 
 from __future__ import annotations
