@@ -22,6 +22,7 @@ from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
+from attn_compiler.ir.listing import Line, Listing, lines
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
@@ -57,6 +58,7 @@ class _Work:
     config: CompileConfig
     state: dict[fx.Node, tuple[Any, ...]]
     change: bool
+    name: str = ""
     sites: list[AttentionSite] = field(default_factory=list)
     missed: list[Missed] = field(default_factory=list)
     touched: set[fx.Node] = field(default_factory=set)
@@ -87,6 +89,7 @@ def compile_graph(
     """
     before = gm.print_readable(print_output=False) if config.keep_graphs else ""
     works = list(_graphs(gm, config, change))
+    listed = [lines(work.graph) for work in works] if config.keep_graphs else []
     for work in works:
         work.cache = cache
         _run(work)
@@ -101,6 +104,7 @@ def compile_graph(
         graph_after=gm.print_readable(print_output=False) if config.keep_graphs else "",
         kernels={name: text for work in works for name, text in work.kernels.items()},
         roofline=_roofline(config, [site for work in works for site in work.sites]),
+        graphs=tuple(_listing(*pair) for pair in zip(works, listed, strict=False)),
     )
     _raise_rejected(report, config)
     return report
@@ -120,6 +124,10 @@ def _roofline(config: CompileConfig, sites: Sequence[AttentionSite]) -> Roofline
     return found
 
 
+def _listing(work: _Work, before: tuple[Line, ...]) -> Listing:
+    return Listing(work.name, before, lines(work.graph))
+
+
 def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator[_Work]:
     """The graph itself and the bodies of checkpoint, cond and nested regions, each once."""
     outer = ambient(gm.graph)
@@ -129,6 +137,7 @@ def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator
             continue
         around = _around(gm.graph, name, outer)
         for work in _graphs(child, config, change):
+            work.name = f"{name}.{work.name}".rstrip(".")
             if around:
                 work.state = {n: (*around, *work.state.get(n, ())) for n in work.graph.nodes}
             yield work
@@ -287,6 +296,7 @@ def _chosen(
             )  # fmt: skip
             site = replace(site, facts={**site.facts, "kernel": _named(seen)})
             work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
+            decision = replace(decision, call=seen.call)
     return replace(site, decision=decision)
 
 

@@ -166,7 +166,7 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
     problem = problem_of(shape, dtype)
     # "keep" is PyTorch's code as most models spell it: scores through memory
     factor = _WITH_BACKWARD if shape.training else 1.0
-    written = _summed(cpu.ways(problem)["keep"])
+    written = summed(cpu.ways(problem)["keep"])
     times: list[tuple[str, Time, TileConfig | None]] = []
     if hardware.kind == "cpu":
         times = [(name, _scaled(t, factor), None) for name, t in cpu.ranked(hardware, problem)]
@@ -187,7 +187,7 @@ def _exact(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> tuple[Plan, 
     return tuple(sorted(plans, key=lambda p: p.seconds))
 
 
-def _summed(phases: cpu.Phases) -> Cost:
+def summed(phases: cpu.Phases) -> Cost:
     return Cost(
         flops=sum(p.flops for p in phases),
         exps=sum(p.exps for p in phases),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from attn_compiler.cost.points import Roofline
+from attn_compiler.ir.listing import Listing
 from attn_compiler.ir.site import AttentionSite, Decision, Missed
 
 
@@ -21,6 +24,7 @@ class Report:
         graph_before, graph_after: readable text, where the door keeps it.
         kernels: source of generated kernels by name.
         roofline: the roofs of the hardware that was named, with a point for each predicted site.
+        graphs: the same graphs node by node, with the source line and the module of each.
     """
 
     sites: tuple[AttentionSite, ...] = ()
@@ -29,6 +33,7 @@ class Report:
     graph_after: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
     roofline: Roofline | None = None
+    graphs: tuple[Listing, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -42,6 +47,7 @@ class Report:
             "\n\n".join(filter(None, (self.graph_after, other.graph_after))),
             {**self.kernels, **other.kernels},
             _joined(self.roofline, other.roofline),
+            self.graphs + other.graphs,
         )
 
     def __str__(self) -> str:
@@ -70,6 +76,24 @@ class Report:
             indent=2,
         )
 
+    def to_html(self, path: str | Path) -> None:
+        """Write the same as one page for a browser, which needs no other file and no network.
+
+        Args:
+            path: of the file; one that is there is replaced.
+        """
+        from attn_compiler.html import page  # what draws it is loaded only where it is wanted
+
+        found = json.loads(self.to_json())
+        shown = page.Found(
+            groups=tuple(map(tuple, alike(self.sites))),
+            missed=self.missed,
+            graphs=self.graphs,
+            kernels=self.kernels,
+            numbers={name: found[name] for name in ("sites", "missed")},
+        )
+        Path(path).write_text(page.render(shown), encoding="utf-8")
+
 
 def _joined(a: Roofline | None, b: Roofline | None) -> Roofline | None:
     if a is None or b is None:
@@ -79,7 +103,7 @@ def _joined(a: Roofline | None, b: Roofline | None) -> Roofline | None:
 
 _SAME = (
     "location", "owner", "mask", "score", "query_heads", "kv_heads", "head_dim", "dropout",
-    "kind", "phases", "decision", "facts",
+    "kind", "phases", "length", "decision", "decision.call", "facts",
 )  # fmt: skip
 
 
@@ -87,7 +111,7 @@ def alike(sites: Iterable[AttentionSite]) -> list[list[AttentionSite]]:
     """Repeated layers folded: sites that differ in nothing but their path."""
     groups: dict[Any, list[AttentionSite]] = {}
     for site in sites:
-        key = tuple(str(getattr(site, name)) for name in _SAME)
+        key = tuple(str(attrgetter(name)(site)) for name in _SAME)
         groups.setdefault(key, []).append(site)
     return list(groups.values())
 

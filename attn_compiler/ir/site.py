@@ -65,6 +65,8 @@ class Decision:
         work: operations of matrix products, and bytes that have to cross memory's bus.
         fidelity: "exact", "calibrated" or "retrained".
         tensors: what its module gets, under their final names.
+        call: the sizes of the example and the device in the cost model's words (`kernels.shown.
+            Call`), where a device was named.
     """
 
     accepted: bool
@@ -76,6 +78,7 @@ class Decision:
     work: tuple[float, float] = (0.0, 0.0)
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
+    call: Any = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

@@ -25,6 +25,14 @@ from attn_compiler.kernels.triton_source import Visits, backward_source, forward
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """What the cost model was asked: sizes, and a device."""
+
+    problem: Problem
+    hardware: Hardware
+
+
+@dataclass(frozen=True, slots=True)
 class Shown:
     """What would run.
 
@@ -37,6 +45,7 @@ class Shown:
         limit: what bounds it.
         work: operations of matrix products, and bytes that have to cross memory's bus.
         sources: texts of generated kernels, by name.
+        call: what was asked, None where there is nothing to compute.
     """
 
     name: str
@@ -46,6 +55,7 @@ class Shown:
     limit: str = ""
     work: tuple[float, float] = (0.0, 0.0)
     sources: dict[str, str] = field(default_factory=dict)
+    call: Call | None = None
 
 
 def shown(given: Inputs, hardware: Hardware) -> Shown:
@@ -58,6 +68,10 @@ def shown(given: Inputs, hardware: Hardware) -> Shown:
     if any(x.numel() == 0 for x in given.qkv):
         return Shown("composite", "no elements")
     problem = problem_of(given)
+    return replace(_runs(given, hardware, problem), call=Call(problem, hardware))
+
+
+def _runs(given: Inputs, hardware: Hardware, problem: Problem) -> Shown:
     if hardware.kind == "cpu":
         name, time = _on_a_cpu(hardware, problem)
         return Shown(name, seconds=time.seconds, limit=time.limit, work=_work(problem))

@@ -1,0 +1,4 @@
+"""The report as one page for a browser: no other file, no network.
+
+sites, near misses, graphs, kernels   ->   page.render   ->   text of an HTML file
+"""
