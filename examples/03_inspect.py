@@ -33,9 +33,14 @@ class Attention(nn.Module):
         return self.to_out((weights_BHTS @ v).transpose(1, 2).flatten(-2))
 
 
-def main() -> None:
+def make() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """For the command line: attn-compiler explain examples/03_inspect.py:make"""
     torch.manual_seed(0)
-    model, x = Attention().eval(), torch.randn(2, 24, 32)
+    return Attention().eval(), (torch.randn(2, 24, 32),)
+
+
+def main() -> None:
+    model, (x,) = make()
 
     print(ac.explain(model, (x,)))
 

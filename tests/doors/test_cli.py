@@ -66,10 +66,23 @@ def test_explain_as_json_is_the_report(capsys: Run) -> None:
     assert missed["operation"].startswith("mul at given.py:")
 
 
+def test_explain_writes_a_page(capsys: Run, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert cli.main(["explain", f"{FILE}:make", "--html", str(page)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nwritten to {page}\n")
+    assert "attention.weights_changed" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written(capsys: Run, tmp_path: Path) -> None:
+    page = tmp_path / "absent" / "report.html"
+    assert cli.main(["explain", f"{FILE}:make", "--html", str(page)]) == 1
+    assert str(page) in "".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("function", "line", "said"),
     [
-        ("broken", "return self.last(x)", "also without a compiler"),
+        ("broken", "y: Tensor = self.last(self.first(x))", "also without a compiler"),
         ("untraceable", "offset = int(", "torch.compile cannot trace it"),
         ("fails", "raise FileNotFoundError", "no weights here"),
     ],

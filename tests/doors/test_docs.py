@@ -10,6 +10,8 @@ import pytest
 import torch
 from doors import pages, reasons
 
+from attn_compiler import cli
+
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 
@@ -43,6 +45,19 @@ def test_every_code_that_a_source_spells_is_found() -> None:
     for file in sorted((ROOT / "attn_compiler").rglob("*.py")):
         for code in pattern.findall(file.read_text(encoding="utf-8")):
             assert code in known, f"{file.name}: {code}"
+
+
+def test_what_the_readme_shows_of_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    command = "explain examples/03_inspect.py:make --hardware h200"
+    assert f"`attn-compiler {command}`" in readme
+    assert cli.main(command.split()) == 0
+    assert f"```\n{capsys.readouterr().out}```" in readme
+    assert cli.main(["explain", "tests/doors/given.py:broken"]) == 1
+    assert f"```\n{capsys.readouterr().err}```" in readme
 
 
 def test_the_pieces_of_the_page_on_variants_are_the_example() -> None:
