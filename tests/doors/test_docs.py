@@ -69,10 +69,10 @@ def test_the_pieces_of_the_page_on_variants_are_the_example() -> None:
         assert piece in example, piece
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_links_and_names_of_files_are_there(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["how_it_works", "limits", "add_a_variant"])
+def test_links_and_names_of_files_are_there(name: str) -> None:
+    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:attn_compiler|docs|examples|tests)/[\w/.]+)`", text)
     named += [str(Path("docs") / link) for link in re.findall(r"\]\((?!http)([^)#]+)", text)]
-    for name in named:
-        assert (ROOT / name).exists(), name
+    for file in named:
+        assert (ROOT / file).exists(), file
