@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.pipeline import compile_graph
@@ -103,13 +103,14 @@ def _tell(report: Report) -> None:
     log.debug("before:\n%s", report.graph_before)
     log.debug("after:\n%s", report.graph_after)
     log.debug("%s", report)
-    for name, encoding, text in (
-        ("attn_compiler_report", "json", report.to_json()),
-        ("attn_compiler_before", "string", report.graph_before),
-        ("attn_compiler_after", "string", report.graph_after),
-    ):
-        about = {"name": name, "encoding": encoding}
-        trace_structured("artifact", metadata_fn=lambda a=about: a, payload_fn=lambda t=text: t)
+    _artifact("attn_compiler_report", "json", report.to_json())
+    _artifact("attn_compiler_before", "string", report.graph_before)
+    _artifact("attn_compiler_after", "string", report.graph_after)
+
+
+def _artifact(name: str, encoding: str, text: str) -> None:
+    about = {"name": name, "encoding": encoding}
+    trace_structured("artifact", metadata_fn=lambda: about, payload_fn=lambda: text)
 
 
 def _inductor(

@@ -19,9 +19,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attn_compiler.errors import AttnCompilerError, BadOption
+
+if TYPE_CHECKING:
+    from attn_compiler.planning import Plan
 
 Command = Callable[[argparse.Namespace], int]
 _WIDTH = 100
@@ -232,7 +235,7 @@ def plan(options: argparse.Namespace) -> int:
     from attn_compiler import given, planning
 
     found = planning.plan(
-        given.spec(options.spec),  # type: ignore[arg-type]  (a str is "fastest")
+        given.spec(options.spec),
         given.shape(options.shape),
         hardware=options.hardware,
         dtype=getattr(torch, options.dtype),
@@ -244,13 +247,10 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plain(found: Any) -> dict[str, Any]:
+def _plain(found: Plan) -> dict[str, Any]:
     """A plan, with its spec in words."""
-    own = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    own["spec"] = str(found.spec)
-    own["tile"] = None if found.tile is None else asdict(found.tile)
-    own["alternatives"] = [_plain(other) for other in found.alternatives]
-    return own
+    others = [_plain(other) for other in found.alternatives]
+    return asdict(found) | {"spec": str(found.spec), "alternatives": others}
 
 
 def calibrate(options: argparse.Namespace) -> int:

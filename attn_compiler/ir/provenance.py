@@ -33,7 +33,8 @@ def _frame(node: fx.Node | None) -> tuple[str, str, str]:
     frames = _FRAME.findall(trace) if trace else []
     torch_home = str(Path(torch.__file__).parent)
     users = [frame for frame in frames if not frame[0].startswith(torch_home)]
-    return (users or frames or [("", "", "")])[-1]
+    file, number, line = (users or frames or [("", "", "")])[-1]
+    return file, number, line
 
 
 def module(node: fx.Node) -> tuple[str, str]:
