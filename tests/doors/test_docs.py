@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors import pages, reasons
+from doors import printed, reasons
 
 from attn_compiler import cli
 
@@ -23,12 +23,12 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", printed.PAGES, ids=lambda page: page.stem)
 def test_outputs_come_from_a_run(page: Path) -> None:
-    """If it says something else now, and that is right: python tests/doors/pages.py."""
-    said = [text for _, text in pages.parts(page)]
+    """If it says something else now, and that is right: python tests/doors/printed.py."""
+    said = [text for _, text in printed.parts(page)]
     assert any(said)
-    assert pages.outputs(page) == said
+    assert printed.outputs(page) == said
 
 
 def test_the_table_of_codes_is_that_of_the_sources() -> None:

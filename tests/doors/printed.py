@@ -1,6 +1,6 @@
 """Pages of docs/ whose printed outputs come from a run.
 
-    python tests/doors/pages.py     runs the code of each page and writes its outputs anew
+    python tests/doors/printed.py     runs the code of each page and writes its outputs anew
 
 A block of Python is followed by the block of text that it prints. All code of a page is one file,
 `example.py`, so that lines have numbers.
