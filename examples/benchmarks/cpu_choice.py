@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in options.only or range(len(GRID)):
         print(f"{number:>2} {GRID[number]}", file=sys.stderr, flush=True)
         rows.append(
-            {"case": asdict(GRID[number]), "seconds": measure(GRID[number], options.rounds)}
+            {"case": asdict(GRID[number]), "seconds": measure(GRID[number], options.rounds, clock)}
         )
     result = {
         "about": "seconds of every way in every round; float32, random data, alternated",

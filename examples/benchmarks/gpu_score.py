@@ -1,6 +1,6 @@
 """How good the cost model is, from measured seconds: no GPU is needed.
 
-    results/*.json of gpu_speed   ->   picks 96 % of the best tile, worst 84 %, rank 0.9, off by 18 %
+    results/*.json of gpu_speed   ->   picks 96 % of the best, worst 84 %, rank 0.9, off by 18 %
 
 The constants are fitted on every other call and judged on the rest, so that no number is judged by
 itself. A pick is the tile of a call that the model likes best; an implementation (ours, cuDNN,
@@ -84,12 +84,17 @@ def score(hardware: Hardware, template: Template, found: Sequence[Measurement]) 
         ordered = [s for _, s in sorted(zip(guesses, seconds, strict=True))]
         firsts.append(min(seconds) / ordered[0])
         among.append(min(seconds) / min(ordered[:_TOP]))
-        ranks.append(statistics.correlation(guesses, seconds, method="ranked"))
+        ranks.append(statistics.correlation(_ranks(guesses), _ranks(seconds)))
         errors += [abs(g / s - 1) for g, s in zip(guesses, seconds, strict=True)]
     return Score(
         len(several), len(errors), _mean(firsts), min(firsts), _mean(among),
         statistics.fmean(ranks), statistics.fmean(errors),
     )  # fmt: skip
+
+
+def _ranks(values: Sequence[float]) -> list[int]:
+    ordered = sorted(values)
+    return [ordered.index(value) for value in values]
 
 
 def _mean(values: Sequence[float]) -> float:

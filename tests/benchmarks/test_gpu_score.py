@@ -54,7 +54,7 @@ def test_a_result_is_scored_without_a_gpu() -> None:
     assert "forward: 4 calls, 32 tiles" in text and "queries: no call with several tiles" in text
     shuffled = [replace(m, seconds=1.0 / m.seconds) for m in gpu_fit.measurements(given)["forward"]]
     bad = gpu_score.score(hardware, "forward", shuffled)
-    assert bad is not None and bad.rank < 0 and bad.first < 1.0 and bad.off > 1
+    assert bad is not None and bad.rank < 0 and bad.first < 0.95 and bad.off > 0.9
     assert gpu_score.report({"gpu": "cpu", "rows": []}).startswith("not measured on a GPU")
 
 
