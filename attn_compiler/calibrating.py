@@ -25,8 +25,8 @@ from attn_compiler.kernels import cpu_ways, gpu
 from attn_compiler.kernels.calibrate_gpu import on_a_gpu
 from attn_compiler.kernels.timing import Call, Clock, alternated, clock
 from attn_compiler.planning import cost_of_a_layer
+from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import Shape
-from attn_compiler.variants.el import ELAttention
 
 _ROUNDS = 3
 # batch, heads, kv heads, rows, keys, head dim, window (0: none, -1: causal), density of a map

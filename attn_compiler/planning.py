@@ -50,6 +50,7 @@ class Plan:
         limit: what bounds the time: "tensor", "special", "dram", "l2", "waves", "launch", ...
         hardware: name of the device.
         alternatives: other plans, the fastest first.
+        assumed: what of this nobody has measured.
         roofline: the roofs of the device with this plan and its alternatives as points.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     limit: str
     hardware: str
     alternatives: tuple[Plan, ...] = ()
+    assumed: str = ""
     roofline: Roofline | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -80,7 +82,7 @@ class Plan:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([head, *table])
+        return "\n".join([head, *table, *([f"assumed: {self.assumed}"] if self.assumed else [])])
 
 
 def _row(p: Plan, first: bool) -> tuple[str, ...]:
@@ -252,19 +254,51 @@ def _variant(
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
     core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
-    name = type(spec).__name__
-    ours, theirs = _time(numbers, hardware, dtype, name), _time(dense, hardware, dtype)
-    # what the best kernel needs beyond the formula, in proportion to the scores that are computed;
-    # constants of their own know it already
-    slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
-    share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
-    if _template(name) == "layer" or hardware.kind != "cpu":
+    name, theirs = type(spec).__name__, _time(dense, hardware, dtype)
+    if hardware.kind == "cpu" and (name == "SPION" or _over_states(name, shape)):
+        ours = _on_a_cpu(name, numbers, shape, hardware, dtype, extra)
+        theirs = replace(theirs, seconds=exact.seconds) if scope is Scope.CORE else theirs
+    else:
+        # what the best kernel needs beyond the formula, in proportion to the scores computed
+        slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
+        share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+        ours = _time(numbers, hardware, dtype, _EFFICIENCY[name])
         ours = replace(ours, seconds=ours.seconds + slack * share)
-    if not (scope is Scope.SITE and shape.work == "decode" and hardware.kind == "cpu"):
         theirs = replace(theirs, seconds=theirs.seconds + slack)
     kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
-    found = _plan(name, spec, ours, numbers, hardware)
-    return replace(found, keep=ours.seconds >= theirs.seconds, alternatives=(kept,))
+    return replace(
+        _plan(name, spec, ours, numbers, hardware),
+        keep=ours.seconds >= theirs.seconds,
+        alternatives=(kept,),
+        assumed=_assumed(name, hardware),
+    )
+
+
+def _over_states(name: str, shape: Shape) -> bool:
+    return name == "ELAttention" and shape.work == "decode"
+
+
+def _on_a_cpu(
+    name: str,
+    numbers: Cost,
+    shape: Shape,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    extra: dict[str, float],
+) -> Time:
+    """Of variants that have constants of their own there."""
+    if name == "ELAttention":
+        return cpu.time_of_cost(numbers, hardware, dtype.itemsize, "states")
+    ways = cpu.ways(problem_of(shape, dtype), extra["rho"])["gathered"]
+    found = cpu.time_of(ways, hardware, dtype.itemsize, hardware.constants_of("gathered"))
+    return _scaled(found, _WITH_BACKWARD if shape.training else 1.0)
+
+
+def _assumed(name: str, hardware: Hardware) -> str:
+    """What of a prediction nobody has measured."""
+    if hardware.kind != "cpu":
+        return f"{name} computes at {_EFFICIENCY[name]:.0%} of the rate of an ordinary product"
+    return "" if hardware.mark == "measured" else "the constants of this CPU: see calibrate()"
 
 
 def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) -> Cost:
@@ -275,17 +309,11 @@ def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) 
     return _numbers(cost, shape, dtype, **extra)
 
 
-def _template(name: str) -> str:
-    """Whose constants a variant has on a CPU."""
-    return "states" if name == "ELAttention" else "layer"
-
-
-def _time(cost: Cost, hardware: Hardware, dtype: torch.dtype, name: str = "") -> Time:
-    """Of operators of which no more than the cost is known; `name` is a variant's."""
+def _time(cost: Cost, hardware: Hardware, dtype: torch.dtype, efficiency: float = 1.0) -> Time:
+    """Of operators of which no more than the cost is known."""
     if hardware.kind == "cpu":
-        return cpu.time_of_cost(cost, hardware, dtype.itemsize, _template(name))
-    fit = Calibration(clock=_EFFICIENCY.get(name, 1.0))
-    return time_of(cost, hardware, dtype.itemsize, calibration=fit)
+        return cpu.time_of_cost(cost, hardware, dtype.itemsize)
+    return time_of(cost, hardware, dtype.itemsize, calibration=Calibration(clock=efficiency))
 
 
 def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
 Way = Literal["keep", "sdpa", "blocked", "gathered"]
+# keys that PyTorch's kernel takes at once
+_KEYS_OF_THE_KERNEL = 512
 # rows of a block of `blocked`
 _ROWS = 128
 # allocations from here on are handed back to the system when they are freed
@@ -155,11 +157,13 @@ def _rows_of_the_kernel(rows: int) -> int:
 
 
 def _causal_share(problem: Problem, rows: int) -> float:
-    """Scores of whole blocks of rows up to their last column."""
-    ends = (min((i + 1) * rows, problem.keys) for i in range(-(-problem.rows // rows)))
-    starts = (min(rows, problem.rows - i * rows) for i in range(-(-problem.rows // rows)))
-    seen = sum(a * b for a, b in zip(starts, ends, strict=True))
-    return float(seen) / (problem.rows * problem.keys)
+    """Scores of whole blocks of rows up to the block of keys that holds their last column."""
+    seen = 0
+    for first in range(0, problem.rows, rows):
+        last = min(first + rows, problem.rows, problem.keys)
+        columns = min(problem.keys, -(-last // _KEYS_OF_THE_KERNEL) * _KEYS_OF_THE_KERNEL)
+        seen += min(rows, problem.rows - first) * columns
+    return seen / (problem.rows * problem.keys)
 
 
 def _kernel(problem: Problem, seen: float, rows: int, calls: float = 1.0) -> Phase:

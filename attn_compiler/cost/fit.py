@@ -25,6 +25,8 @@ from attn_compiler.errors import BadOption
 # the first steps; halved until they are a thousandth of that
 _STEPS = (0.1, 0.1, 0.1, 0.1, 1e-6, 1000.0)
 _HALVINGS = 10
+# no kernel on a GPU reads faster than memory and the last cache are
+_OF_A_GPU = (*BOUNDS[:1], (0.2, 1.5), (0.2, 1.0), (0.1, 1.0), *BOUNDS[4:])
 # how much a constant of a CPU wants to be what it usually is, beside one measurement: caches, calls
 # and overlap explain much the same there, and few calls cannot tell them apart
 _PRIOR = 0.05
@@ -60,7 +62,8 @@ def fit(
         lambda c, m=m, does=does: time_of_work(hardware, does, m.tile, m.resident, c).seconds
         for m, does in known
     ]
-    return _fitted(guesses, [m.seconds for m in measurements], start or default(template))
+    seconds = [m.seconds for m in measurements]
+    return _fitted(guesses, seconds, start or default(template), _OF_A_GPU)
 
 
 def fit_cpu(
@@ -77,7 +80,7 @@ def fit_cpu(
         lambda c, phases=phases: time_of_phases(phases, hardware, itemsize, c).seconds
         for phases, _ in measurements
     ]
-    return _fitted(guesses, [seconds for _, seconds in measurements], default(way), _PRIOR)
+    return _fitted(guesses, [seconds for _, seconds in measurements], default(way), BOUNDS, _PRIOR)
 
 
 def off(
@@ -98,10 +101,15 @@ def off(
 
 
 Guess = Callable[[Calibration], float]
+Bounds = Sequence[tuple[float, float]]
 
 
 def _fitted(
-    guesses: Sequence[Guess], seconds: Sequence[float], start: Calibration, prior: float = 0.0
+    guesses: Sequence[Guess],
+    seconds: Sequence[float],
+    start: Calibration,
+    bounds: Bounds,
+    prior: float = 0.0,
 ) -> Calibration:
     if not seconds:
         raise BadOption("no measurements to fit", do="give at least one, better twenty")
@@ -115,26 +123,28 @@ def _fitted(
         return found + prior * sum(map(_distance, point, usual)) if prior else found
 
     usual = list(astuple(start))
-    return Calibration(*_least(error, list(usual)))
+    return Calibration(*_least(error, list(usual), bounds))
 
 
 def _distance(value: float, usual: float) -> float:
     return math.log((value + 1e-9) / (usual + 1e-9)) ** 2
 
 
-def _least(error: Callable[[Sequence[float]], float], point: list[float]) -> list[float]:
+def _least(
+    error: Callable[[Sequence[float]], float], point: list[float], bounds: Bounds
+) -> list[float]:
     best = error(point)
     steps = list(_STEPS)
     for _ in range(_HALVINGS):
         for _ in range(_MOVES):
             old = list(point)
-            value = _explored(error, point, best, steps)
+            value = _explored(error, point, best, steps, bounds)
             if value >= best:
                 break
             best = value
             # a step that helped is worth another one in the same direction
-            further = [_within(i, 2 * point[i] - was) for i, was in enumerate(old)]
-            value = _explored(error, further, error(further), steps)
+            further = [_within(bounds[i], 2 * point[i] - was) for i, was in enumerate(old)]
+            value = _explored(error, further, error(further), steps, bounds)
             if value < best:
                 point, best = further, value
         steps = [step / 2 for step in steps]
@@ -146,12 +156,13 @@ def _explored(
     point: list[float],
     best: float,
     steps: Sequence[float],
+    bounds: Bounds,
 ) -> float:
     """Each constant one step up or down, where that helps; changes `point`."""
     for i, step in enumerate(steps):
         was = point[i]
         for change in (step, -step):
-            point[i] = _within(i, was + change)
+            point[i] = _within(bounds[i], was + change)
             value = error(point)
             if value < best:
                 best = value
@@ -160,6 +171,6 @@ def _explored(
     return best
 
 
-def _within(i: int, value: float) -> float:
-    low, high = BOUNDS[i]
+def _within(bounds: tuple[float, float], value: float) -> float:
+    low, high = bounds
     return min(max(value, low), high)

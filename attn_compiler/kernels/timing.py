@@ -45,6 +45,15 @@ def seconds(call: Call, scratch: Tensor | None = None) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
+def own_seconds(call: Call) -> float:
+    """Of one call on the thread that makes it, without what others had of the core: for a busy
+    machine, where PyTorch has one thread.
+    """
+    began = time.thread_time()
+    call()
+    return time.thread_time() - began
+
+
 def clock(device: torch.device) -> Clock:
     """The clock of a device; on a GPU it holds 256 MiB."""
     if device.type == "cpu":

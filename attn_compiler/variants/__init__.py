@@ -45,7 +45,9 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
         return spec, selective.cost(spec, work), Scope.CORE, {"C": length}
     if isinstance(spec, spion.SPION):
         filled = spion.filled(spec, shape.key)
-        return filled, spion.cost(filled, work), Scope.CORE, {"rho": float(filled.density)}
+        made = filled.pattern
+        density = made.density if isinstance(made, spion.Pattern) else filled.density
+        return filled, spion.cost(filled, work), Scope.CORE, {"rho": float(density)}
     if isinstance(spec, switchhead.SwitchHead):
         made = switchhead.filled(
             spec,

@@ -9,8 +9,8 @@ values against `states`, EL-attention over what they are made of. In every round
 and the order turns around, so that a busy moment of the machine hits all of them. A choice is right
 if its median is within five percent of the best one.
 
-    python examples/benchmarks/cpu_choice.py [--rounds 11] [--calibrate] [--out results/cpu.json]
-    python examples/benchmarks/cpu_choice.py --score results/cpu.json
+    python examples/benchmarks/cpu_choice.py --calibrate [--busy] [--rounds 11] [--out RESULT.json]
+    python examples/benchmarks/cpu_choice.py --score RESULT.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import torch
 from torch import Tensor
 
 import attn_compiler as ac
+from attn_compiler.calibrating import on_a_cpu
 from attn_compiler.cost import cpu
+from attn_compiler.cost.at_hand import plain
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem
 from attn_compiler.kernels import timing
@@ -118,13 +120,13 @@ def ways(case: Case) -> dict[str, Callable[[], Tensor]]:
 
 
 @torch.inference_mode()
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
+def measure(case: Case, rounds: int, clock: timing.Clock) -> dict[str, list[float]]:
     """Seconds of each way in every round."""
     found = ways(case)
     results = [way() for way in found.values()]
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=1e-3, atol=1e-4)
-    return timing.alternated(found, rounds, timing.seconds)
+    return timing.alternated(found, rounds, clock)
 
 
 def predicted(hardware: Hardware, case: Case) -> dict[str, float]:
@@ -177,10 +179,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _hardware(options: argparse.Namespace) -> Hardware:
+    """This CPU; fitted anew with the clock of the measurements if that is wanted."""
+    if options.calibrate and options.busy:
+        return on_a_cpu(plain(torch.device("cpu")), timing.own_seconds)
+    return ac.calibrate("cpu") if options.calibrate else Hardware.from_device("cpu")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread, and its own seconds: others work here too"
+    )
     parser.add_argument("--calibrate", action="store_true", help="fit the constants here first")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -189,17 +201,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.score:
         print(table(scored(json.loads(options.score.read_text(encoding="utf-8")))))
         return 0
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    hardware = ac.calibrate("cpu") if options.calibrate else Hardware.from_device("cpu")
+    if options.threads or options.busy:
+        torch.set_num_threads(1 if options.busy else options.threads)
+    clock = timing.own_seconds if options.busy else timing.seconds
+    hardware = _hardware(options)
     rows = []
     for number in options.only or range(len(GRID)):
         print(f"{number:>2} {GRID[number]}", file=sys.stderr, flush=True)
         rows.append(
-            {"case": asdict(GRID[number]), "seconds": measure(GRID[number], options.rounds)}
+            {"case": asdict(GRID[number]), "seconds": measure(GRID[number], options.rounds, clock)}
         )
     result = {
         "about": "seconds of every way in every round; float32, random data, alternated",
+        "clock": "CPU seconds of the one thread" if options.busy else "seconds",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -20,9 +20,10 @@ from gpu_process import Task, gather
 from gpu_rules import RULES, Sizes
 from gpu_timing import DeviceLost, Machine, NotHere, Way, differences, measure
 
+from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.problem import Problem, TileConfig
-from attn_compiler.cost.roofline import Calibration, predict
+from attn_compiler.cost.roofline import predict
 
 ROOT = Path(__file__).parents[2]
 CPU = Machine.of("cpu")

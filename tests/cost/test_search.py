@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_compiler.cost import search
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.limits import facts, resident
+from attn_compiler.cost.peers import order
 from attn_compiler.cost.problem import TEMPLATES, Problem, Template, bucket, visible
 from attn_compiler.cost.search import choose
 from attn_compiler.cost.tile import legal
@@ -88,6 +91,34 @@ def test_a_choice_is_quick() -> None:
     assert min(once(replace(PREFILL, batch=n)) for n in range(5, 9)) < 0.010
     assert min(once(replace(DECODE, batch=n)) for n in range(5, 9)) < 0.010
     assert min(once(DECODE) for _ in range(5)) < 0.001
+
+
+def test_a_class_of_shapes_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is counted, since seconds are the machine's."""
+    predictions = 0
+    predict = search.predict
+
+    def counted(*args: Any) -> Any:
+        nonlocal predictions
+        predictions += 1
+        return predict(*args)
+
+    monkeypatch.setattr(search, "predict", counted)
+    search._choose.cache_clear()
+    first = choose(H200, PREFILL)
+    asked = predictions
+    assert 0 < asked == len(first) <= 200
+    for n in range(3073, 4097, 93):  # lengths of the same class
+        assert choose(H200, replace(PREFILL, rows=n, keys=n)) is first
+    assert predictions == asked
+    for n in range(1000, 9000, 7):  # a cache that grows
+        choose(H200, replace(DECODE, keys=n, shift=n - 1))
+    assert predictions - asked <= 8 * 200
+    order.cache_clear()
+    for work in ("forward", "backward"):
+        for n in range(3073, 4097, 93):
+            order(H200, replace(PREFILL, rows=n, keys=n).bucketed(), ("flash", "triton"), work)
+    assert order.cache_info().misses == 2
 
 
 def test_a_growing_length_meets_few_classes() -> None:

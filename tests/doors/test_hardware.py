@@ -59,6 +59,22 @@ def test_nothing_is_predicted_unasked_on_a_cpu() -> None:
     assert site.decision.predicted_seconds is not None and site.facts["kernel"] == "sdpa"
 
 
+@pytest.mark.parametrize("hardware", ["cpu", "h200"])
+def test_a_decision_says_how_long_and_why(hardware: str) -> None:
+    report = ac.explain(Attention(5.0), (X,), to="fastest", hardware=hardware)
+    (site,) = report.sites
+    decision = site.decision
+    assert decision.predicted_seconds > 0 and decision.limit
+    assert f"us predicted, bounded by {decision.limit}" in str(report)
+    assert json.loads(report.to_json())["sites"][0]["decision"]["limit"] == decision.limit
+    drawn = report.roofline
+    assert drawn is not None and drawn.hardware == hardware
+    (point,) = drawn.points
+    assert point.limit == decision.limit and 0 < point.rate <= drawn.peak
+    assert (report + report).roofline.points == (point, point)
+    assert ac.explain(Attention(), (X,)).roofline is None
+
+
 def test_an_unknown_name() -> None:
     with pytest.raises(ac.BadOption, match="did you mean h200"):
         ac.explain(Attention(), (X,), hardware="h20")

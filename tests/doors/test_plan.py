@@ -92,6 +92,37 @@ def test_printed_as_a_table() -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_a_plan_says_what_is_assumed() -> None:
+    text = str(ac.plan(ac.SwitchHead(), LONG, hardware="h200"))
+    assert text.splitlines()[-1] == (
+        "assumed: SwitchHead computes at 70% of the rate of an ordinary product"
+    )
+    assert "see calibrate()" in str(ac.plan(ac.SPION(), LONG, hardware="cpu"))
+    measured = replace(ac.Hardware.named("cpu"), mark="measured")
+    assert "assumed" not in str(ac.plan(ac.SPION(), LONG, hardware=measured))
+    assert "assumed" not in str(ac.plan("fastest", LONG, hardware="h200"))
+
+
+def test_a_map_of_blocks_pays_on_a_cpu_until_it_is_dense() -> None:
+    def keep(density: float) -> bool:
+        blocks = torch.zeros(128, 128, dtype=torch.bool)
+        blocks.view(-1)[: round(density * 128**2)] = True
+        blocks.fill_diagonal_(True)
+        return ac.plan(ac.SPION(pattern=blocks, block=64), LONG, hardware="cpu").keep
+
+    assert [keep(share) for share in (0.05, 0.2, 0.9)] == [False, False, True]
+
+
+def test_states_pay_on_a_cpu_where_beams_share_them() -> None:
+    small = replace(ac.Hardware.named("cpu"), l2=2e6, dram_rate=5e9)
+
+    def keep(beams: int, heads: int, query: int = 1) -> bool:
+        shape = ac.Shape(1, query, 4096, heads, 64, width=64 * heads, beams=beams, causal=query > 1)
+        return ac.plan(ac.ELAttention(), shape, hardware=small, dtype=torch.float32).keep
+
+    assert not keep(4, 4) and keep(1, 16) and keep(1, 4, query=4096)
+
+
 def test_bad_input() -> None:
     with pytest.raises(ac.BadOption, match="did you mean"):
         ac.plan("fastest", LONG, hardware="h20")

@@ -9,6 +9,8 @@ import torch
 from attention_cases import CAUSAL, OFFSET, SOFTCAP, text
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from attn_compiler.cost import peers
+from attn_compiler.cost.hardware import Hardware
 from attn_compiler.kernels import gpu, sdpa_gpu
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Inputs, empty_heads, empty_lse
@@ -27,6 +29,7 @@ def call(program: str, T: int = 64, S: int = 64, d: int = 64, G: int = 2) -> Inp
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "family", lambda device: "hopper")
     monkeypatch.setattr(gpu, "backends", lambda device: ("cudnn", "flash"))
+    monkeypatch.setattr(gpu, "hardware", lambda device: Hardware.named("h200"))
     monkeypatch.setattr(sdpa_gpu, "available", lambda backend: True)
 
 
@@ -42,6 +45,24 @@ def test_kernels_of_pytorch_come_first_where_they_express_a_call() -> None:
         assert names(call(text(), S=96)) == everything
         wide = call(text(mask=CAUSAL), d=256)
         assert names(wide) == ["flash", "triton", "composite"]
+
+
+def test_the_cost_model_orders_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_cudnn(row: Hardware, problem: object, work: str) -> dict[str, float]:
+        return {"cudnn": 3.0, "flash": 2.5, "triton": 2.0}
+
+    monkeypatch.setattr(peers, "predicted", slow_cudnn)
+    peers.order.cache_clear()
+    with FakeTensorMode():
+        given = call(text(), T=256, S=256)
+        # shares of other machines decide nothing that is near
+        assert names(given) == ["flash", "triton", "cudnn", "composite"]
+        measured = replace(Hardware.named("h200"), mark="measured")
+        monkeypatch.setattr(gpu, "hardware", lambda device: measured)
+        assert names(given) == ["triton", "flash", "cudnn", "composite"]
+        monkeypatch.setattr(gpu, "hardware", lambda device: None)
+        assert names(given) == ["cudnn", "flash", "triton", "composite"]
+    peers.order.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +115,7 @@ def test_a_backend_that_fails_is_asked_no_more(
         raise RuntimeError("no plan for this shape")
 
     monkeypatch.setattr(gpu, "family", lambda device: "")
+    monkeypatch.setattr(gpu, "hardware", lambda device: None)
     monkeypatch.setattr(gpu, "_given_up", set())
     monkeypatch.setattr(sdpa_gpu, "forward", fails)
     monkeypatch.setattr(sdpa_gpu, "backward", fails)
