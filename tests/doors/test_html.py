@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doors.pages import LENGTH, WIDTH, Model, Page, explained
+from doors.pages import LENGTH, Page, explained
 
 import attn_compiler as ac
 from attn_compiler.html import words
@@ -127,17 +127,27 @@ def test_nothing_of_a_model_is_markup(report: Report, tmp_path: Path) -> None:
     assert json.loads(page.data[0])["missed"][0]["code"] == EVIL
 
 
-def test_without_a_device_it_says_how_to_name_one(tmp_path: Path) -> None:
-    page = page_of(explained(None), tmp_path)
+def test_without_a_device_it_says_how_to_name_one(report: Report, tmp_path: Path) -> None:
+    sites = tuple(
+        replace(
+            site,
+            facts={name: fact for name, fact in site.facts.items() if name != "kernel"},
+            decision=replace(site.decision, call=None, tile=None, predicted_seconds=None),
+        )
+        for site in report.sites
+    )
+    page = page_of(replace(report, sites=sites, kernels={}), tmp_path)
     assert page.complaints == []
     assert "Kernels depend on the device" in page.text and "No device was named" in page.text
     assert f"{LENGTH} queries and keys" in page.text and "sizes made up" not in page.text
+    unknown = replace(sites[0], length=None)
+    assert "sizes made up" in page_of(Report((unknown,)), tmp_path).text
 
 
-def test_a_report_without_graphs(tmp_path: Path) -> None:
-    ac.rewrite(Model().eval(), (torch.randn(2, LENGTH, WIDTH),))
-    page = page_of(ac.last_report(), tmp_path)
+def test_a_report_without_graphs(report: Report, tmp_path: Path) -> None:
+    page = page_of(replace(report, graphs=()), tmp_path)
     assert page.complaints == [] and "This report holds no graphs" in page.text
+    assert "became" not in page.text and "In the graph" not in page.text
 
 
 def test_a_report_of_nothing(tmp_path: Path) -> None:
