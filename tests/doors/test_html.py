@@ -99,6 +99,9 @@ def test_what_was_done_and_why_not(page: Page) -> None:
     assert "score = tanh(dot) * 5.0" in page.text
     assert "a query sees the keys up to its own position" in page.text
     assert f"batch 2, {LENGTH} queries, {LENGTH} keys" in page.text
+    # the user's own lines
+    assert "weights = scores.masked_fill(above," in page.text
+    assert "out = (used @ v).transpose(1, 2).flatten(2)" in page.text
     assert "layers.4.attention" in page.text and "attention.weights_changed" in page.text
 
 
