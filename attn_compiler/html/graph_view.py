@@ -160,17 +160,24 @@ def _part(part: Part, places: Places) -> PartView:
 
 def _runs(items: Sequence[Item]) -> Iterator[Item]:
     """Long stretches of lines as before put together."""
+    source: SourceView | None = None
     for quiet, group in groupby(items, _is_quiet):
-        found = [item for item in group if isinstance(item, SourceView | RowView) or not quiet]
-        # the last source line belongs to what follows
+        found = list(group)
+        # the last source line may belong to what follows
+        sources = [item for item in found if isinstance(item, SourceView)]
         last = found.pop() if quiet and isinstance(found[-1], SourceView) else None
-        rows = sum(isinstance(item, RowView) for item in found)
-        if quiet and rows >= _LONG:
-            yield RunView(tuple(x for x in found if isinstance(x, SourceView | RowView)), rows)
+        rows = [item for item in found if isinstance(item, RowView)]
+        if quiet and len(rows) >= _LONG:
+            yield RunView(tuple(x for x in found if isinstance(x, SourceView | RowView)), len(rows))
+            source = sources[-1] if sources else None
         else:
+            if not quiet and source is not None and isinstance(found[0], RowView):
+                yield source
+            source = None
             yield from found
         if last is not None:
             yield last
+            source = None
 
 
 def _is_quiet(item: Item) -> bool:

@@ -82,6 +82,7 @@ def render(found: Found) -> str:
             style=style,
             words=words,
             noted=noted(graphs),
+            code=_code(found.graphs),
         )
     )
 
@@ -124,6 +125,11 @@ def _sum(times: list[tuple[float | None, int]]) -> float | None:
     if not known or len(known) < len(times):
         return None
     return sum(seconds * count for seconds, count in known)
+
+
+def _code(graphs: tuple[Listing, ...]) -> dict[str, str]:
+    """The user's lines by their places."""
+    return {line.place: line.code for graph in graphs for line in graph.before if line.code}
 
 
 def _alike(missed: Iterable[Missed]) -> list[tuple[Missed, list[str]]]:

@@ -18,7 +18,8 @@ from typing import Literal
 
 from attn_compiler.ir.listing import Line, Listing
 
-_NAME = re.compile(r"[A-Za-z_][\w.]*")
+# a name that no bracket or = follows is that of a value; what is quoted is no name
+_NAME = re.compile(r"'[^']*'|[A-Za-z_][\w.]*(?![\w(=])")
 Kind = Literal["same", "removed", "added", "changed"]
 Modules = tuple[tuple[str, str], ...]
 
@@ -147,13 +148,8 @@ def _signature(part: Part, names: set[str]) -> tuple[str, ...]:
     numbers: dict[str, str] = {}
 
     def plain(found: re.Match[str]) -> str:
-        word, called = found[0], ""
-        if word not in names:  # a method of a node: view_4.transpose
-            word, dot, method = word.rpartition(".")
-            called = dot + method
-        if word not in names:
-            return found[0]
-        return numbers.setdefault(word, f"%{len(numbers)}") + called
+        word = found[0]
+        return numbers.setdefault(word, f"%{len(numbers)}") if word in names else word
 
     def said(line: Line | None) -> str:
         if line is None:

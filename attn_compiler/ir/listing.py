@@ -17,6 +17,7 @@ from torch.fx.graph import inplace_methods, magic_methods
 from attn_compiler.ir import ops
 from attn_compiler.ir.provenance import clean, display_path, location
 
+Names = dict[fx.Node, str]
 LineKind = Literal["input", "call", "output"]
 
 
@@ -56,28 +57,36 @@ class Listing:
 
 def lines(graph: fx.Graph) -> tuple[Line, ...]:
     """Every node that computes something or brings something in."""
-    return tuple(_line(node) for node in graph.nodes if node.op != "get_attr")
+    names = _names(graph)
+    return tuple(_line(node, names) for node in graph.nodes if node.op != "get_attr")
 
 
-def _line(node: fx.Node) -> Line:
+def _line(node: fx.Node, names: Names) -> Line:
     place = location(node)
     kinds: dict[str, LineKind] = {"placeholder": "input", "output": "output"}
     return Line(
-        name=_name(node),
+        name=names[node],
         kind=kinds.get(node.op, "call"),
         type=_type(ops.value(node)),
         op=ops.name(node),
-        text=_text(node),
+        text=_text(node, names),
         place=place,
         code=_code(node, place),
         modules=_modules(node),
     )
 
 
-def _name(node: fx.Node) -> str:
-    if node.op == "placeholder" and "grapharg" in node.meta:
-        return display_path(node)
-    return str(node.target) if node.op == "get_attr" else node.name
+def _names(graph: fx.Graph) -> Names:
+    """What nodes are called: inputs as the user calls them, where no other node is called so."""
+    taken = {node.name for node in graph.nodes}
+    found: Names = {}
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "get_attr" else node.name
+        if node.op == "placeholder" and "grapharg" in node.meta:
+            path = display_path(node)
+            name = name if path in taken else path
+        found[node] = name
+    return found
 
 
 def _type(value: Any) -> str:
@@ -104,11 +113,11 @@ def _modules(node: fx.Node) -> tuple[tuple[str, str], ...]:
     return tuple((path, owner) for path, owner in found if path)
 
 
-def _text(node: fx.Node) -> str:
+def _text(node: fx.Node, names: Names) -> str:
     if node.op == "placeholder":
         return ""
-    given = [_argument(a) for a in node.args]
-    named = [f"{name}={_argument(a)}" for name, a in node.kwargs.items()]
+    given = [_argument(a, names) for a in node.args]
+    named = [f"{name}={_argument(a, names)}" for name, a in node.kwargs.items()]
     if node.op == "output":
         return given[0]
     if node.op == "call_method":
@@ -117,7 +126,7 @@ def _text(node: fx.Node) -> str:
         return f"self.{node.target}({', '.join((*given, *named))})"
     infix = _infix(node.target)
     if ops.name(node) == "getitem" and isinstance(node.args[1], tuple):
-        given[1] = ", ".join(map(_argument, node.args[1]))
+        given[1] = ", ".join(_argument(a, names) for a in node.args[1])
     if infix and not named and len(given) == infix.count("{}"):
         return infix.format(*given)
     return f"{_function(node.target)}({', '.join((*given, *named))})"
@@ -143,20 +152,19 @@ def _function(target: Any) -> str:
     return name
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, names: Names) -> str:
     if isinstance(value, fx.Node):
-        return _name(value)
+        return names[value]
     if isinstance(value, tuple | list):
-        inside = ", ".join(map(_argument, value))
+        inside = ", ".join(_argument(a, names) for a in value)
         if isinstance(value, list):
             return f"[{inside}]"
         return f"({inside},)" if len(value) == 1 else f"({inside})"
     if value is Ellipsis:
         return "..."
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_argument(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k!r}: {_argument(v, names)}" for k, v in value.items()) + "}"
     if isinstance(value, slice):
-        ends = ["" if end is None else _argument(end) for end in (value.start, value.stop)]
-        step = "" if value.step is None else f":{_argument(value.step)}"
-        return ":".join(ends) + step
+        ends = [value.start, value.stop, *([] if value.step is None else [value.step])]
+        return ":".join("" if end is None else _argument(end, names) for end in ends)
     return str(value) if isinstance(value, torch.dtype | torch.device) else repr(value)
