@@ -71,7 +71,7 @@ def test_every_site_and_near_miss_is_there(page: Page, report: Report) -> None:
     for source in report.kernels.values():
         assert source in "".join(page.texts)
     # of the two rows one is kept, though its program is the same: it runs no kernel
-    assert page.text.count("Kernels: forward, backward") == 1
+    assert page.text.count("Kernels: forward , backward") == 1
 
 
 def test_its_numbers_are_those_of_the_report(page: Page, report: Report) -> None:
