@@ -99,7 +99,12 @@ def view(number: int, sites: tuple[AttentionSite, ...], kernels: dict[str, int])
     site = sites[0]
     call = site.decision.call
     found = ways(call.problem, call.hardware) if isinstance(call, Call) else ()
-    own = {n: name for name, n in kernels.items() if name.endswith(f": {site.program}")}
+    runs = words.fact(site.facts.get("kernel", ""))
+    own = {
+        n: name
+        for name, n in kernels.items()
+        if runs == "triton" and name.endswith(f": {site.program}")
+    }
     return SiteView(
         number=number,
         site=site,
