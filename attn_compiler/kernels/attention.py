@@ -31,6 +31,7 @@ from attn_compiler.kernels.frame import (
     empty_lse,
     in_heads_layout,
 )
+from attn_compiler.kernels.tiles_cpu import without_full_maps
 
 INF = float("inf")
 
@@ -100,7 +101,7 @@ def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     if _no_elements(given):
         out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         return out.zero_(), lse.fill_(-INF)
-    frame = Frame(given)
+    frame = Frame(without_full_maps(given))
     if flash.fits(frame):
         return flash.forward(frame)
     out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
@@ -123,7 +124,7 @@ def backward(
     if _no_elements(given):
         dq, dk, dv = (torch.zeros_like(x) for x in given.qkv)
     else:
-        frame = Frame(given)
+        frame = Frame(without_full_maps(given))
         if flash.fits_backward(frame, saved[1], into):
             dq, dk, dv = flash.backward(frame, grad, saved, into)
         else:
