@@ -24,7 +24,7 @@ _HOMES = {
     "Plan": "attn_compiler.planning",
     "Report": "attn_compiler.report",
     "SPION": "attn_compiler.variants.spion",
-    "SpionSchedule": "attn_compiler.train.spion",
+    "SpionSchedule": "attn_compiler.train.schedule",
     "Selective": "attn_compiler.variants.selective",
     "Shape": "attn_compiler.variants.base",
     "SwitchHead": "attn_compiler.variants.switchhead",
@@ -39,6 +39,7 @@ _HOMES = {
     "plan": "attn_compiler.planning",
     "rewrite": "attn_compiler.api",
     "spion_pattern": "attn_compiler.kernels.pattern",
+    "spion_patterns": "attn_compiler.train.spion",
 }
 
 __all__ = sorted(_HOMES)

@@ -257,11 +257,12 @@ def _fitted(
     calibration: Iterable[Any] | Literal["later"] | None,
 ) -> Report:
     """Fit what is fitted to data; the report says how."""
-    layers = spion.put_given(spion.layers_of(model, config.wanted))
-    if not layers or calibration is None or calibration == "later":
-        return report
-    words = spion.calibrate(model, layers, calibration)
-    return replace(report, sites=spion.described(report.sites, words))
+    layers = spion.layers_of(model, config.wanted)
+    done = spion.put_given(layers)
+    left = [layer for layer in layers if layer.path not in done]
+    if left and calibration is not None and calibration != "later":
+        done |= spion.calibrate(model, left, calibration)
+    return replace(report, sites=spion.described(report.sites, done))
 
 
 def _rewrite_graph(

@@ -139,6 +139,7 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     if "kernel" in first.facts:
         lines.append(f"      runs on {first.facts['kernel']}{_seconds(first.decision)}")
     done = first.facts.get(first.decision.variant)
+    done = done["text"] if isinstance(done, dict) else done
     lines.append(f"      {first.decision}{f': {done}' if done else ''}")
     return lines
 

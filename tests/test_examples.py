@@ -70,6 +70,51 @@ def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{found} attention sites found" in report.read_text(encoding="utf-8")
 
 
+def test_long_range_tasks_end_in_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lra = _load(EXAMPLES / "lra.py")
+    sizes = ["--length", "64", "--steps", "4", "--seeds", "2", "--batch", "8"]
+    numbers = ["--train-items", "40", "--test-items", "30", "--no-memory"]
+    ways, file = ["--ways", "dense", "spion-cf", "bigbird"], tmp_path / "found.json"
+    assert lra.main(["--task", "listops", *sizes, *numbers, *ways, "--out", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "spion-cf >= bigbird" in printed and "not measured" in printed
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert len(found["runs"]) == 6 and found["command"][-1] == str(file)
+    assert {"hardware", "torch", "threads"} <= set(found)
+    ways_ = found["ways"]
+    assert ways_["dense"]["density"] == 1.0
+    assert ways_["spion-cf"]["density"] <= ways_["bigbird"]["density"] < 1
+    assert all(s is not None and s < 4 for s in ways_["spion-cf"]["switched"])
+
+
+@pytest.mark.slow
+def test_memory_of_a_step_is_measured_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    lra = _load(EXAMPLES / "lra.py")
+    sizes = ["--task", "retrieval", "--length", "512", "--batch", "8"]
+    for way in ("dense", "spion-cf"):
+        assert lra.main([*sizes, "--measure", way]) == 0
+    dense, sparse = map(float, capsys.readouterr().out.split())
+    assert dense > 1 and sparse > 1
+
+
+@pytest.mark.parametrize("what", ["attention", "step"])
+def test_benchmark_of_sparse_blocks(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    spion_cpu = _load(EXAMPLES / "benchmarks" / "spion_cpu.py")
+    sizes = ["--length", "256", "--heads", "2", "--width", "8", "--block", "32", "--rounds", "1"]
+    assert spion_cpu.main(["--what", what, *sizes, "--densities", "0.2", "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["density"] == pytest.approx(0.2, abs=0.02)
+    assert run["dense_over_sparse"]["median"] > 0
+
+
+def test_benchmark_of_patterns(capsys: pytest.CaptureFixture[str]) -> None:
+    spion_cpu = _load(EXAMPLES / "benchmarks" / "spion_cpu.py")
+    assert spion_cpu.main(["--what", "pattern", "--length", "256"]) == 0
+    assert [line[:2] for line in capsys.readouterr().out.splitlines()[1:]] == ["CF", "C:", "F:"]
+
+
 @pytest.mark.slow
 def test_benchmark_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     cpu_speed = _load(EXAMPLES / "benchmarks" / "cpu_speed.py")

@@ -104,7 +104,8 @@ class AttentionSite:
         softmax_dtype: dtype the weights are normalised in.
         dropout: probability.
         projections: of q, k and v, where they could be found.
-        facts: further findings by name ("rotary", "cache", "spelling").
+        facts: further findings by name ("rotary", "cache", "spelling"), as JSON can hold them: a
+            text, or an object with a "text".
         obstacles: why a cache cannot hold what keys and values are made of in their place; None
             where nobody has asked.
         line: the text at `location`.
@@ -128,7 +129,7 @@ class AttentionSite:
     dropout: float
     decision: Decision
     projections: dict[str, Projection] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
     line: str = ""

@@ -31,6 +31,7 @@ from attn_compiler.kernels.frame import (
     empty_lse,
     in_heads_layout,
 )
+from attn_compiler.kernels.tiles_cpu import without_full_maps
 
 INF = float("inf")
 
@@ -100,6 +101,7 @@ def forward(given: Inputs) -> tuple[Tensor, Tensor]:
     if _no_elements(given):
         out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         return out.zero_(), lse.fill_(-INF)
+    given = without_full_maps(given)
     frame = Frame(given)
     found = measured.fastest(given, "forward") if given.q.device.type == "cpu" else None
     if found is not None and found.name in ways(frame):
@@ -141,7 +143,7 @@ def backward(
     if _no_elements(given):
         dq, dk, dv = (torch.zeros_like(x) for x in given.qkv)
     else:
-        frame = Frame(given)
+        frame = Frame(without_full_maps(given))
         if flash.fits_backward(frame, saved[1], into):
             dq, dk, dv = flash.backward(frame, grad, saved, into)
         else:

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from attn_compiler.ir.bounds import Tiling, tile_classes
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.expr import Call, Const, Expr, Var, children, depends, slots
+from attn_compiler.ir.expr import Call, Const, Expr, Read, Var, children, depends, slots
 from attn_compiler.ir.mask import classify
+from attn_compiler.ir.score import Program
 from attn_compiler.ir.terms import has_reads
-from attn_compiler.kernels.frame import Frame
+from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.grid import Grid
 from attn_compiler.kernels.plan import plan
 
@@ -33,8 +34,9 @@ from attn_compiler.kernels.plan import plan
 _LEAST = 2**16
 # rows and keys of a tile: smaller ones make slow matrix products
 _LEAST_SIDE = 16
-# share of kept elements above which gathering costs more than it saves
-_MOST_DENSITY = 0.4
+# share of kept elements above which gathering costs more than it saves; so few rows use what they
+# gather too seldom
+_MOST_DENSITY, _FEW_ROWS, _MOST_OF_FEW_ROWS = 0.4, 32, 0.2
 # elements of a mask that are looked at in one go
 _ELEMENTS = 2**21
 
@@ -99,6 +101,40 @@ class Lists:
     buckets: tuple[Bucket, ...]
 
 
+def without_full_maps(given: Inputs) -> Inputs:
+    """A call without the maps of its mask that keep every block, as they do until they are written
+    to: a dense attention is then no slower than before.
+    """
+    if given.q.device.type != "cpu":
+        return given
+    full = tuple(s for s in _maps(given.program) if bool(given.reads[s].all()))
+    return replace(given, program=_without(given.program, full)) if full else given
+
+
+@lru_cache(maxsize=512)
+def _maps(program: str) -> dict[int, Expr]:
+    """Terms of the mask that are a look into a map of blocks, by the slot of the map."""
+    terms = [t.expr for t in classify(Program.parse(program).mask).terms]
+    return {slot: e for e in terms if (slot := _looked_up(e)) is not None}
+
+
+def _looked_up(term: Expr) -> int | None:
+    """The slot of a term  t0[q // 64, k // 64]  or  t0[q // 64, k // 64] != 0."""
+    if isinstance(term, Call) and term.op == "ne" and term.args[1] == Const(0):
+        term = term.args[0]
+    found = isinstance(term, Read) and not depends(term, "b") and _sides(term) is not None
+    return term.slot if isinstance(term, Read) and found else None
+
+
+@lru_cache(maxsize=512)
+def _without(program: str, full: tuple[int, ...]) -> str:
+    """The program without the terms that look into these maps."""
+    parsed, dropped = Program.parse(program), [_maps(program)[slot] for slot in full]
+    mask = classify(parsed.mask)
+    mask = mask.without(*(t for t in mask.terms if t.expr in dropped))
+    return str(replace(parsed, mask=mask.expr))
+
+
 def lists(frame: Frame) -> Lists | None:
     """The lists of a call, None where gathering does not pay or is not possible."""
     grid, program, found = frame.grid, frame.plan.program, cut(frame.given.program)
@@ -111,7 +147,8 @@ def lists(frame: Frame) -> Lists | None:
         return None
     contents = tuple(_Contents.of(t) for t in tensors)
     result = _lists(replace(grid, B=1), frame.given.k.shape[1], contents)
-    return result if result.density <= _MOST_DENSITY else None
+    most = _MOST_OF_FEW_ROWS if found.rows < _FEW_ROWS else _MOST_DENSITY
+    return result if result.density <= most else None
 
 
 def places(grid: Grid, given: Lists, bucket: Bucket) -> dict[str, Tensor | int]:

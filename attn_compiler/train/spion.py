@@ -1,17 +1,20 @@
-"""SPION in a model: maps of its attention, patterns from them, and when they are put in.
+"""SPION in a model: maps of its attention, and patterns from them.
 
     for args, kwargs in calibration: model(*args, **kwargs)   ->   a sum of maps for each site
     sum of maps   ->   pattern   ->   the site's buffer, which kept every block until then
 
 A pattern is written into a buffer that the module has already, so nothing is traced or compiled
-again. `SpionSchedule` does it in the middle of a training, when the maps have settled.
+again. It is part of the state_dict, and `spion_patterns` hands out all of a model's, for a file:
+
+    torch.save(spion_patterns(model), "patterns.pt")
+    rewrite(other, args, to=SPION(pattern=torch.load("patterns.pt")))
 
 Source: SPION (arXiv 2309.12578), algorithms 1 to 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,8 +31,15 @@ from attn_compiler.kernels.maps import add_blocks
 from attn_compiler.kernels.pattern import pattern_of
 from attn_compiler.kernels.pooled import BlockMap
 from attn_compiler.kernels.sparse import left_out
-from attn_compiler.train.criterion import SwitchCriterion
+from attn_compiler.train.progress import bar
 from attn_compiler.variants.spion import BLOCKS, REST, SPION, filled
+
+Facts = dict[str, Any]
+"""What the report says of a layer, as JSON can hold it: `text`, `block` (rows of one), `kept`
+([nb][nb], how many patterns keep a block), `of` (how many patterns there are: 1, or one a head),
+`pooled` ([nb][nb], what a row gives to a block on average, what the pattern was found in; None if
+it was given), `density`, `lost_mass` (None if it was given).
+"""
 
 
 @dataclass
@@ -70,14 +80,7 @@ class Layer:
     @property
     def blocks(self) -> Tensor:
         """Its map of blocks, boolean [nb, nb] or [H, nb, nb]."""
-        return self._tensor(BLOCKS)
-
-    def _tensor(self, prefix: str) -> Tensor:
-        tensors = self.site.decision.tensors
-        name = next(t.name for t in tensors if t.name.startswith(prefix))
-        found = getattr(self.owner, name)
-        assert isinstance(found, Tensor)
-        return found
+        return _tensor(self.owner, self.site, BLOCKS)
 
     def add(self, given: Inputs) -> None:
         """Add the probabilities of one call."""
@@ -101,6 +104,24 @@ class Layer:
             causal=causal,
         )
 
+    def demand_seen(self, who: str, do: str) -> None:
+        """Is there attention in the sum of maps?
+
+        Args:
+            who: whose batches these were.
+            do: what to do if not.
+
+        Raises:
+            BadOption: there is none.
+        """
+        where = self.path or "the root"
+        if self.rows == 0:
+            why = ["no batch ran through it"]
+            raise BadOption(f"{who} shows nothing of an attention", where=where, why=why, do=do)
+        if not bool(self.maps.plain.any()):
+            why = ["its mask forbids every key to every query"]
+            raise BadOption(f"{who} shows nothing of an attention", where=where, why=why, do=do)
+
     def lost(self, pattern: Tensor) -> float:
         """The share of the attention that a pattern leaves out."""
         return float(self.maps.lost(pattern).mean())
@@ -112,11 +133,46 @@ class Layer:
         self.blocks.copy_(pattern)
         if self.spec.softmax == "zero_logit":
             rest = left_out(self.site.program, self.blocks, self.spec.block, self.site.length)
-            self._tensor(REST).copy_(rest)
+            _tensor(self.owner, self.site, REST).copy_(rest)
 
-    @property
-    def density(self) -> float:
-        return float(self.blocks.float().mean())
+    def facts(self, text: str, pattern: Tensor, lost: float | None = None) -> Facts:
+        """What the report says of the layer.
+
+        Args:
+            text: what was done, in words.
+            pattern: that was found or given.
+            lost: share of the attention that it leaves out, None if no attention was seen.
+        """
+        seen = None
+        if lost is not None:
+            seen = (self.maps.plain if self.spec.mode == "F" else self.maps.convolved) / self.rows
+        heads = pattern.view(-1, *pattern.shape[-2:]).cpu()
+        return {
+            "text": text,
+            "block": self.spec.block,
+            "kept": heads.sum(0).tolist(),
+            "of": len(heads),
+            "pooled": None if seen is None else _numbers(seen.view(heads.shape).mean(0)),
+            "density": _short(float(heads.float().mean())),
+            "lost_mass": None if lost is None else _short(lost),
+        }
+
+
+def _tensor(owner: nn.Module, site: AttentionSite, prefix: str) -> Tensor:
+    """What the module got under this name for this site."""
+    name = next(t.name for t in site.decision.tensors if t.name.startswith(prefix))
+    found = getattr(owner, name)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _short(x: float) -> float:
+    """Three digits: a report is looked at."""
+    return float(f"{x:.3g}")
+
+
+def _numbers(pool: Tensor) -> list[list[float]]:
+    return [[_short(x) for x in row] for row in pool.tolist()]
 
 
 def layers_of(model: nn.Module, wanted: Callable[[str], Any]) -> list[Layer]:
@@ -135,35 +191,66 @@ def layers_of(model: nn.Module, wanted: Callable[[str], Any]) -> list[Layer]:
     return found
 
 
+def spion_patterns(model: nn.Module) -> dict[str, Tensor]:
+    """The patterns that stand in a model, by the paths of its attention.
+
+    Args:
+        model: rewritten with SPION.
+
+    Returns:
+        Boolean copies on the CPU: [nb, nb], which `SPION` takes as `pattern`; or [H, nb, nb] where
+        each head has its own: these travel in the state_dict alone.
+
+    Raises:
+        BadOption: no attention of the model has a pattern.
+    """
+    found = {
+        site.path: _tensor(owner, site, BLOCKS).cpu().clone()
+        for _, owner, site in rewritten(model)
+        if site.decision.variant == "spion"
+    }
+    if not found:
+        raise without_maps()
+    return found
+
+
+def without_maps() -> BadOption:
+    """The error of a model that has no site of SPION."""
+    return BadOption(
+        "no attention of the model has a map of blocks",
+        do='rewrite it first: rewrite(model, args, to=SPION(), calibration="later")',
+    )
+
+
 @contextmanager
-def watched(layers: list[Layer]) -> Iterator[None]:
-    """Add the maps of every call to the sums of its layer."""
+def watched(layers: list[Layer], *, training: bool = False) -> Iterator[None]:
+    """Add the maps of every call to the sums of its layer; of training alone, if asked."""
     by_place = {layer.blocks.data_ptr(): layer for layer in layers}
 
     def observe(given: Inputs) -> None:
-        places = [r.data_ptr() for r in given.reads if r.data_ptr() in by_place]
-        if places:
+        layer = next(filter(None, (by_place.get(r.data_ptr()) for r in given.reads)), None)
+        if layer is not None and (layer.owner.training or not training):
             with torch.no_grad():
-                by_place[places[0]].add(given)
+                layer.add(given)
 
     with observed(observe):
         yield
 
 
-def put_given(layers: list[Layer]) -> list[Layer]:
-    """Put in the patterns that specs give; the layers without one are left."""
-    left = []
+def put_given(layers: list[Layer]) -> dict[str, Facts]:
+    """Put in the patterns that specs give; for each path what was done."""
+    done = {}
     for layer in layers:
         pattern = layer.spec.pattern_at(layer.path)
-        if pattern is None:
-            left.append(layer)
-        else:
+        if pattern is not None:
             layer.put(pattern.tensor().expand_as(layer.blocks))
-    return left
+            text = f"{pattern.density:.1%} of the blocks, as given"
+            done[layer.path] = layer.facts(text, layer.blocks)
+    return done
 
 
-def calibrate(model: nn.Module, layers: list[Layer], batches: Iterable[Any]) -> dict[str, str]:
-    """Run the model on data and give each layer its pattern.
+def calibrate(model: nn.Module, layers: list[Layer], batches: Iterable[Any]) -> dict[str, Facts]:
+    """Run the model on data and give each layer its pattern, with a bar on standard error.
 
     Args:
         model: rewritten, every block kept.
@@ -171,171 +258,58 @@ def calibrate(model: nn.Module, layers: list[Layer], batches: Iterable[Any]) -> 
         batches: pairs of args and kwargs.
 
     Returns:
-        For each path what was done, in words.
+        For each path what was done.
 
     Raises:
-        BadOption: there are no batches, or none of them reached a layer.
+        BadOption: there are no batches, one is no such pair, none of them reached a layer, or a
+            mask forbade everything.
     """
     mode = model.training
     model.eval()
+    number = len(batches) if isinstance(batches, Sized) else None
     try:
-        with torch.no_grad(), watched(layers):
-            for args, kwargs in batches:
-                model(*args, **dict(kwargs or {}))
+        with torch.no_grad(), watched(layers), bar("calibration", number) as advance:
+            for batch in batches:
+                args, kwargs = _call(batch)
+                model(*args, **kwargs)
+                advance()
     finally:
         model.train(mode)
     return {layer.path: _settle(layer) for layer in layers}
 
 
-def _settle(layer: Layer) -> str:
-    if layer.rows == 0:
-        raise BadOption(
-            "calibration shows nothing of an attention",
-            where=layer.path or "the root",
-            why=["no batch ran through it"],
-            do="give batches like the example, as pairs (args, kwargs)",
-        )
+def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments of a call."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        args, kwargs = batch
+        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping | None):
+            return tuple(args), dict(kwargs or {})
+    raise BadOption(
+        f"a batch of the calibration is a {type(batch).__name__} and not a pair (args, kwargs)",
+        where="option calibration",
+        do="give pairs like the example: [((x,), {}), ...]",
+    )
+
+
+def _settle(layer: Layer) -> Facts:
+    layer.demand_seen("calibration", "give batches like the example, as pairs (args, kwargs)")
     pattern = layer.pattern()
-    lost = layer.lost(pattern)
-    share = float(pattern.float().mean())
+    lost, share = layer.lost(pattern), float(pattern.float().mean())
     if lost > layer.spec.max_lost_mass:
-        return (
+        text = (
             f"dense: the pattern ({share:.1%} of the blocks) would lose {lost:.1%} of the"
             f" attention, more than {layer.spec.max_lost_mass:.1%}"
         )
+        return layer.facts(text, pattern, lost)
     layer.put(pattern)
-    return f"{share:.1%} of the blocks, which lose {lost:.1%} of the attention"
-
-
-# ---------------------------------------------------------------- in a training
-
-
-class SpionSchedule:
-    """Dense at first; every so often it looks at the maps of a batch, and when they have settled it
-    gives every layer its pattern. Call `step` after each batch of an ordinary training loop.
-
-        schedule = SpionSchedule(model, SPION(), args)
-        for index, batch in enumerate(batches):
-            ...
-            schedule.step(index)
-
-    The model is rewritten in place; its optimiser keeps its parameters. A map is taken from the
-    forward passes of the step after which `step` is due, in whatever mode they run.
-
-    Attributes:
-        sparse: have the patterns been put in?
-        criterion: when they are.
-        layers: the sites.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: SPION,
-        *,
-        every: int = 100,
-        percent: float = 15.0,
-        most: int | None = None,
-    ) -> None:
-        """
-        Args:
-            model: rewritten with SPION, every block kept (`rewrite(model, args, to=spec,
-                calibration="later")`).
-            spec: the spec it was rewritten with.
-            every: batches between two looks.
-            percent: change of the maps' distances that counts as settled.
-            most: batches after which the patterns are put in, settled or not.
-
-        Raises:
-            BadOption: the model has no such site, or an option has a wrong value.
-        """
-        if every < 1:
-            raise BadOption(f"every={every}", where="option every", do="give a number from 1")
-        self.layers = layers_of(model, lambda path: spec)
-        if not self.layers:
-            raise BadOption(
-                "no attention of the model has a map of blocks",
-                do='rewrite it first: rewrite(model, args, to=SPION(), calibration="later")',
-            )
-        self.criterion = SwitchCriterion(percent)
-        self.every, self.most = every, most
-        self.sparse = False
-        self._watch: Any = None
-        self._listen()
-
-    def step(self, batch_index: int) -> bool:
-        """Tell that a batch is done; True if the patterns were put in now."""
-        if self.sparse:
-            return False
-        due = (batch_index + 1) % self.every == 0
-        settled = False
-        if self._watch is not None and all(layer.rows for layer in self.layers):
-            self._stop()
-            maps = {x.path: x.maps.convolved / x.rows for x in self.layers}
-            settled = self.criterion.look(maps)
-        late = self.most is not None and batch_index + 1 >= self.most and self.criterion.looks > 0
-        if settled or late:
-            self._put()
-            return True
-        if due:
-            self._listen()
-        return False
-
-    def _listen(self) -> None:
-        if self._watch is None:
-            for layer in self.layers:
-                layer.forget()
-            self._watch = watched(self.layers)
-            self._watch.__enter__()
-
-    def _stop(self) -> None:
-        if self._watch is not None:
-            self._watch.__exit__(None, None, None)
-            self._watch = None
-
-    def _put(self) -> None:
-        self._stop()
-        for layer in self.layers:
-            layer.put(layer.pattern())
-        self.sparse = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed training needs beside the model's own state, which holds the
-        patterns.
-        """
-        return {"criterion": self.criterion.state_dict(), "sparse": self.sparse}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; load the model's state as well.
-
-        Raises:
-            BadOption: it is not such a state.
-        """
-        if set(state) != {"criterion", "sparse"}:
-            raise BadOption("this is not the state of a SpionSchedule", where="option state")
-        self.criterion.load_state_dict(state["criterion"])
-        self.sparse = bool(state["sparse"])
-        if self.sparse:
-            self._stop()
-
-    def callback(self) -> Any:
-        """The same as a callback of transformers' Trainer."""
-        from transformers import TrainerCallback
-
-        schedule = self
-
-        class Switch(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                schedule.step(state.global_step - 1)
-
-        return Switch()
+    text = f"{share:.1%} of the blocks, which lose {lost:.1%} of the attention"
+    return layer.facts(text, pattern, lost)
 
 
 def described(
-    sites: Iterable[AttentionSite], words: Mapping[str, str]
+    sites: Iterable[AttentionSite], done: Mapping[str, Facts]
 ) -> tuple[AttentionSite, ...]:
     """Sites with what was done to them."""
     return tuple(
-        replace(s, facts={**s.facts, "spion": words[s.path]}) if s.path in words else s
-        for s in sites
+        replace(s, facts={**s.facts, "spion": done[s.path]}) if s.path in done else s for s in sites
     )

@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from spion_cases import BLOCK, Attention, D, H, Model, T, draw
 from torch import Tensor, nn
 
 import attn_compiler as ac
 from attn_compiler.kernels.attention import reference
-
-T, D, H, BLOCK = 96, 24, 3, 16
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        scores = q @ k.transpose(-1, -2) * (D // H) ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Attention() for _ in range(2))
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x, mask)
-        return x
 
 
 @pytest.fixture
 def model() -> Model:
     torch.manual_seed(0)
     return Model()
-
-
-def draw(seed: int = 1, batch: int = 2) -> Tensor:
-    return torch.randn(batch, T, D, generator=torch.Generator().manual_seed(seed))
 
 
 SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5, max_lost_mass=1.0)
@@ -91,7 +65,7 @@ def test_numbers_and_gradients(model: Model, softmax: Any, per_head: bool) -> No
     (found,) = torch.autograd.grad(ours, x, weight)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     report = ac.last_report()
-    assert all("of the blocks" in s.facts["spion"] for s in report.sites)
+    assert all("of the blocks" in s.facts["spion"]["text"] for s in report.sites)
     assert {s.decision.fidelity for s in report.sites} == {"calibrated"}
 
 
@@ -105,7 +79,9 @@ def test_exact_until_it_has_a_pattern(model: Model) -> None:
 def test_a_layer_that_would_lose_too_much_stays_dense(model: Model) -> None:
     x, spec = draw(), ac.SPION(block=BLOCK, alpha=0.7, filter=5, max_lost_mass=0.01)
     new = ac.rewrite(model, (x,), to=spec, calibration=BATCHES)
-    assert all("dense" in s.facts["spion"] for s in ac.last_report().sites)
+    facts = [s.facts["spion"] for s in ac.last_report().sites]
+    assert all(f["text"].startswith("dense") and f["lost_mass"] > 0.01 for f in facts)
+    assert all(layer.attn_blocks_0.all() for layer in new.layers)
     torch.testing.assert_close(new(x), model(x), rtol=1e-5, atol=1e-5)
     assert "dense: the pattern" in str(ac.last_report())
 
@@ -134,6 +110,58 @@ def test_the_pattern_is_part_of_the_model(model: Model) -> None:
     torch.testing.assert_close(compiled(x), expected)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_report_holds_what_a_picture_needs(model: Model, per_head: bool) -> None:
+    spec = dataclasses.replace(SPEC, per_head=per_head)
+    new = ac.rewrite(model, (draw(),), to=spec, calibration=BATCHES)
+    sites = json.loads(ac.last_report().to_json())["sites"]
+    for layer, site, seen in zip(new.layers, sites, ac.last_report().sites, strict=True):
+        facts = site["facts"]["spion"]
+        assert facts == seen.facts["spion"] and facts["text"] in str(ac.last_report())
+        assert facts["block"] == BLOCK and facts["of"] == (H if per_head else 1)
+        blocks = layer.attn_blocks_0.view(-1, 6, 6)
+        assert facts["kept"] == blocks.sum(0).tolist()
+        assert facts["density"] == pytest.approx(float(blocks.float().mean()), abs=1e-3)
+        pooled = torch.tensor(facts["pooled"])
+        # a row gives 1 in all: 5 diagonals of it go into the sum, less where they leave the map
+        assert pooled.shape == (6, 6) and 4 < float(pooled.sum() * BLOCK / 6) < 5
+        assert 0 < facts["lost_mass"] < 1
+
+
+def test_lost_mass_is_what_a_mask_would_take(model: Model) -> None:
+    x = draw()
+    new = ac.rewrite(model, (x,), to=SPEC, calibration=[((x,), {})])
+    layer = model.layers[0].requires_grad_(False)
+    q, k, _ = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
+    probabilities = (q @ k.transpose(-1, -2) * (D // H) ** -0.5).softmax(-1)
+    kept = new.layers[0].attn_blocks_0.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    lost = 1 - float((probabilities * kept).sum() / probabilities.sum())
+    assert ac.last_report().sites[0].facts["spion"]["lost_mass"] == pytest.approx(lost, rel=5e-3)
+
+
+def test_patterns_go_to_a_file_and_into_another_model(model: Model, tmp_path: Path) -> None:
+    x = draw()
+    new = ac.rewrite(model, (x,), to=SPEC, calibration=BATCHES)
+    torch.save(ac.spion_patterns(new), tmp_path / "patterns.pt")
+    patterns = torch.load(tmp_path / "patterns.pt")
+    assert set(patterns) == {"layers.0", "layers.1"}
+    other = ac.rewrite(model, (x,), to=ac.SPION(pattern=patterns))
+    assert torch.equal(other(x), new(x))
+    facts = ac.last_report().sites[0].facts["spion"]
+    assert facts["text"].endswith("as given")
+    assert facts["pooled"] is None and facts["lost_mass"] is None
+    assert facts["kept"] == patterns["layers.0"].int().tolist()
+    with pytest.raises(ac.BadOption, match="map of blocks"):
+        ac.spion_patterns(model)
+
+
+def test_calibration_shows_where_it_is(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    ac.rewrite(model, (draw(),), to=SPEC, calibration=BATCHES)
+    assert "calibration 3/3" in capsys.readouterr().err
+    ac.rewrite(model, (draw(),), to=SPEC, calibration=iter(BATCHES))
+    assert capsys.readouterr().err.split("\n")[:2] == ["calibration 1", "calibration 2"]
+
+
 def test_padding_joins_the_pattern(model: Model) -> None:
     x, mask = draw(), torch.arange(T) < torch.tensor([[T], [70]])
     new = ac.rewrite(model, (x, mask), to=SPEC, calibration=[((x, mask), {})])
@@ -158,8 +186,16 @@ def test_bad_input_leaves_the_model_as_it_was(model: Model) -> None:
         ac.rewrite(model, (x,), to=SPEC, calibration=[], inplace=True)
     with pytest.raises(ac.BadOption, match="nothing that is asked for"):
         ac.rewrite(model, (x,), to=ac.Flash(), calibration=BATCHES)
-    with pytest.raises(ac.UnsupportedCall):
+    with pytest.raises(ac.UnsupportedCall, match="96 tokens"):
         ac.rewrite(model, (x,), to=SPEC, calibration=[((x[:, :50],), {})], inplace=True)
+    for batch in (x, (x,), ((x,), x)):
+        with pytest.raises(ac.BadOption, match=r"pair \(args, kwargs\)"):
+            ac.rewrite(model, (x,), to=SPEC, calibration=[batch], inplace=True)
+    nothing = torch.zeros(2, T, dtype=torch.bool)
+    with pytest.raises(ac.BadOption, match="forbids every key"):
+        ac.rewrite(model, (x, nothing), to=SPEC, calibration=[((x, nothing), {})], inplace=True)
+    with pytest.raises(ac.BadOption, match="between 0 and 1"):
+        ac.rewrite(model, (x,), to=ac.SPION(alpha=1.5), calibration=BATCHES, inplace=True)
     assert set(model.state_dict()) == before and type(model.layers[0]) is Attention
 
 
@@ -195,29 +231,3 @@ def test_a_backend_cannot_install_it(model: Model) -> None:
     compiled(draw())
     codes = {r.code for s in ac.last_report().sites for r in s.decision.reasons}
     assert codes == {"needs_rewrite"}
-
-
-def test_a_training_turns_sparse_without_a_new_trace(model: Model) -> None:
-    x = draw()
-    new = ac.rewrite(model, (x,), to=SPEC, calibration="later").train()
-    schedule = ac.SpionSchedule(new, SPEC, every=2)
-    variants = [len(layer._attn_variants) for layer in new.layers]
-    optimizer = torch.optim.SGD(new.parameters(), 1e-3)
-    turned = None
-    for index in range(20):
-        optimizer.zero_grad()
-        new(draw(index)).square().mean().backward()
-        optimizer.step()
-        if schedule.step(index):
-            turned = index
-    assert turned is not None and schedule.sparse and schedule.criterion.looks >= 3
-    assert not new.layers[0].attn_blocks_0.all()
-    assert [len(layer._attn_variants) for layer in new.layers] == variants
-    resumed = ac.SpionSchedule(new, SPEC, every=2)
-    resumed.load_state_dict(schedule.state_dict())
-    assert resumed.sparse and not resumed.step(30)
-
-
-def test_a_schedule_needs_a_rewritten_model(model: Model) -> None:
-    with pytest.raises(ac.BadOption, match="map of blocks"):
-        ac.SpionSchedule(model, SPEC)

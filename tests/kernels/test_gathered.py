@@ -90,6 +90,7 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         monkeypatch.setattr(gathered_cpu, name, outer)
     monkeypatch.setattr(tiles_cpu, "_LEAST", 0)
     monkeypatch.setattr(tiles_cpu, "_MOST_DENSITY", 2.0)
+    monkeypatch.setattr(tiles_cpu, "_MOST_OF_FEW_ROWS", 2.0)
     yield passes
 
 
@@ -130,6 +131,7 @@ def test_any_pattern(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles_cpu, "_LEAST", 0)
         patch.setattr(tiles_cpu, "_MOST_DENSITY", 2.0)
+        patch.setattr(tiles_cpu, "_MOST_OF_FEW_ROWS", 2.0)
         judge(Case(program), tensors(shape, torch.float64), [kept if heads else kept[0]])
 
 
@@ -149,7 +151,10 @@ def test_gradcheck(name: str, gathered: list[str]) -> None:
     assert gathered
 
 
-def test_all_blocks_are_dense_attention(gathered: list[str]) -> None:
+def test_all_blocks_are_dense_attention(
+    gathered: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composite, "without_full_maps", lambda given: given)
     s = Shape(T=149, S=149)
     q, k, v = tensors(s, torch.float64)
     every = torch.ones(10, 10, dtype=torch.bool)
@@ -227,7 +232,7 @@ def test_lists_follow_the_contents_of_a_map() -> None:
 
 def test_buckets_hold_each_kept_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_cpu, "_LEAST", 0)
-    monkeypatch.setattr(tiles_cpu, "_MOST_DENSITY", 2.0)
+    monkeypatch.setattr(tiles_cpu, "_MOST_OF_FEW_ROWS", 2.0)
     s = SHAPES[0]
     kept = blocks(s, True)
     found = tiles_cpu.lists(frame(OF_HEADS, [kept]))
@@ -241,13 +246,39 @@ def test_buckets_hold_each_kept_tile_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_causal_tiles_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_cpu, "_LEAST", 0)
-    monkeypatch.setattr(tiles_cpu, "_MOST_DENSITY", 2.0)
+    monkeypatch.setattr(tiles_cpu, "_MOST_OF_FEW_ROWS", 2.0)
     kept = torch.ones(10, 10, dtype=torch.bool)
     found = tiles_cpu.lists(frame(f"{KEPT} & (k <= q)", [kept]))
     assert found is not None and all(b.cut and b.mask is not None for b in found.buckets)
     # some rows see the first tile whole and some do not: their masks differ
     found = tiles_cpu.lists(frame(f"{KEPT} & (k > q - 40)", [kept]))
     assert found is not None and any(b.cut and b.mask is None for b in found.buckets)
+
+
+@pytest.mark.parametrize("also", ["", " & (k <= q)", " & t1[b, k]"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_map_that_keeps_every_block_is_not_looked_at(
+    also: str, heads: bool, gathered: list[str]
+) -> None:
+    shape = SHAPES[0]
+    reads = [torch.ones_like(blocks(shape, heads)), padding(shape)]
+    program = text(mask=(OF_HEADS if heads else KEPT) + also)
+    q, k, v = tensors(shape, torch.float32)
+    given = Inputs(q, k, v, reads, [], Drop(None, 0.0), program, 0.5)
+    assert "t0" not in tiles_cpu.without_full_maps(given).program
+    judge(Case(program), [q, k, v], reads)
+    assert gathered == []
+    reads[0][..., -1, 0] = False
+    assert tiles_cpu.without_full_maps(given) is given
+
+
+def test_few_rows_are_gathered_only_for_few_keys() -> None:
+    """A quarter of the tiles: enough for tiles of 32 rows, too many for tiles of 16."""
+    for size, gathers in ((16, False), (32, True)):
+        kept = torch.eye(4, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        shape = Shape(T=16 * size, S=16 * size)
+        found = tiles_cpu.lists(frame(f"t0[q // {size}, k // {size}]", [kept], s=shape))
+        assert (found is not None) is gathers
 
 
 def test_what_is_not_gathered(monkeypatch: pytest.MonkeyPatch) -> None:

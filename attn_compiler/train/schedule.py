@@ -1,0 +1,194 @@
+"""SPION in the middle of a training: dense first, sparse when the attention maps have settled.
+
+    schedule = SpionSchedule(model, spec)
+    for index, batch in enumerate(batches):  ...;  schedule.step(index)
+
+A pattern is written into a buffer that the module has already: the optimiser, and whatever has been
+compiled around the model, go on with what they have.
+
+Source: SPION (arXiv 2309.12578), algorithm 1 and its authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_compiler.errors import BadOption
+from attn_compiler.train.criterion import SwitchCriterion
+from attn_compiler.train.spion import layers_of, watched, without_maps
+from attn_compiler.variants.base import VariantSpec
+
+
+class SpionSchedule:
+    """Dense at first; every so often it looks at the maps of a batch, and when they have settled it
+    gives every layer its pattern. Call `step` after each batch of an ordinary training loop.
+
+        new = rewrite(model, args, to=spec, calibration="later")
+        schedule = SpionSchedule(new, spec)
+        for index, batch in enumerate(batches):
+            ...
+            schedule.step(index)
+
+    Patterns are written in place: an optimiser keeps its parameters, an outer torch.compile its
+    code. A map is taken from the forward passes, in training mode, before a `step` that is due: of
+    the first batch, and of every `every`-th. `max_lost_mass` plays no part: training goes on after
+    the switch.
+
+    Attributes:
+        sparse: have the patterns been put in?
+        criterion: when they are.
+        layers: the sites.
+        switched: the batch after which they were put in, None before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: VariantSpec,
+        *,
+        every: int = 100,
+        percent: float = 15.0,
+        most: int | None = None,
+    ) -> None:
+        """
+        Args:
+            model: rewritten with SPION, every block kept (`rewrite(model, args, to=spec,
+                calibration="later")`).
+            spec: the SPION it was rewritten with.
+            every: batches between two looks.
+            percent: change of the maps' distances that counts as settled.
+            most: batches after which the patterns are put in, settled or not; one more where the
+                training has just been resumed.
+
+        Raises:
+            BadOption: the model has no such site, or an option has a wrong value.
+        """
+        if every < 1:
+            raise BadOption(f"every={every}", where="option every", do="give a number from 1")
+        self.layers = layers_of(model, lambda path: spec)
+        if not self.layers:
+            raise without_maps()
+        self.criterion = SwitchCriterion(percent)
+        self.every, self.most = every, most
+        self.sparse = False
+        self.switched: int | None = None
+        self._watch: Any = None
+        self._waited = 0
+        self._listen()
+
+    def step(self, batch_index: int) -> bool:
+        """Tell that a batch is done.
+
+        Args:
+            batch_index: its number, from 0.
+
+        Returns:
+            Were the patterns put in now?
+
+        Raises:
+            BadOption: a look was due, and no batch since has shown a layer.
+        """
+        if self.sparse:
+            return False
+        settled = self._watch is not None and self._looked()
+        late = self.most is not None and batch_index + 1 >= self.most
+        # a training that was resumed has the criterion's maps, and none to make a pattern of
+        if settled or (late and all(layer.rows for layer in self.layers)):
+            self._put(batch_index)
+            return True
+        if late or (batch_index + 1) % self.every == 0:
+            self._listen()
+        return False
+
+    def _looked(self) -> bool:
+        """Take the maps of the batch that is done; True if all of them have settled."""
+        self._waited += 1
+        if not all(layer.rows for layer in self.layers):
+            if self._waited > self.every:
+                for layer in self.layers:
+                    layer.demand_seen("the training", "call the model in training mode, or less")
+            return False
+        self._stop()
+        for layer in self.layers:
+            layer.demand_seen("the training", "give batches that are not all padding")
+        return self.criterion.look({x.path: x.maps.convolved / x.rows for x in self.layers})
+
+    def _listen(self) -> None:
+        if self._watch is None:
+            for layer in self.layers:
+                layer.forget()
+            self._waited = 0
+            self._watch = watched(self.layers, training=True)
+            self._watch.__enter__()
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
+            self._watch = None
+
+    def _put(self, batch_index: int) -> None:
+        self._stop()
+        for layer in self.layers:
+            layer.put(layer.pattern())
+        self.sparse, self.switched = True, batch_index
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs beside the model's own state, which holds the
+        patterns. Take it between a `step` and the next batch.
+        """
+        return {
+            "criterion": self.criterion.state_dict(),
+            "sparse": self.sparse,
+            "switched": self.switched,
+            "listens": self._watch is not None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; load the model's state as well.
+
+        Raises:
+            BadOption: it is not such a state.
+        """
+        if set(state) != set(self.state_dict()):
+            raise BadOption("this is not the state of a SpionSchedule", where="option state")
+        self.criterion.load_state_dict(state["criterion"])
+        self.sparse, self.switched = bool(state["sparse"]), state["switched"]
+        self._stop()
+        if state["listens"]:
+            self._listen()
+
+    def callback(self) -> Any:
+        """The same as a callback of transformers' Trainer, which calls `step`, stores the state in
+        every checkpoint's folder, and takes it from there when a training is resumed.
+        """
+        from transformers import TrainerCallback
+
+        schedule = self
+
+        class Switch(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                file = _file(args, state)
+                if state.global_step and file.exists():
+                    schedule.load_state_dict(torch.load(file, weights_only=True))
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                schedule.step(state.global_step - 1)
+
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                torch.save(schedule.state_dict(), _file(args, state))
+
+        return Switch()
+
+
+def _file(args: Any, state: Any) -> Path:
+    """Where a Trainer's checkpoint of this step keeps the state of a schedule."""
+    given = getattr(args, "resume_from_checkpoint", None)
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    if not folder.exists() and isinstance(given, str):
+        folder = Path(given)
+    return folder / "spion_schedule.pt"

@@ -1,0 +1,178 @@
+"""A training that turns sparse: when, what it costs a compiler, and how it goes on after a stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from spion_cases import BLOCK, Model, draw
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import attn_compiler as ac
+
+SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5)
+
+
+def rewritten_model() -> Model:
+    torch.manual_seed(0)
+    return ac.rewrite(Model(), (draw(),), to=SPEC, calibration="later").train()
+
+
+class Training:
+    """An ordinary loop: a model, its optimiser, its schedule."""
+
+    def __init__(self, **options: Any) -> None:
+        self.model = rewritten_model()
+        self.schedule = ac.SpionSchedule(self.model, SPEC, **{"every": 2, **options})
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.call: nn.Module = self.model
+
+    def run(self, first: int, last: int) -> list[int]:
+        """Batches, and after which of them the model turned sparse."""
+        turned = []
+        for index in range(first, last):
+            self.optimizer.zero_grad()
+            self.call(draw(index)).square().mean().backward()
+            self.optimizer.step()
+            if self.schedule.step(index):
+                turned.append(index)
+        return turned
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "schedule": self.schedule, "optimizer": self.optimizer}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def patterns(model: nn.Module) -> list[Tensor]:
+    return list(ac.spion_patterns(model).values())
+
+
+def test_a_training_turns_sparse_without_a_new_trace() -> None:
+    training = Training()
+    variants = [len(layer._attn_variants) for layer in training.model.layers]
+    turned = training.run(0, 12)
+    # the looks are after batches 0, 2, 4, ...; the third is the first that can say yes
+    assert len(turned) == 1 and turned[0] >= 4 and turned[0] % 2 == 0
+    assert training.schedule.sparse and training.schedule.switched == turned[0]
+    assert training.schedule.criterion.looks == turned[0] // 2 + 1
+    assert not any(p.all() for p in patterns(training.model))
+    assert [len(layer._attn_variants) for layer in training.model.layers] == variants
+
+
+def test_a_compiled_training_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    training, counter = Training(), CompileCounter()
+    training.call = torch.compile(training.model, backend=counter, fullgraph=True)
+    turned = training.run(0, 12)
+    assert len(turned) == 1 and not any(p.all() for p in patterns(training.model))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 7])
+def test_a_stopped_training_goes_on_as_if_nothing_were(stop: int, tmp_path: Path) -> None:
+    whole, first, second = Training(), Training(), Training()
+    turned = whole.run(0, 9)
+    before = first.run(0, stop)
+    torch.save(first.state(), tmp_path / "checkpoint.pt")
+    second.load(torch.load(tmp_path / "checkpoint.pt"))
+    assert before + second.run(stop, 9) == turned
+    for ours, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(ours, other)
+    assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
+    assert second.schedule.switched == whole.schedule.switched
+
+
+def test_a_limit_on_the_dense_phase() -> None:
+    training = Training(percent=1e-9, most=5)
+    assert training.run(0, 8) == [4]
+    stopped = Training(percent=1e-9, most=5)
+    stopped.run(0, 4)
+    resumed = Training(percent=1e-9, most=5)
+    resumed.load(stopped.state())
+    # what it saw is gone with the process: no pattern out of nothing
+    assert resumed.run(4, 8) == [4]
+    late = Training(percent=1e-9, most=2)
+    stopped = Training(percent=1e-9)
+    stopped.run(0, 3)
+    late.load(stopped.state())
+    assert late.run(3, 8) == [4] and patterns(late.model)[0].sum() > 6
+
+
+def test_an_evaluation_in_between_is_not_looked_at() -> None:
+    training, other = Training(every=3), Training(every=3)
+    for index in range(9):
+        training.run(index, index + 1)
+        other.run(index, index + 1)
+        with torch.no_grad():
+            other.model.eval()(draw(100 + index))
+        other.model.train()
+    assert training.schedule.criterion.changes == other.schedule.criterion.changes != {}
+
+
+def test_what_a_schedule_refuses() -> None:
+    model = Model()
+    with pytest.raises(ac.BadOption, match="map of blocks"):
+        ac.SpionSchedule(model, SPEC)
+    new = rewritten_model()
+    with pytest.raises(ac.BadOption, match="every=0"):
+        ac.SpionSchedule(new, SPEC, every=0)
+    schedule = ac.SpionSchedule(new, SPEC, every=2)
+    with pytest.raises(ac.BadOption, match="not the state"):
+        schedule.load_state_dict({"sparse": True})
+    new.eval()
+    with pytest.raises(ac.BadOption, match="training mode"):
+        for index in range(4):
+            new(draw(index))
+            schedule.step(index)
+
+
+def test_batches_of_padding_alone() -> None:
+    mask = torch.zeros(2, draw().shape[1], dtype=torch.bool)
+    torch.manual_seed(0)
+    model = ac.rewrite(Model(), (draw(), mask), to=SPEC, calibration="later").train()
+    schedule = ac.SpionSchedule(model, SPEC)
+    model(draw(), mask)
+    with pytest.raises(ac.BadOption, match="forbids every key"):
+        schedule.step(0)
+
+
+def test_a_trainer_drives_it_and_resumes(tmp_path: Path) -> None:
+    callbacks = pytest.importorskip("transformers.trainer_callback")
+
+    def run(training: Training, first: int, last: int, save: int | None = None) -> None:
+        """What Trainer does with its callbacks."""
+        handler = callbacks.CallbackHandler(
+            [training.schedule.callback()], training.model, None, training.optimizer, None
+        )
+        args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
+        state, control = callbacks.TrainerState(global_step=first), callbacks.TrainerControl()
+        handler.on_train_begin(args, state, control)
+        for index in range(first, last):
+            handler.on_step_begin(args, state, control)
+            training.optimizer.zero_grad()
+            training.model(draw(index)).square().mean().backward()
+            training.optimizer.step()
+            state.global_step += 1
+            handler.on_step_end(args, state, control)
+            if state.global_step == save:
+                (tmp_path / f"checkpoint-{save}").mkdir()
+                handler.on_save(args, state, control)
+
+    whole = Training()
+    turned = whole.run(0, 9)
+    first, second = Training(), Training()
+    run(first, 0, 3, save=3)
+    second.model.load_state_dict(first.model.state_dict())  # as Trainer does before it begins
+    run(second, 3, 9)
+    assert [second.schedule.switched] == turned
+    assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
