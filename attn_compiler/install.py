@@ -43,12 +43,13 @@ _MOST_FAILURES = 4
 
 @dataclass
 class _Search:
-    """The state of one `rewrite`."""
+    """The state of one `rewrite`; without `change` it only says what it would do."""
 
     model: nn.Module
     config: CompileConfig
     verify: bool
     example: Example
+    change: bool = True
     owners: list[str] = field(default_factory=list)
     levels: dict[type, int] = field(default_factory=dict)
     tried: dict[str, _Attempt | CaptureError] = field(default_factory=dict)
@@ -125,6 +126,10 @@ class _Search:
 
     def _install(self, attempt: _Attempt) -> None:
         owner, path, report = attempt.owner, attempt.path, attempt.report
+        if not self.change:
+            self.owners.append(path)
+            self.reports.append(report)
+            return
         base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
         if attempt.variant.asks_training:
@@ -181,6 +186,13 @@ def rewrite_module(
             restore(model.get_submodule(path))
         raise
     return report
+
+
+def explain_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig
+) -> Report:
+    """What `rewrite_module` would do, without the check by numbers; the model stays as it is."""
+    return _Search(model, config, False, watch(model, args, kwargs), change=False).run()
 
 
 def _within(path: str, owner: str) -> bool:

@@ -440,6 +440,24 @@ def test_another_dtype_under_autocast_is_refused() -> None:
     assert "el.dtype" in {reason.code for reason in decision.reasons}
 
 
+@pytest.mark.parametrize("make", [Attend, Rotated])
+def test_explain_says_what_rewrite_does(make: Callable[[], nn.Module]) -> None:
+    model, to = make().eval(), ac.ELAttention()
+    told = ac.explain(model, (draw(2, 7), tf.DynamicCache()), to=to)
+    assert type(model) is make
+    _, done = rewritten(model)
+    assert [s.decision for s in told.sites] == [done]
+    assert done.accepted is ("attend" in told.graph_after) and "softmax" in told.graph_before
+
+
+def test_explain_of_a_graph_cannot_change_a_cache() -> None:
+    def attend(x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+    (site,) = ac.explain(attend, (draw(2, 7),), to=ac.ELAttention()).sites
+    assert [reason.code for reason in site.decision.reasons] == ["el.needs_rewrite"]
+
+
 def test_a_backend_cannot_change_a_cache() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
