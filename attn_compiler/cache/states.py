@@ -113,6 +113,7 @@ class States:
     Attributes:
         x: [rows / beams, S, D].
         beams: how many neighbouring rows share one of x.
+        borrowed: is x somebody else's, the output of an encoder?
         changes: how many changes of the batch were made; layers that share x are told of each.
     """
 
@@ -125,6 +126,7 @@ class States:
         """
         self.beams = equal_neighbours(x) if borrowed else 1
         self.x = x[:: self.beams] if borrowed else x.clone()
+        self.borrowed = borrowed
         self.changes = 0
         self._given = weakref.ref(x) if borrowed else None
         self._version = _version(self.x)

@@ -30,15 +30,18 @@ class ELAttention(VariantSpec):
     Attributes:
         keep_key_bias: compute the term of the key's bias. It is the same for all keys of a row,
             and falls out of a softmax over keys that all carry it.
+        only_where_faster: a cache holds keys and values where the cost model says that a step of
+            generation takes longer straight from X. Without it the smaller cache is what counts.
 
     Raises:
         BadOption: a field has a wrong value.
     """
 
     keep_key_bias: bool = False
+    only_where_faster: bool = False
 
     def __post_init__(self) -> None:
-        demand_flag(self, "keep_key_bias")
+        demand_flag(self, "keep_key_bias", "only_where_faster")
 
 
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
