@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
+from attn_compiler.cache.expansion import keep_unexpanded
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
@@ -225,6 +226,7 @@ def _rewrite_module(
     report = rewrite_module(new, args, kwargs, config, verify, check)
     try:
         publish(_fitted(new, report, config, calibration))
+        keep_unexpanded(new)
     except Exception:
         for _, owner, _ in list(rewritten(new)):
             restore(owner)

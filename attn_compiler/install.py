@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from attn_compiler.cache.expansion import materialised
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, base_of, install, restore
 from attn_compiler.ir.site import AttentionSite, Missed
@@ -223,6 +224,7 @@ def _other_mode(owner: nn.Module) -> Iterator[None]:
 def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     """Analyse a call that no variant covers; None if the original code is to run."""
     plan: Plan = owner._attn_plan
+    values = materialised(values)
     where = plan.prefix or "the root"
     if len(owner._attn_variants) >= _MOST_VARIANTS or owner._attn_failures >= _MOST_FAILURES:
         return None
