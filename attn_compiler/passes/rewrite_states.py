@@ -128,9 +128,7 @@ def _is_shape(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] == "shape"
 
 
-def _replace_cache(
-    emitter: Emitter, kept: Kept, calls: CacheCalls, heads: int
-) -> set[fx.Node]:
+def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls, heads: int) -> set[fx.Node]:
     """Put `keep` in the place of `update`, and shapes in the place of keys and values."""
     graph = emitter.graph
     pieces = [place.meta["opaque"] for place in kept.places]

@@ -46,8 +46,9 @@ def verdict(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> str:
     plain = found.alternatives[0]
     keys = f"{shape.batch} x {shape.key} keys"
     beams = f" for {shape.beams} beams each" if shape.beams > 1 else ""
+    answer = "does not pay" if found.keep else "pays"
     return (
-        f"{'does not pay' if found.keep else 'pays'} in time: {found.seconds * 1e6:,.0f} us and not "
+        f"{answer} in time: {found.seconds * 1e6:,.0f} us and not "
         f"{plain.seconds * 1e6:,.0f} us for a step over {keys}{beams}, predicted for "
         f"{hardware.name}; a cache of {found.memory / 1e3:,.1f} kB and not "
         f"{plain.memory / 1e3:,.1f} kB"

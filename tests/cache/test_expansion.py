@@ -141,7 +141,10 @@ def test_more_than_states_is_copied_as_ever(pair: tuple[Any, Any]) -> None:
     for held in (outputs, more):
         found = [
             m._expand_inputs_for_generation(
-                expand_size=3, is_encoder_decoder=True, input_ids=ids, encoder_outputs=copy.copy(held)
+                expand_size=3,
+                is_encoder_decoder=True,
+                input_ids=ids,
+                encoder_outputs=copy.copy(held),
             )
             for m in (model, new)
         ]

@@ -69,6 +69,12 @@ MODELS: dict[str, tuple[int, Any]] = {
             tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, **a)
         ),
     ),
+    "bloom": (
+        2,
+        lambda a: tf.BloomForCausalLM(
+            tf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
+        ),
+    ),
     "opt": (2, lambda a: tf.OPTForCausalLM(tf.OPTConfig(**_SMALL, ffn_dim=96, **a))),
 }
 WAYS = {
@@ -134,6 +140,44 @@ def test_bart() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_same_tokens(name: str, attention: str) -> None:
     same_tokens(name, attention)
+
+
+def diverse(model: Any, kwargs: dict[str, Any], groups: int = 2, each: int = 2) -> torch.Tensor:
+    """Diverse beam search, of which the library has no more its own: groups one behind the other,
+    a word that an earlier group has chosen in this step costs one nat (arXiv 1610.02424).
+    """
+    beams, rows = groups * each, 2 * groups * each
+    given = {k: v.repeat_interleave(beams, 0) for k, v in kwargs.items()}
+    past = tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache())
+    tokens, scores = torch.full((rows, 1), 2), torch.zeros(2, groups, each)
+    scores[:, :, 1:] = -1e9
+    for _ in range(9):
+        with torch.no_grad():
+            found = model(**given, decoder_input_ids=tokens[:, -1:], past_key_values=past)
+        logs = found.logits[:, -1].log_softmax(-1).view(2, groups, each, -1)
+        chosen, taken = [], torch.zeros(2, 1, logs.shape[-1])
+        for group in range(groups):
+            total = scores[:, group, :, None] + logs[:, group]
+            best = (total - taken).flatten(1).topk(each).indices
+            beam, word = best // logs.shape[-1], best % logs.shape[-1]
+            scores[:, group] = total.flatten(1).gather(1, best)
+            taken = taken.scatter_add(2, word[:, None], torch.ones(2, 1, each))
+            chosen.append((beam + group * each, word))
+        index = torch.stack([b for b, _ in chosen], 1).flatten(1) + torch.tensor([[0], [beams]])
+        words = torch.stack([w for _, w in chosen], 1).flatten()
+        past.reorder_cache(index.flatten())
+        tokens = torch.cat([tokens[index.flatten()], words[:, None]], 1)
+    return tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_diverse_beams(name: str) -> None:
+    model, new = made(name, "sdpa")
+    expected = diverse(model, example(name))
+    assert torch.equal(diverse(new, example(name)), expected)
+    # the groups differ, or nothing was reordered between them
+    assert (expected.view(2, 2, 2, -1)[:, 0] != expected.view(2, 2, 2, -1)[:, 1]).any()
 
 
 @pytest.mark.slow
