@@ -28,7 +28,7 @@ from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
 from attn_compiler.symbols import CaptureError
 from attn_compiler.verify import refused, verify_owner
-from attn_compiler.watch import Example, Recorded, watch
+from attn_compiler.watch import Example, Recorded, copied, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -249,6 +249,10 @@ def _other_mode(owner: nn.Module) -> Iterator[None]:
 
 def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     """Analyse a call that no variant covers; None if the original code is to run."""
+    if torch.is_inference_mode_enabled():
+        # what is made in it has no version, which an analysis asks for
+        with torch.inference_mode(False):
+            return extend(owner, copied(materialised(values)))
     plan: Plan = owner._attn_plan
     values = materialised(values)
     where = plan.prefix or "the root"

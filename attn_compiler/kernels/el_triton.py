@@ -34,6 +34,7 @@ WIDEST = 4096
 MOST_ROWS = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _COMBINED = 512
+Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ def tile(given: Inputs, processors: int) -> WideTile:
     x, wide = given.k, given.k.dtype is torch.float32
     slices = -(-x.shape[3] // 128)
     base = WideTile(keys=16, held=2, stages=1) if wide else WideTile()
-    held = min(base.held, slices)
+    # several programs make parts of one size
+    held = -(-slices // -(-slices // base.held))
     rows = given.q.shape[0] // x.shape[0] * given.q.shape[1] * given.q.shape[2]
     programs = x.shape[0] * -(-rows // base.rows) * -(-slices // held)
     # what the parts cost to join is little beside x: splits <= S n / (32 rows)
@@ -107,33 +109,35 @@ def forward(
     Args:
         frame: of the call, with x [Bx, 1, S, D] as keys.
         tile: what is launched.
-        queries: expanded and scaled, float32 [B, H, T, D], contiguous.
+        queries: expanded and scaled, float32 [B, H, T, D].
         shift: what is added to the scores of a row, float32 [B, H, T, 1], or None.
 
     Returns:
         float32 [B, H, T, D], [B, H, T], [B, H, T].
     """
-    part, numbers = _empty(queries, tile.splits)
-    prepare(frame, tile, (queries, shift), (part, *numbers)).run()
-    out, found = _empty(queries, 1)
-    joined(frame, (part, *numbers), (out, *found)).run()
+    queries = queries.contiguous()
+    parts = empty_parts(queries, tile.splits)
+    prepare(frame, tile, (queries, shift), parts).run()
+    out, lse, mass, _ = empty_parts(queries, 1)
+    joined(frame, parts, (out, lse, mass)).run()
     shape = queries.shape[:3]
-    return out.view(queries.shape), found[0].view(shape), found[1].view(shape)
+    return out.view(queries.shape), lse.view(shape), mass.view(shape)
 
 
-def _empty(queries: Tensor, splits: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def empty_parts(queries: Tensor, splits: int) -> Parts:
+    """What so many programs find for each row: weighted x, maximum, sum, and sum without a sink."""
     rows = queries.shape[:3].numel()
-    part = queries.new_empty((splits, rows, queries.shape[3]))
-    return part, (queries.new_empty((splits, rows)), queries.new_empty((splits, rows)))
+    top, total, mass = (queries.new_empty((splits, rows)) for _ in range(3))
+    return queries.new_empty((splits, rows, queries.shape[3])), top, total, mass
 
 
 def prepare(
     frame: Frame,
     tile: WideTile,
     rows: tuple[Tensor, Tensor | None],
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Parts,
 ) -> Launch:
-    """The launch that fills the parts, their lse and their mass."""
+    """The launch that fills the parts."""
     given, grid, (queries, shift) = frame.given, frame.grid, rows
     x = dense(given.k[:, 0])
     batch, keys, width = x.shape
@@ -157,9 +161,7 @@ def prepare(
     )
 
 
-def joined(
-    frame: Frame, parts: tuple[Tensor, Tensor, Tensor], into: tuple[Tensor, Tensor, Tensor]
-) -> Launch:
+def joined(frame: Frame, parts: Parts, into: tuple[Tensor, Tensor, Tensor]) -> Launch:
     """The launch that joins what the programs of a row have found."""
     splits, count, width = parts[0].shape
     block = min(_COMBINED, 1 << (width - 1).bit_length())
