@@ -125,7 +125,7 @@ class Repeated(Tensor):
     @staticmethod
     def __new__(cls, states: Tensor, beams: int) -> Repeated:
         """Args: states [B, ...]; the result is [B * beams, ...]."""
-        made: Repeated = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Repeated = Tensor._make_wrapper_subclass(
             cls,
             (states.shape[0] * beams, *states.shape[1:]),
             dtype=states.dtype,
@@ -135,11 +135,11 @@ class Repeated(Tensor):
         made.states, made.beams = states, beams
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Repeated({tuple(self.states.shape)}, {self.beams})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = tree_map_only(Repeated, whole, (args, kwargs or {}))

@@ -209,14 +209,14 @@ def _fill(call: _Call, out: Tensor, lse: Tensor) -> None:
             for near in _items(call):
                 bounds = near.start * call.beams, near.stop * call.beams
                 span = Span(r0, r1, 0, frame.grid.S, *bounds, True)
-                found = _attend(call, frame, span, wide, shift, near)
-                mass[span.b0 : span.b1], lse[span.rows] = found
-        part = _per_head(wide, w_v.transpose(1, 2))
+                part = _attend(call, frame, span, wide, shift, near)
+                mass[span.b0 : span.b1], lse[span.rows] = part
+        values = _per_head(wide, w_v.transpose(1, 2))
         if call.b_v is not None:
             groups = call.b_v.shape[0]
             bias = call.b_v.to(call.dtype).repeat_interleave(heads // groups, 0)
-            part = part.addcmul_(mass, bias[None, :, None])
-        out[:, :, r0:r1] = part
+            values = values.addcmul_(mass, bias[None, :, None])
+        out[:, :, r0:r1] = values
 
 
 def generates(given: Inputs) -> bool:

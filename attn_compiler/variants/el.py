@@ -47,9 +47,8 @@ class ELAttention(VariantSpec):
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
     """Codes: el.needs_rewrite where the door cannot change a cache, el.dropout, and one for each
     obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.no_projection,
-    el.kv_sources_differ, el.rope_on_key, el.partial_rope,
-    el.key_norm, el.key_scaled, el.convolved, el.head_layout,
-    el.dtype, el.overwritten.
+    el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm, el.key_scaled,
+    el.convolved, el.head_layout, el.dtype, el.overwritten.
     """
     if site.obstacles is None:
         text = "a cache changes its layout only in a model that `rewrite` is given"
