@@ -135,7 +135,7 @@ class Repeated(Tensor):
         made.states, made.beams = states, beams
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Repeated({tuple(self.states.shape)}, {self.beams})"
 
     @classmethod
