@@ -21,11 +21,12 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
+from attn_compiler.cache.expansion import keep_unexpanded
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
-from attn_compiler.install import rewrite_module
+from attn_compiler.install import explain_module, rewrite_module
 from attn_compiler.installed import restore, rewritten
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
@@ -117,6 +118,8 @@ def _explain_calls(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig
 ) -> Report:
     _check_call(model, args, kwargs)
+    if config.installs and isinstance(model, nn.Module) and config.changes_caches():
+        return explain_module(model, args, kwargs, config)
     reports: list[Report] = []
     with untouched(model, grad=True):
         each_graph(
@@ -223,6 +226,7 @@ def _rewrite_module(
     report = rewrite_module(new, args, kwargs, config, verify, check)
     try:
         publish(_fitted(new, report, config, calibration))
+        keep_unexpanded(new)
     except Exception:
         for _, owner, _ in list(rewritten(new)):
             restore(owner)

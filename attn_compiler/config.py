@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import VARIANTS
-from attn_compiler.variants.base import Fidelity, Variant, VariantSpec
+from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
@@ -49,6 +49,10 @@ class CompileConfig:
         """The same for calls in which there is no cache to change: the same function."""
         to = ((glob, _exactly(target)) for glob, target in self.to)
         return replace(self, to=tuple(to))
+
+    def changes_caches(self) -> bool:
+        """Is a variant wanted that keeps something else than keys and values?"""
+        return any(variant_of(target).scope is Scope.SITE for _, target in self.to)
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""

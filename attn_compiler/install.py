@@ -10,6 +10,7 @@ running the example once: modules are known by their calls, not by their names.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,14 +20,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from attn_compiler.cache.expansion import materialised
 from attn_compiler.config import CompileConfig
-from attn_compiler.installed import Variant, base_of, install, restore
+from attn_compiler.installed import Variant, base_of, install, names_of, restore
 from attn_compiler.ir.site import AttentionSite, Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
 from attn_compiler.symbols import CaptureError
 from attn_compiler.verify import refused, verify_owner
-from attn_compiler.watch import Example, watch
+from attn_compiler.watch import Example, Recorded, copied, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -36,6 +38,8 @@ _MOST_ANCHORS = 64
 # alone
 _MOST_VARIANTS = 12
 _MOST_FAILURES = 4
+# the name under which generate() hands over a cache
+_CACHE = "past_key_values"
 
 
 # ---------------------------------------------------------------- finding owners
@@ -43,12 +47,13 @@ _MOST_FAILURES = 4
 
 @dataclass
 class _Search:
-    """The state of one `rewrite`."""
+    """The state of one `rewrite`; without `change` it only says what it would do."""
 
     model: nn.Module
     config: CompileConfig
     verify: bool
     example: Example
+    change: bool = True
     owners: list[str] = field(default_factory=list)
     levels: dict[type, int] = field(default_factory=dict)
     tried: dict[str, _Attempt | CaptureError] = field(default_factory=dict)
@@ -119,12 +124,24 @@ class _Search:
         spine = {_relative(p, path) for stack in inner for p in stack}
         plan = Plan(path, frozenset(spine), self.config)
         call = self.example.calls[path]
-        with call.state():
-            variant, report = specialise(owner, base_of(owner), call.values, plan)
+        try:
+            with call.state():
+                variant, report = specialise(owner, base_of(owner), call.values, plan)
+        except CaptureError as refusal:
+            given = _with_a_cache(owner, call) if refusal.code == "owner.value" else None
+            if given is None or not self.config.changes_caches():
+                raise
+            self.example.calls[path] = given
+            with given.state():
+                variant, report = specialise(owner, base_of(owner), given.values, plan)
         return _Attempt(path, owner, plan, variant, report)
 
     def _install(self, attempt: _Attempt) -> None:
         owner, path, report = attempt.owner, attempt.path, attempt.report
+        if not self.change:
+            self.owners.append(path)
+            self.reports.append(report)
+            return
         base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
         if attempt.variant.asks_training:
@@ -140,6 +157,21 @@ class _Search:
         else:
             self.owners.append(path)
         self.reports.append(report)
+
+
+def _with_a_cache(owner: nn.Module, call: Recorded) -> Recorded | None:
+    """The call as generate() makes it, with an empty cache, where a module that was given none
+    makes one itself: no graph can hold that.
+    """
+    library = sys.modules.get("transformers.cache_utils")
+    names = names_of(base_of(owner).forward)
+    if library is None or _CACHE not in names:
+        return None
+    at = names.index(_CACHE)
+    if call.values[at] is not None:
+        return None
+    values = (*call.values[:at], library.DynamicCache(), *call.values[at + 1 :])
+    return replace(call, values=values)
 
 
 @dataclass(frozen=True)
@@ -183,6 +215,13 @@ def rewrite_module(
     return report
 
 
+def explain_module(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig
+) -> Report:
+    """What `rewrite_module` would do, without the check by numbers; the model stays as it is."""
+    return _Search(model, config, False, watch(model, args, kwargs), change=False).run()
+
+
 def _within(path: str, owner: str) -> bool:
     return path == owner or not owner or path.startswith(f"{owner}.")
 
@@ -210,7 +249,12 @@ def _other_mode(owner: nn.Module) -> Iterator[None]:
 
 def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     """Analyse a call that no variant covers; None if the original code is to run."""
+    if torch.is_inference_mode_enabled():
+        # what is made in it has no version, which an analysis asks for
+        with torch.inference_mode(False):
+            return extend(owner, copied(materialised(values)))
     plan: Plan = owner._attn_plan
+    values = materialised(values)
     where = plan.prefix or "the root"
     if len(owner._attn_variants) >= _MOST_VARIANTS or owner._attn_failures >= _MOST_FAILURES:
         return None

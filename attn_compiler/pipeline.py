@@ -44,7 +44,9 @@ from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
+from attn_compiler.passes.show_states import show_states
 from attn_compiler.report import Report
+from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
@@ -275,6 +277,8 @@ def _chosen(
     if variant.scope is Scope.SITE and work.cache is not None:
         found = find_states(region.end, functional, core, work.state)
         site, kept = replace(site, obstacles=found.obstacles), found.kept
+        told = show_states(region, core, kept, work.config.hardware) if kept is not None else None
+        site = replace(site, facts=site.facts | ({} if told is None else {variant.name: told}))
     reasons = tuple(variant.legality(site, spec))
     tensors: tuple[NewTensor, ...] = ()
     if variant.lower is not None and not reasons:
@@ -330,8 +334,8 @@ def _carry_out(
     if way.kept is None or work.cache is None:
         tensors = rewrite_site(region, functional, core, way.lowering)
     else:
-        key_bias = bool(getattr(way.spec, "keep_key_bias", True))
-        work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, key_bias)
+        assert isinstance(way.spec, ELAttention)
+        work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, way.spec)
     work.touched |= set(region.nodes)
     return tensors
 

@@ -288,7 +288,8 @@ def _on_a_cpu(
 ) -> Time:
     """Of variants that have constants of their own there."""
     if name == "ELAttention":
-        return cpu.time_of_cost(numbers, hardware, dtype.itemsize, "states")
+        # it multiplies in float32 whatever it is given, see kernels/el
+        return cpu.time_of_cost(numbers, hardware, torch.float32.itemsize, "states")
     ways = cpu.ways(problem_of(shape, dtype), extra["rho"])["gathered"]
     found = cpu.time_of(ways, hardware, dtype.itemsize, hardware.constants_of("gathered"))
     return _scaled(found, _WITH_BACKWARD if shape.training else 1.0)

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +45,26 @@ def test_inspection_shows_the_graph_that_the_pass_made(capsys: pytest.CaptureFix
     assert "modified: True" in printed
     assert "local(7)" in printed
     assert "attn_compiler.attention" in printed
+
+
+def test_a_generation_keeps_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    svg = tmp_path / "curves.svg"
+    _load(EXAMPLES / "06_generate_with_el.py").main(["--lengths", "64", "97", "--plot", str(svg)])
+    printed = capsys.readouterr().out
+    assert printed.count("True") == 2 and "False" not in printed
+    assert float(printed.split("; ")[-1].split(" times")[0]) > 4
+    root = xml.etree.ElementTree.parse(svg).getroot()
+    assert sum(part.tag.endswith("polyline") for part in root) == 3
+
+
+@pytest.mark.slow
+def test_benchmark_of_hidden_states_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    el_cpu = _load(EXAMPLES / "benchmarks" / "el_cpu.py")
+    sizes = ["--layers", "1", "--rounds", "1", "--batch", "1", "--settings", "whisper-tiny"]
+    assert el_cpu.main(["--json", "--only", "speed", *sizes]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["speed"]
+    assert row["predicted"] > 0 and set(row["seconds"]) == {"stock", "compiled", "ours"}
 
 
 def test_texts_of_the_main_job() -> None:

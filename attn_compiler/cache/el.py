@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from attn_compiler.cache.choice import choice
 from attn_compiler.cache.states import Maps, Rows, States
 from attn_compiler.kernels.el import built, el_attention
 from attn_compiler.kernels.schema import attention
@@ -34,7 +35,7 @@ class Pair(NamedTuple):
 
 def keep(
     cache: Any,
-    made: tuple[Tensor, Weights, bool],
+    made: tuple[Tensor, Weights, bool, int],
     rows: tuple[Sequence[Any], Sequence[Any]],
     index: int,
     *more: Any,
@@ -44,7 +45,8 @@ def keep(
     Args:
         cache: any object with such a method.
         made: x [B, t, D]; the weights of keys and their bias, of values and their bias; whether x
-            is the output of an encoder, which is kept anyway.
+            is the output of an encoder, which is kept anyway; heads of the queries where keys and
+            values are held if that is faster, else 0.
         rows: which outputs of the weights are whose features, see `Rows`.
         index: of the layer.
         more: further arguments.
@@ -52,12 +54,13 @@ def keep(
     Returns:
         What `attend` and `shown` read.
     """
-    x, weights, borrowed = made
+    x, weights, borrowed, heads = made
     maps = Maps(weights, (Rows(*rows[0]), Rows(*rows[1])))
     if "transformers" in sys.modules:
         from attn_compiler.cache.layer import hold
 
-        layer = hold(cache, index, x, maps, borrowed)
+        pays = choice(heads) if heads else None
+        layer = hold(cache, index, x, maps, borrowed, pays)
         if layer is not None:
             return layer
     w_k, b_k, w_v, b_v = maps.views()

@@ -149,12 +149,26 @@ def layer_for(cache: Any, index: int) -> Any:
     return cache.layers[index]
 
 
-def hold(cache: Any, index: int, x: Tensor, maps: Maps, borrowed: bool) -> StatesLayer | None:
+def hold(
+    cache: Any,
+    index: int,
+    x: Tensor,
+    maps: Maps,
+    borrowed: bool,
+    pays: Callable[[States, Maps], bool] | None = None,
+) -> StatesLayer | None:
     """Put x into an empty layer of a cache, or behind what it holds.
+
+    Args:
+        cache, index: which layer.
+        x: [rows, t, D].
+        maps: how keys and values are made of it.
+        borrowed: somebody else keeps x anyway.
+        pays: is asked once, about an empty layer; None is yes.
 
     Returns:
         The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded,
-        holds keys already, or what another model makes its keys of.
+        holds keys already, or what another model makes its keys of, or it does not pay.
     """
     layer = layer_for(cache, index)
     if type(layer) is StatesLayer and layer.maps.same(maps):
@@ -164,5 +178,8 @@ def hold(cache: Any, index: int, x: Tensor, maps: Maps, borrowed: bool) -> State
         return None
     shared = (other.states for other in cache.layers if type(other) is StatesLayer)
     states = next((s for s in shared if borrowed and s.stands_for(x)), None)
-    cache.layers[index] = made = StatesLayer(states or States(x, borrowed=borrowed), maps)
+    states = states or States(x, borrowed=borrowed)
+    if pays is not None and not pays(states, maps):
+        return None
+    cache.layers[index] = made = StatesLayer(states, maps)
     return made

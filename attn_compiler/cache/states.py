@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.el import built
@@ -107,12 +108,56 @@ def _alive(reference: Callable[[], Tensor | None] | None) -> Tensor | None:
     return found
 
 
+class Repeated(Tensor):
+    """Each row of x so many times, without a storage: x[b // beams] in row b.
+
+    Any operation sees the copies that `repeat_interleave` makes; sizes, dtype and device are those
+    of the copies.
+
+    Attributes:
+        states: x.
+        beams: how often each row stands.
+    """
+
+    states: Tensor
+    beams: int
+
+    @staticmethod
+    def __new__(cls, states: Tensor, beams: int) -> Repeated:
+        """Args: states [B, ...]; the result is [B * beams, ...]."""
+        made: Repeated = Tensor._make_wrapper_subclass(
+            cls,
+            (states.shape[0] * beams, *states.shape[1:]),
+            dtype=states.dtype,
+            device=states.device,
+            storage_size=0,
+        )
+        made.states, made.beams = states, beams
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Repeated({tuple(self.states.shape)}, {self.beams})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = tree_map_only(Repeated, whole, (args, kwargs or {}))
+        return func(*given[0], **given[1])
+
+
+def whole(x: Repeated) -> Tensor:
+    """The copies that it stands for."""
+    return x.states.repeat_interleave(x.beams, 0)
+
+
 class States:
     """x, and how it stands for the rows of a batch: row b is x[b // beams].
 
     Attributes:
         x: [rows / beams, S, D].
         beams: how many neighbouring rows share one of x.
+        borrowed: is x somebody else's, the output of an encoder?
         changes: how many changes of the batch were made; layers that share x are told of each.
     """
 
@@ -123,8 +168,14 @@ class States:
             x: [rows, S, D].
             borrowed: somebody else keeps it anyway, and does not write to it.
         """
-        self.beams = equal_neighbours(x) if borrowed else 1
-        self.x = x[:: self.beams] if borrowed else x.clone()
+        if type(x) is Repeated:
+            self.x, self.beams = x.states, x.beams
+        elif borrowed:
+            self.beams = equal_neighbours(x)
+            self.x = x[:: self.beams]
+        else:
+            self.x, self.beams = x.clone(), 1
+        self.borrowed = borrowed
         self.changes = 0
         self._given = weakref.ref(x) if borrowed else None
         self._version = _version(self.x)

@@ -25,6 +25,7 @@ _NORMS = frozenset(
     | {"rms_norm", "native_layer_norm", "_fused_rms_norm"}
 )
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "convolution"})
+_PIECES = frozenset({"slice", "select", "narrow", "split", "getitem", "split_with_sizes"})
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "t", "transpose", "permute", "expand"})
 
 
@@ -161,6 +162,9 @@ def between(functional: FunctionalRegion | None, name: str, at: fx.Node) -> Bloc
     """What stands between a linear map and the cache, as an error to raise."""
     if functional is None:
         return _verdict(set(), name, at)
+    if _turned_in_part(functional):
+        text = f"a rotation of a part of the features stands between the linear map and the {name}"
+        return Blocked(at, ("partial_rope", f"{text}: the rest alone could be read out of x"))
     called, stack = set[str](), [functional.end]
     seen: set[fx.Node] = set()
     while stack:
@@ -174,6 +178,34 @@ def between(functional: FunctionalRegion | None, name: str, at: fx.Node) -> Bloc
             called |= _called(ops.called_module(host), host)
         stack.extend(node.all_input_nodes)
     return _verdict(called, name, at)
+
+
+def _turned_in_part(functional: FunctionalRegion) -> bool:
+    """Are some features rotated, and others beside them views of what the region reads?"""
+    end = functional.end
+    while ops.name(end) in _VIEWS:
+        end = end.all_input_nodes[0]
+    parts = end.all_input_nodes if ops.name(end) == "cat" else []
+    whole = [part for part in parts if _is_piece(part)]
+    turned = [part for part in parts if part not in whole]
+    return bool(whole) and any({"neg", "cat"} <= _ancestry(p) for p in turned)
+
+
+def _is_piece(node: fx.Node) -> bool:
+    while ops.name(node) in _VIEWS | _PIECES:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+def _ancestry(end: fx.Node) -> set[str]:
+    found, stack, seen = set[str](), [end], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            found.add(ops.name(node))
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _named_module(module: nn.Module, call: fx.Node, name: str) -> Blocked:

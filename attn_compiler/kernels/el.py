@@ -31,6 +31,7 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as ordinary
+from attn_compiler.kernels import el_triton, gpu
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.dropout import Drop
@@ -199,18 +200,35 @@ def _fill(call: _Call, out: Tensor, lse: Tensor) -> None:
         q = call.q[:, :, r0:r1].to(call.dtype) * call.scale
         wide = _per_head(q, w_k)
         shift = None if call.b_k is None else _per_head(q, call.b_k.to(call.dtype)[..., None])
-        mass = wide.new_empty((*wide.shape[:3], 1))
-        for near in _items(call):
-            span = Span(
-                r0, r1, 0, frame.grid.S, near.start * call.beams, near.stop * call.beams, True
-            )
-            mass[span.b0 : span.b1], lse[span.rows] = _attend(call, frame, span, wide, shift, near)
-        part = _per_head(wide, w_v.transpose(1, 2))
+        if step >= rows and generates(given):
+            wide, found, mass = el_triton.forward(frame, _tile(given), wide, shift)
+            lse.copy_(found)
+            mass = mass[..., None]
+        else:
+            mass = wide.new_empty((*wide.shape[:3], 1))
+            for near in _items(call):
+                bounds = near.start * call.beams, near.stop * call.beams
+                span = Span(r0, r1, 0, frame.grid.S, *bounds, True)
+                part = _attend(call, frame, span, wide, shift, near)
+                mass[span.b0 : span.b1], lse[span.rows] = part
+        values = _per_head(wide, w_v.transpose(1, 2))
         if call.b_v is not None:
             groups = call.b_v.shape[0]
             bias = call.b_v.to(call.dtype).repeat_interleave(heads // groups, 0)
-            part = part.addcmul_(mass, bias[None, :, None])
-        out[:, :, r0:r1] = part
+            values = values.addcmul_(mass, bias[None, :, None])
+        out[:, :, r0:r1] = values
+
+
+def generates(given: Inputs) -> bool:
+    """Is there a generated kernel for this call on its device?"""
+    if given.q.device.type != "cuda" or el_triton.refusal(given):
+        return False
+    return bool(gpu.family(given.q.device))
+
+
+def _tile(given: Inputs) -> el_triton.WideTile:
+    machine = gpu.hardware(given.q.device)
+    return el_triton.tile(given, 1 if machine is None else machine.processors)
 
 
 def _items(call: _Call) -> Iterator[slice]:

@@ -43,12 +43,17 @@ def refusal(given: Inputs) -> str:
     if any(read.dtype is torch.float64 or read.is_complex() for read in given.reads):
         return "the program reads a tensor in double"
     program = Program.parse(given.program)
-    missing = sorted(_operations(program) & UNPRINTABLE)
+    missing = untold(program)
     if missing:
         return f"no Triton for {', '.join(missing)}"
     if program.empty in ("uniform", "absorbed") and given.drop.rate:
         return "dropout of a row without keys"
     return ""
+
+
+def untold(program: Program) -> list[str]:
+    """Operations of a program that Triton has no text for."""
+    return sorted(_operations(program) & UNPRINTABLE)
 
 
 def _operations(program: Program) -> set[str]:

@@ -125,6 +125,33 @@ def combine_source() -> str:
     return render("combine")
 
 
+@lru_cache(maxsize=128)
+def el_source(structure: Structure, *, held: int, shifted: bool, split_query: bool) -> str:
+    """The text of the kernels of attention over one tensor that is keys and values.
+
+    Args:
+        structure: of the call.
+        held: slices of the result that a program makes.
+        shifted: is something added to the scores of a row before the program sees them?
+        split_query: are rounded queries and what rounding has lost multiplied one by one?
+    """
+    program = Program.parse(structure.program)
+    lines = Lines(structure.kinds)
+    sink = None if program.sink is None else lines.as_kind(program.sink, "float")
+    kept = keep(lines, program.score, program.mask)
+    return render(
+        "el",
+        held=held,
+        shifted=shifted,
+        split_query=split_query,
+        sink=sink,
+        row_lines=lines.outer,
+        lines=lines.body,
+        keep=kept,
+        **structure.common(),
+    )
+
+
 @lru_cache(maxsize=512)
 def backward_source(structure: Structure) -> str:
     """The text of the three backward kernels."""

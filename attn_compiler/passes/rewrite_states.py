@@ -31,6 +31,7 @@ from attn_compiler.passes.rewrite_site import (
     operands,
     unread_numbers,
 )
+from attn_compiler.variants import ELAttention
 
 _SIZES = frozenset({"size", "sym_size", "dim", "shape"})
 
@@ -40,7 +41,8 @@ class CacheCalls:
     """What stands in the graph for the calls of a cache.
 
     Attributes:
-        keep: keep(cache, (x, weights, cross), rows, index) -> kept, for `update`.
+        keep: keep(cache, (x, weights, cross, heads), rows, index) -> kept, for `update`; heads of
+            the queries where the cache holds keys and values if that is faster, else 0.
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
     """
@@ -56,7 +58,7 @@ def rewrite_states(
     core: Core,
     kept: Kept,
     calls: CacheCalls,
-    keep_key_bias: bool,
+    spec: ELAttention,
 ) -> set[fx.Node]:
     """Replace the attention and the call of its cache.
 
@@ -73,12 +75,13 @@ def rewrite_states(
     try:
         handle: fx.Node = kept.update or kept.layer  # type: ignore[assignment]
         width = ops.value(kept.places[1]).shape[3]
-        result = _emit(emitter, core, handle, calls, keep_key_bias, width)
+        result = _emit(emitter, core, handle, calls, spec.keep_key_bias, width)
     except Exception:
         emitter.undo()
         raise
     region.end.replace_all_uses_with(result)
-    return _replace_cache(emitter, kept, calls)
+    heads = core.sizes["H"] if spec.only_where_faster else 0
+    return _replace_cache(emitter, kept, calls, heads if isinstance(heads, int) else 0)
 
 
 def _emit(
@@ -125,7 +128,7 @@ def _is_shape(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] == "shape"
 
 
-def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls) -> set[fx.Node]:
+def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls, heads: int) -> set[fx.Node]:
     """Put `keep` in the place of `update`, and shapes in the place of keys and values."""
     graph = emitter.graph
     pieces = [place.meta["opaque"] for place in kept.places]
@@ -133,7 +136,7 @@ def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls) -> set[fx.No
     handle = kept.layer
     if kept.update is not None and kept.key is not None and kept.value is not None:
         handle = kept.update
-        _become_keep(emitter, handle, kept, calls)
+        _become_keep(emitter, handle, kept, calls, heads)
         dead |= kept.key.nodes | kept.value.nodes
         after = handle
     else:
@@ -150,7 +153,9 @@ def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls) -> set[fx.No
     return dead
 
 
-def _become_keep(emitter: Emitter, update: fx.Node, kept: Kept, calls: CacheCalls) -> None:
+def _become_keep(
+    emitter: Emitter, update: fx.Node, kept: Kept, calls: CacheCalls, heads: int
+) -> None:
     """In place: the layers of a model share this graph, and the number of the layer is patched by
     the name and position that it has here.
     """
@@ -164,7 +169,7 @@ def _become_keep(emitter: Emitter, update: fx.Node, kept: Kept, calls: CacheCall
     cache, _, _, *rest = update.args
     update.op, update.target = "call_function", calls.keep
     rows = (kept.key.rows, kept.value.rows)
-    update.args = (cache, (kept.key.map.x, weights, kept.cross), rows, *rest)
+    update.args = (cache, (kept.key.map.x, weights, kept.cross, heads), rows, *rest)
     update.meta["bypassed"] = tuple(_modules(kept.key, kept.value))
 
 

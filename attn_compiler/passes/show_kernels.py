@@ -55,10 +55,10 @@ def show_kernels(
 
 
 def _call(region: Region, core: Core) -> Inputs | None:
-    known, roles = _hints(region), core.roles
-    sizes = [_number(core.sizes[name], known) for name in "BHTS"]
+    known, roles = sizes_of_example(region), core.roles
+    sizes = [number(core.sizes[name], known) for name in "BHTS"]
     more = [extent(roles.heads), extent(roles.feature), extent(roles.value), *core.ints]
-    numbers = [_number(size, known) for size in more]
+    numbers = [number(size, known) for size in more]
     reads = [_without_data(val(node), known) for node in core.reads]
     if None in (*sizes, *numbers) or any(read is None for read in reads):
         return None
@@ -76,19 +76,20 @@ def _call(region: Region, core: Core) -> Inputs | None:
     )
 
 
-def _hints(region: Region) -> dict[sympy.Basic, int]:
+def sizes_of_example(region: Region) -> dict[sympy.Basic, sympy.Basic]:
     """The sizes that the example gives to symbols."""
-    found: dict[sympy.Basic, int] = {}
+    found: dict[sympy.Basic, sympy.Basic] = {}
     for node in (*region.inputs, *region.nodes):
         value = ops.value(node)
         sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
         for size in sizes:
             if isinstance(size, torch.SymInt) and isinstance(ax.size_of(size), sympy.Symbol):
-                found[ax.size_of(size)] = ax.hint(size)
+                found[ax.size_of(size)] = sympy.Integer(ax.hint(size))
     return found
 
 
-def _number(size: Any, known: dict[sympy.Basic, int]) -> Any:
+def number(size: Any, known: dict[sympy.Basic, sympy.Basic]) -> Any:
+    """A size as a number, None where a symbol in it is not known."""
     if isinstance(size, int):
         return size
     if isinstance(size, torch.SymInt):
@@ -97,8 +98,8 @@ def _number(size: Any, known: dict[sympy.Basic, int]) -> Any:
     return int(filled) if filled is not None and filled.is_Integer else None
 
 
-def _without_data(value: Any, known: dict[sympy.Basic, int]) -> torch.Tensor | None:
+def _without_data(value: Any, known: dict[sympy.Basic, sympy.Basic]) -> torch.Tensor | None:
     if not isinstance(value, torch.Tensor):
         return torch.empty((), dtype=torch.float64, device="meta")
-    shape = [_number(ax.size_of(size), known) for size in value.shape]
+    shape = [number(ax.size_of(size), known) for size in value.shape]
     return None if None in shape else torch.empty(shape, dtype=value.dtype, device="meta")

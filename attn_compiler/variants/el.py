@@ -30,22 +30,25 @@ class ELAttention(VariantSpec):
     Attributes:
         keep_key_bias: compute the term of the key's bias. It is the same for all keys of a row,
             and falls out of a softmax over keys that all carry it.
+        only_where_faster: a cache holds keys and values where the cost model says that a step of
+            generation takes longer straight from X. Without it the smaller cache is what counts.
 
     Raises:
         BadOption: a field has a wrong value.
     """
 
     keep_key_bias: bool = False
+    only_where_faster: bool = False
 
     def __post_init__(self) -> None:
-        demand_flag(self, "keep_key_bias")
+        demand_flag(self, "keep_key_bias", "only_where_faster")
 
 
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
     """Codes: el.needs_rewrite where the door cannot change a cache, el.dropout, and one for each
     obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.no_projection,
-    el.kv_sources_differ, el.rope_on_key, el.key_norm, el.key_scaled, el.convolved, el.head_layout,
-    el.dtype, el.overwritten.
+    el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm, el.key_scaled,
+    el.convolved, el.head_layout, el.dtype, el.overwritten.
     """
     if site.obstacles is None:
         text = "a cache changes its layout only in a model that `rewrite` is given"

@@ -295,6 +295,15 @@ def test_training_runs_the_ordinary_attention() -> None:
     same(model, new.eval())
 
 
+def test_inference_mode() -> None:
+    new, _ = rewritten(Attend())
+    past = tf.DynamicCache()
+    with torch.inference_mode(), Counted() as counted:
+        for length in (7, 1, 1):
+            new(draw(2, length), past)
+    assert counted.found["el_attention"] >= 2 and type(past.layers[0]) is layer.StatesLayer
+
+
 def test_gradients() -> None:
     model = Attend()
     new, _ = rewritten(model)
@@ -348,6 +357,17 @@ class Rotated(Attend):
         angle = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.2, 0.3])
         turned = torch.cat([-k[..., 2:], k[..., :2]], -1)
         return k * angle.cos() + turned * angle.sin(), v
+
+
+class PartlyRotated(Attend):
+    """Two of five features are rotated."""
+
+    def sides(self, x: Tensor) -> Sides:
+        k, v = super().sides(x)
+        angle = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
+        some, rest = k[..., :2], k[..., 2:]
+        turned = torch.cat([-some[..., 1:], some[..., :1]], -1)
+        return torch.cat([some * angle.cos() + turned * angle.sin(), rest], -1), v
 
 
 class Normed(Attend):
@@ -413,6 +433,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "el.no_projection": Deep,
     "el.kv_sources_differ": Twofold,
     "el.rope_on_key": Rotated,
+    "el.partial_rope": PartlyRotated,
     "el.key_norm": Normed,
     "el.key_scaled": Scaled,
     "el.convolved": Convolved,
@@ -438,6 +459,24 @@ def test_another_dtype_under_autocast_is_refused() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         _, decision = rewritten(Attend())
     assert "el.dtype" in {reason.code for reason in decision.reasons}
+
+
+@pytest.mark.parametrize("make", [Attend, Rotated])
+def test_explain_says_what_rewrite_does(make: Callable[[], nn.Module]) -> None:
+    model, to = make().eval(), ac.ELAttention()
+    told = ac.explain(model, (draw(2, 7), tf.DynamicCache()), to=to)
+    assert type(model) is make
+    _, done = rewritten(model)
+    assert [s.decision for s in told.sites] == [done]
+    assert done.accepted is ("attend" in told.graph_after) and "softmax" in told.graph_before
+
+
+def test_explain_of_a_graph_cannot_change_a_cache() -> None:
+    def attend(x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+    (site,) = ac.explain(attend, (draw(2, 7),), to=ac.ELAttention()).sites
+    assert [reason.code for reason in site.decision.reasons] == ["el.needs_rewrite"]
 
 
 def test_a_backend_cannot_change_a_cache() -> None:

@@ -69,12 +69,19 @@ MODELS: dict[str, tuple[int, Any]] = {
             tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, **a)
         ),
     ),
+    "bloom": (
+        2,
+        lambda a: tf.BloomForCausalLM(
+            tf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
+        ),
+    ),
     "opt": (2, lambda a: tf.OPTForCausalLM(tf.OPTConfig(**_SMALL, ffn_dim=96, **a))),
 }
 WAYS = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},
     "sampling": {"do_sample": True, "top_k": 5},
+    "several": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
 }
 
 
@@ -135,6 +142,44 @@ def test_same_tokens(name: str, attention: str) -> None:
     same_tokens(name, attention)
 
 
+def diverse(model: Any, kwargs: dict[str, Any], groups: int = 2, each: int = 2) -> torch.Tensor:
+    """Diverse beam search, of which the library has no more its own: groups one behind the other,
+    a word that an earlier group has chosen in this step costs one nat (arXiv 1610.02424).
+    """
+    beams, rows = groups * each, 2 * groups * each
+    given = {k: v.repeat_interleave(beams, 0) for k, v in kwargs.items()}
+    past = tf.EncoderDecoderCache(tf.DynamicCache(), tf.DynamicCache())
+    tokens, scores = torch.full((rows, 1), 2), torch.zeros(2, groups, each)
+    scores[:, :, 1:] = -1e9
+    for _ in range(9):
+        with torch.no_grad():
+            found = model(**given, decoder_input_ids=tokens[:, -1:], past_key_values=past)
+        logs = found.logits[:, -1].log_softmax(-1).view(2, groups, each, -1)
+        chosen, taken = [], torch.zeros(2, 1, logs.shape[-1])
+        for group in range(groups):
+            total = scores[:, group, :, None] + logs[:, group]
+            best = (total - taken).flatten(1).topk(each).indices
+            beam, word = best // logs.shape[-1], best % logs.shape[-1]
+            scores[:, group] = total.flatten(1).gather(1, best)
+            taken = taken.scatter_add(2, word[:, None], torch.ones(2, 1, each))
+            chosen.append((beam + group * each, word))
+        index = torch.stack([b for b, _ in chosen], 1).flatten(1) + torch.tensor([[0], [beams]])
+        words = torch.stack([w for _, w in chosen], 1).flatten()
+        past.reorder_cache(index.flatten())
+        tokens = torch.cat([tokens[index.flatten()], words[:, None]], 1)
+    return tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_diverse_beams(name: str) -> None:
+    model, new = made(name, "sdpa")
+    expected = diverse(model, example(name))
+    assert torch.equal(diverse(new, example(name)), expected)
+    # the groups differ, or nothing was reordered between them
+    assert (expected.view(2, 2, 2, -1)[:, 0] != expected.view(2, 2, 2, -1)[:, 1]).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_a_static_cache_holds_keys(name: str) -> None:
@@ -191,8 +236,8 @@ def kept_bytes(model: nn.Module, beams: int, length: int) -> tuple[int, int]:
 
 @pytest.mark.slow
 def test_bytes_of_caches() -> None:
-    """12 layers, 4 beams: an encoder state for each beam, which the library keeps anyway, instead
-    of that and 2 x 12 tensors of its size.
+    """12 layers, 4 beams: an encoder state for each sample, instead of one for each beam and 2 x 12
+    tensors of its size.
     """
     config = tf.BartConfig(**(_PAIR | {"decoder_layers": 12}), attn_implementation="sdpa")
     torch.manual_seed(0)
@@ -201,5 +246,23 @@ def test_bytes_of_caches() -> None:
     new = ac.rewrite(model, (), kwargs, to=ac.ELAttention())
     theirs, ours = kept_bytes(model, 4, 97), kept_bytes(new, 4, 97)
     state = 2 * 97 * 64 * 4
-    assert theirs[0] == (2 * 12 + 1) * 4 * state and ours[0] == 4 * state
+    assert theirs[0] == (2 * 12 + 1) * 4 * state and ours[0] == state
     assert theirs[1] == 2 * ours[1]
+
+
+@pytest.mark.slow
+def test_bytes_of_caches_of_a_large_model() -> None:
+    """12 layers, 1024 wide, 16 heads, 4 beams, 1024 tokens of input: measured, and by the formulas
+    layers x beams x 2 n e b beside the library's own copies of the states, and n D b.
+    """
+    sizes = {"d_model": 1024, "encoder_attention_heads": 16, "decoder_attention_heads": 16}
+    config = tf.BartConfig(**(_PAIR | sizes | {"decoder_layers": 12}), attn_implementation="sdpa")
+    torch.manual_seed(0)
+    model = tf.BartForConditionalGeneration(config).eval()
+    kwargs = {**example("bart"), "decoder_input_ids": torch.randint(4, 90, (2, 5))}
+    theirs = kept_bytes(model, 4, 1024)
+    ac.rewrite(model, (), kwargs, to=ac.ELAttention(), inplace=True)
+    ours = kept_bytes(model, 4, 1024)
+    state = 2 * 1024 * 1024 * 4
+    assert theirs[0] == (12 * 4 * 2 + 4) * state and ours[0] == state
+    assert theirs[0] >= 90 * ours[0] and theirs[1] == 2 * ours[1]

@@ -6,34 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, DTYPES, SCALE, Shape, double, draw, eager, within_budget
+from attention_cases import CASES, DTYPES, SCALE, B, Shape, double, draw, within_budget
+from el_cases import arguments, plain
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import el
-from attn_compiler.kernels.el import built, el_attention, samples
+from attn_compiler.kernels.el import el_attention, samples
 
-B = 2
 # primes; D below, above and equal to H d; one row, several; one kv head
 SHAPES = ((Shape(T=1), 31), (Shape(T=3, G=6, d=7, dv=5), 101), (Shape(H=3, G=1, T=13), 48))
 INF = float("inf")
-
-
-def arguments(s: Shape, width: int, dtype: torch.dtype, beams: int = 1) -> list[Tensor]:
-    """q, x, w_k, b_k, w_v, b_v; the scores have a standard deviation of about one."""
-    q = draw(B, s.T, s.H, s.d).to(dtype).transpose(1, 2)
-    x = draw(B // beams, s.S, width)
-    w_k, w_v = draw(s.G, s.d, width) / width**0.5, draw(s.G, s.dv, width) / width**0.5
-    return [q, *(t.to(dtype) for t in (x, w_k, draw(s.G, s.d), w_v, draw(s.G, s.dv)))]
-
-
-def plain(given: list[Tensor], reads: Any, ints: Any, program: Program) -> Tensor:
-    """What a model writes down: keys and values in the dtype of the inputs, then attention."""
-    q, x, w_k, b_k, w_v, b_v = given
-    beams = q.shape[0] // x.shape[0]
-    k, v = (built(x, w, b).repeat_interleave(beams, 0) for w, b in ((w_k, b_k), (w_v, b_v)))
-    return eager(q, k, v, reads, ints, program)
 
 
 def judge(name: str, s: Shape, width: int, dtype: torch.dtype, beams: int = 1) -> None:

@@ -1,0 +1,306 @@
+"""EL-attention on a CPU: how many samples fit, and where a step of generation is faster.
+
+    fits    the largest batch whose beam search stays within a memory budget beside the weights
+    speed   one step of a decoder with a full cache: stock, stock compiled, rewritten
+
+Random weights. Each way of `fits` runs in a process of its own; peaks are the growth of the largest
+resident set. In `speed` every round runs each way once, so that a busy moment hits all of them; a
+prediction by the cost model stands beside the measurement, with the two rates of this machine
+measured just before.
+
+    python examples/benchmarks/el_cpu.py [--json] [--only fits speed] [--budget 1024]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+WAYS = ("stock", "ours")
+TOKENS, VOCABULARY = 4, 50265
+# name: width, heads, tokens of input; sizes of known models
+SETTINGS = {
+    "whisper-tiny": (384, 6, 1500),
+    "marian": (512, 8, 512),
+    "whisper-small": (768, 12, 1500),
+    "bart-large": (1024, 16, 512),
+    "32 heads": (1024, 32, 512),
+}
+MEBI = 2.0**20
+
+
+def build(width: int, heads: int, layers: int, length: int, vocabulary: int) -> Any:
+    """A decoder with an encoder of one layer, which is not timed."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        d_model=width, encoder_layers=1, decoder_layers=layers, encoder_attention_heads=heads,
+        decoder_attention_heads=heads, encoder_ffn_dim=width, decoder_ffn_dim=4 * width,
+        vocab_size=vocabulary, max_position_embeddings=max(1024, length), forced_eos_token_id=None,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+def rewritten(model: Any, inplace: bool) -> Any:
+    import attn_compiler as ac
+
+    ids = torch.randint(4, 90, (2, 7))
+    example = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    return ac.rewrite(model, (), example, to=ac.ELAttention(), inplace=inplace)
+
+
+# ---------------------------------------------------------------- fits
+
+
+def resident(field: str) -> float:
+    """MiB of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(x.split()[1]) / 1024 for x in lines if x.startswith(field))
+
+
+@torch.inference_mode()
+def peak(model: Any, batch: int, given: argparse.Namespace) -> float:
+    """MiB by which the process grows while a beam search runs."""
+    ids = torch.randint(4, 90, (batch, given.length))
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = resident("VmRSS")
+    model.generate(
+        input_ids=ids, num_beams=given.beams, do_sample=False,
+        max_new_tokens=TOKENS, min_new_tokens=TOKENS,
+    )  # fmt: skip
+    return resident("VmHWM") - before
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number that fits, to an eighth of itself; 0 if one does not."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest(way: str, given: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own: the largest batch of one way, and the peaks that were seen."""
+    width, heads, _ = SETTINGS["bart-large"]
+    model = build(
+        given.width or width, given.heads or heads, given.layers, given.length, VOCABULARY
+    )
+    if way == "ours":
+        model = rewritten(model, inplace=True)
+    peak(model, 1, given)
+    peaks: dict[int, float] = {}
+
+    def fits(batch: int) -> bool:
+        peaks[batch] = peak(model, batch, given)
+        return peaks[batch] <= given.budget
+
+    return {"way": way, "batch": most(fits, given.limit), "peaks": peaks}
+
+
+def fits(given: argparse.Namespace) -> dict[str, Any]:
+    found = {}
+    for way in WAYS:
+        command = [sys.executable, str(Path(__file__).resolve()), *given.words, "--way", way]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{way} failed:\n{done.stderr[-2000:]}")
+        found[way] = json.loads(done.stdout.splitlines()[-1])
+    ours, stock = (found[way]["batch"] for way in ("ours", "stock"))
+    return {"budget": given.budget, "ways": found, "ratio": ours / stock if stock else None}
+
+
+# ---------------------------------------------------------------- speed
+
+
+def rates() -> Any:
+    """This machine as the cost model takes it, with its two rates measured."""
+    from attn_compiler.cost.hardware import resolve
+
+    machine = resolve(None, "cpu")
+    big, square = torch.randn(2**26), torch.randn(1024, 1024)
+    reading = min(seconds(big.sum) for _ in range(5))
+    product = min(seconds(lambda: square @ square) for _ in range(5))
+    flops = 2 * 1024**3 / product
+    # the model reads at 0.9 of a memory's rate
+    return replace(
+        machine,
+        dram_rate=4 * big.numel() / reading / 0.9,
+        sustained=flops / (machine.processors * machine.clock * machine.flops32),
+    )
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def predicted(name: str, given: argparse.Namespace, machine: Any) -> tuple[float, bool, float]:
+    """Speed-up of a step, whether cross-attention pays, and the heads at which it breaks even."""
+    import attn_compiler as ac
+    from attn_compiler.cost.letters import Cost
+    from attn_compiler.cost.roofline import time_of
+    from attn_compiler.variants.el import most_heads
+
+    width, heads, length = SETTINGS[name]
+    dtype = getattr(torch, given.dtype)
+    shape = ac.Shape(
+        given.batch, 1, length, heads, width // heads, width=width, beams=given.beams, causal=False
+    )
+    cross = ac.plan(ac.ELAttention(), shape, hardware=machine, dtype=dtype)
+    own = ac.plan(
+        ac.ELAttention(),
+        replace(shape, key=given.written, causal=True),
+        hardware=machine,
+        dtype=dtype,
+    )
+    rows, weights = given.batch * given.beams, 8 * width**2
+    feed = time_of(
+        Cost(flops=2 * rows * weights, read=dtype.itemsize * weights, launches=2),
+        machine,
+        dtype.itemsize,
+    )
+    ours = cross.seconds + own.seconds + feed.seconds
+    stock = cross.alternatives[0].seconds + own.alternatives[0].seconds + feed.seconds
+    flops = machine.processors * machine.clock * machine.sustained * machine.flops32
+    limit = most_heads(flops / machine.dram_rate, dtype.itemsize)
+    return stock / ours, not cross.keep, limit
+
+
+@torch.inference_mode()
+def step(model: Any, decoder: Any, name: str, given: argparse.Namespace) -> Callable[[], Any]:
+    """A step of the decoder behind a prompt, the same at every call."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    width, _, length = SETTINGS[name]
+    dtype = getattr(torch, given.dtype)
+    states = torch.randn(given.batch, length, width, dtype=dtype).repeat_interleave(given.beams, 0)
+    rows = given.batch * given.beams
+    past = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    ids = torch.randint(4, 90, (rows, given.written))
+    model.model.decoder(input_ids=ids, encoder_hidden_states=states, past_key_values=past)
+
+    @torch.inference_mode()
+    def run() -> Any:
+        out = decoder(input_ids=ids[:, :1], encoder_hidden_states=states, past_key_values=past)
+        past.self_attention_cache.crop(-1)
+        return out.last_hidden_state
+
+    return run
+
+
+def compare(name: str, given: argparse.Namespace, machine: Any) -> dict[str, Any]:
+    """Alternated steps of the three ways."""
+    torch._dynamo.reset()
+    width, heads, length = SETTINGS[name]
+    model = build(width, heads, given.layers, length, 1000).to(getattr(torch, given.dtype))
+    new = rewritten(model, inplace=False)
+    compiled = torch.compile(model.model.decoder)
+    torch.manual_seed(1)
+    steps = {
+        "stock": step(model, model.model.decoder, name, given),
+        "compiled": step(model, compiled, name, given),
+        "ours": step(new, new.model.decoder, name, given),
+    }
+    for run in steps.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    for _ in range(given.rounds):
+        for way, run in steps.items():
+            times[way].append(seconds(run))
+    speed_up = [
+        min(a, b) / c
+        for a, b, c in zip(times["stock"], times["compiled"], times["ours"], strict=True)
+    ]
+    expected, pays, limit = predicted(name, given, machine)
+    return {
+        "setting": name, "width": width, "heads": heads, "length": length, "break_even": limit,
+        "seconds": {way: statistics.median(found) for way, found in times.items()},
+        "speed_up": statistics.median(speed_up), "spread": [min(speed_up), max(speed_up)],
+        "predicted": expected, "pays": pays,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- what people see
+
+
+def show(found: dict[str, Any], given: argparse.Namespace) -> None:
+    if "fits" in found:
+        rows = found["fits"]["ways"]
+        print(
+            f"\nlargest batch in {given.budget:.0f} MiB beside the weights, {given.beams} beams, "
+        )
+        print(f"{given.length} tokens of input, {given.layers} layers")
+        for way in WAYS:
+            peaks = ", ".join(f"{b}: {p:.0f}" for b, p in rows[way]["peaks"].items())
+            print(f"  {way:6} {rows[way]['batch']:5}   MiB by batch: {peaks}")
+        print(f"  ratio {found['fits']['ratio']}")
+    if "speed" in found:
+        print(f"\none step, batch {given.batch}, {given.beams} beams, {given.dtype}, ms")
+        print("setting         heads (even)  stock compiled  ours   faster (spread)    predicted")
+    for row in found.get("speed", ()):
+        ms = [f"{row['seconds'][way] * 1e3:7.1f}" for way in ("stock", "compiled", "ours")]
+        least, most_ = row["spread"]
+        print(
+            f"{row['setting']:15} {row['heads']:3} ({row['break_even']:4.1f}) {' '.join(ms)}  "
+            f"{row['speed_up']:5.2f} ({least:.2f} to {most_:.2f})  {row['predicted']:5.2f}"
+            f"{'' if row['pays'] else '  declined'}"
+        )
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=("fits", "speed"), default=("fits", "speed"))
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
+    parser.add_argument("--budget", type=float, default=1024, help="MiB")
+    parser.add_argument("--limit", type=int, default=256, help="no batch above is tried")
+    parser.add_argument("--length", type=int, default=512, help="tokens of input, for fits")
+    parser.add_argument("--written", type=int, default=32, help="tokens of output, for speed")
+    parser.add_argument("--width", type=int, help="for fits, 1024 if not given")
+    parser.add_argument("--heads", type=int, help="for fits, 16 if not given")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=4, help="for speed")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = arguments(given)
+    options.words = sys.argv[1:] if given is None else list(given)
+    if options.way:
+        print(json.dumps(largest(options.way, options)))
+        return 0
+    found: dict[str, Any] = {}
+    if "fits" in options.only:
+        found["fits"] = fits(options)
+    if "speed" in options.only:
+        machine = rates()
+        found["speed"] = [compare(name, options, machine) for name in options.settings]
+    print(json.dumps(found, indent=1)) if options.json else show(found, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

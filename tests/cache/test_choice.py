@@ -1,0 +1,99 @@
+"""Which cache a generation gets, hidden states or keys and values: by the cost model, once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from doors.test_rewrite_el import FEATURES, HEADS, WIDTH, Attend, draw, same
+
+import attn_compiler as ac
+from attn_compiler.cache import choice
+from attn_compiler.cost.hardware import Hardware
+from attn_compiler.passes.show_states import verdict
+from attn_compiler.variants.el import most_heads
+
+tf = pytest.importorskip("transformers")
+layer = pytest.importorskip("attn_compiler.cache.layer")
+
+# long enough for weights and launches to be little of it
+LONG = ac.Shape(1009, 1, 521, 8, 61, width=8 * 61, causal=False)
+
+
+def of_heads(heads: int) -> ac.Shape:
+    return replace(LONG, heads=heads, head_dim=8 * 61 // heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["cpu", "h200", "l4"])
+def test_the_plan_follows_the_break_even_point(name: str, dtype: torch.dtype) -> None:
+    """Well below so many heads it pays, well above it does not."""
+    hardware = Hardware.named(name)
+    # a CPU multiplies in float32 there
+    half = dtype.itemsize == 2 and hardware.kind != "cpu"
+    rate = hardware.flops16 if half else hardware.flops_tf32 or hardware.flops32
+    flops = rate * hardware.processors * hardware.clock * hardware.sustained
+    limit = most_heads(flops / hardware.dram_rate, dtype.itemsize)
+    width = 64 * 4 * int(4 * limit)
+    for heads, pays in ((max(2, int(limit / 4)), True), (int(4 * limit), False)):
+        shape = replace(LONG, heads=heads, head_dim=width // heads, width=width)
+        found = ac.plan(ac.ELAttention(), shape, hardware=hardware, dtype=dtype)
+        assert found.keep is not pays, (heads, limit)
+
+
+def test_a_verdict_says_what_was_predicted() -> None:
+    for heads in (4, 244):
+        found = ac.plan(ac.ELAttention(), of_heads(heads), hardware="cpu", dtype=torch.float32)
+        text = verdict(of_heads(heads), Hardware.named("cpu"), torch.float32)
+        assert text.startswith("does not pay" if found.keep else "pays")
+        assert f"{found.seconds * 1e6:,.0f} us and not " in text and "predicted for cpu" in text
+    beams = verdict(replace(LONG, beams=3), Hardware.named("cpu"), torch.float32)
+    assert "1009 x 521 keys for 3 beams each" in beams
+
+
+def test_an_unknown_device_keeps_the_smaller_cache() -> None:
+    assert choice.faster(LONG, torch.device("meta"), torch.float32)
+
+
+def test_one_question_for_each_layer_of_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    answer = True
+
+    def faster(*question: Any) -> bool:
+        asked.append(question)
+        return answer
+
+    monkeypatch.setattr(choice, "faster", faster)
+    model = Attend()
+    new = ac.rewrite(
+        model.eval(), (draw(2, 7), tf.DynamicCache()), to=ac.ELAttention(only_where_faster=True)
+    )
+    for answer in (True, False):
+        asked.clear()
+        past = same(model, new)
+        assert (type(past.layers[0]) is layer.StatesLayer) is answer
+        shape = ac.Shape(2, 1, 8, HEADS, FEATURES, HEADS, FEATURES, WIDTH)
+        # a cache that holds keys is asked no more either
+        assert asked == [(shape, torch.device("cpu"), torch.float32)]
+
+
+def test_nothing_is_asked_where_the_smaller_cache_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(choice, "faster", lambda *_: pytest.fail("asked"))
+    model = Attend()
+    new = ac.rewrite(model.eval(), (draw(2, 7), tf.DynamicCache()), to=ac.ELAttention())
+    assert "pay" in ac.last_report().sites[0].facts["el"]
+    assert type(same(model, new).layers[0]) is layer.StatesLayer
+
+
+@pytest.mark.parametrize(("hardware", "word"), [("h200", "h200"), (None, "cpu")])
+def test_explain_reports_the_prediction(hardware: str | None, word: str) -> None:
+    told = ac.explain(
+        Attend().eval(), (draw(2, 7), tf.DynamicCache()), to=ac.ELAttention(), hardware=hardware
+    )
+    (site,) = told.sites
+    assert f"for a step over 2 x 7 keys, predicted for {word}" in site.facts["el"]
+    assert site.facts["el"] in str(told)
