@@ -100,6 +100,9 @@ class AttentionSite:
         facts: further findings by name ("rotary", "cache", "spelling").
         obstacles: why a cache cannot hold what keys and values are made of in their place; None
             where nobody has asked.
+        width: channels of the one tensor that linear maps make queries, keys and values of, None
+            where there is no such tensor.
+        cached: do keys and values come from a cache that may be replaced?
         decision: what was chosen.
     """
 
@@ -123,6 +126,8 @@ class AttentionSite:
     facts: dict[str, str] = field(default_factory=dict)
     length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
+    width: int | None = None
+    cached: bool = False
 
 
 @dataclass(frozen=True)

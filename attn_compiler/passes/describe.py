@@ -18,6 +18,7 @@ from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
 from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase, Projection
+from attn_compiler.ir.states import single_source
 from attn_compiler.ir.trace import Region
 
 _ROTARY = re.compile(r"^(sin|cos|polar|view_as_complex)$")
@@ -52,6 +53,7 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
         projections=projections,
         facts=_facts(region, core),
         length=_length(region, core),
+        width=_width(functional, core),
     )
 
 
@@ -68,6 +70,11 @@ def _length(region: Region, core: Core) -> int | None:
             if ax.equal(ax.size_of(size), rows):
                 return int(ax.hint(size))
     return None
+
+
+def _width(functional: FunctionalRegion, core: Core) -> int | None:
+    found = single_source(functional, core)
+    return None if found is None else int(ops.value(found).shape[2])
 
 
 def _static(size: Any) -> int | None:
