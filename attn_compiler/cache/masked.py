@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from attn_compiler.errors import UnsupportedCall
+from attn_compiler.errors import UnsupportedCall, require
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.mask import Causal, classify
+from attn_compiler.ir.score import Program
 from attn_compiler.kernels.selective import selective_attention
 from attn_compiler.kernels.selective_memory import Memory
 from attn_compiler.kernels.slots import Rule, Token, rows_with_deaths
@@ -92,6 +97,9 @@ def attend(
     x, *weights = own or (None,)
     selector = tuple((x @ w).unsqueeze(1) for w in weights[:3]) if x is not None else ()
     memory.rows = max(memory.rows, q.shape[2])
+    if q.shape[2] > 1 and not says_causal(rule.program):
+        keys = kept[0] if isinstance(kept, tuple) else shown(kept, 0)
+        _check_causal(rule, q, keys.shape[2])
     if isinstance(kept, tuple):
         outs = _alone(memory, Token(q, *kept, selector), rule, given, dropout)
     elif hasattr(kept, "attend"):
@@ -99,6 +107,36 @@ def attend(
     else:
         outs = _going_on(memory, kept, Token(q, kept.keys, kept.values, selector), rule, given)
     return _mixed(outs, weights[3]) if weights else outs[0]
+
+
+@lru_cache(maxsize=512)
+def says_causal(program: str) -> bool:
+    """Does the program itself keep rows from later keys?"""
+    return any(isinstance(term, Causal) for term in classify(Program.parse(program).mask).terms)
+
+
+def _check_causal(rule: Rule, q: Tensor, keys: int) -> None:
+    """A mask that is a tensor may let no row see keys after its own.
+
+    Raises:
+        UnsupportedCall: it does; on a GPU the device says so.
+    """
+    batch, heads, rows, _ = q.shape
+    env: dict[str, Any] = {"B": batch, "H": heads, "T": rows, "S": keys}
+    for name, size, shape in (
+        ("b", batch, (-1, 1, 1, 1)),
+        ("h", heads, (-1, 1, 1)),
+        ("q", rows, (-1, 1)),
+        ("k", keys, (-1,)),
+    ):
+        env[name] = torch.arange(size, device=q.device).view(shape)
+    allowed = evaluate(Program.parse(rule.program).mask, env, rule.reads, rule.ints).bool()
+    later = (allowed.to(q.device) & (env["k"] > env["q"] + (keys - rows))).any()
+    text = "a mask that lets no row see later keys: Selective attention is causal"
+    if later.device.type == "cpu" and not torch.compiler.is_compiling():
+        require(not bool(later), text)
+    else:
+        torch._assert_async(~later, text)
 
 
 def _mixed(outs: Outs, weight: Tensor) -> Tensor:

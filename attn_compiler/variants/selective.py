@@ -18,7 +18,7 @@ import torch
 
 from attn_compiler.ir.mask import Causal
 from attn_compiler.ir.mask import Tensor as TensorMask
-from attn_compiler.ir.site import AttentionSite, Phase, Reason
+from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels.selective_memory import Memory
 from attn_compiler.variants.base import (
     ByPath,
@@ -103,11 +103,11 @@ def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
 
 
 def _by_and_by(site: AttentionSite) -> bool:
-    """Do tokens come one after the other, whatever a mask that is a tensor says? Where a cache is,
-    they do; only earlier rows ever mask.
+    """May it be causal for what the program does not say? Behind a cache, where one row is, and
+    with a mask that is a tensor: a living module then looks at the mask in every call.
     """
-    one = site.phases == (Phase.DECODE,) and site.cached
-    return one or (site.cached and any(isinstance(term, TensorMask) for term in site.mask.terms))
+    tensor = any(isinstance(term, TensorMask) for term in site.mask.terms)
+    return site.cached or (tensor and site.obstacles is not None)
 
 
 # names of what a module gets; the number of the site in it follows
