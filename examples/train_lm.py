@@ -8,6 +8,8 @@
 The text is the source code of Python's standard library. All variants start from the same weights
 for a seed, see the same text in the same order and take the same number of steps. A difference
 counts as shown if the 95 % interval of the differences to "dense", seed by seed, leaves 0 out.
+Where "dense" and "selective" are trained, tokens are dropped from the caches of the second until
+it is as good as the first, on other held-out windows than the comparison has.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import line_plot
 import torch
+from budget_search import Parity, at_parity
 from byte_lm import ByteModel, Corpus, Sizes, bits, corpus
 from torch import Tensor, nn
 
@@ -241,20 +244,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.minutes is not None and variants:
         given.steps = steps_within(given, text, variants)
         print(f"{given.steps} steps", file=sys.stderr)
-    runs = [train(given, text, v, s)[1] for s in range(given.seeds) for v in variants]
+    runs, parities = everything(given, text, variants)
     found = summary(runs)
     print(table(found))
+    for seed, parity in enumerate(parities):
+        print(words_of(parity, seed))
     words = shlex.join(["train_lm.py", *(sys.argv[1:] if arguments is None else arguments)])
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
     result = {"command": words, "options": options, "text": text.words} | machine(given)
     result |= {"summary": found, "runs": [asdict(run) for run in runs], "refused": refused}
+    result |= {"parity": [asdict(parity) for parity in parities], "memory": factors(parities)}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "train_lm.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if runs:
         lines = {f"{r.variant} {r.seed}": r.curve for r in runs}
         drawn = {"across": "steps", "up": "bits per byte"}
         line_plot.write(given.out / "training.svg", lines, title="held-out loss", **drawn)
+    drawn_parities(given, parities)
     return 1 if refused else 0
+
+
+def everything(
+    given: argparse.Namespace, text: Corpus, variants: Sequence[str]
+) -> tuple[list[Run], list[Parity]]:
+    """All trainings, seed by seed, and the searches."""
+    runs, parities = [], []
+    searched = not given.no_search and {"dense", "selective"} <= set(variants)
+    for seed in range(given.seeds):
+        models = {}
+        for variant in variants:
+            model, run = train(given, text, variant, seed)
+            runs.append(run)
+            if variant in ("dense", "selective"):
+                models[variant] = model
+        if searched:
+            windows = torch.cat(text.windows(given.search, given.search, given.length, part=1))
+            with precision(given):
+                parities.append(
+                    at_parity(
+                        models["selective"],
+                        models["dense"],
+                        windows[:, :-1].to(given.device),
+                        step=max(1, given.length // 16),
+                        progress=not given.quiet,
+                    )
+                )
+    return runs, parities
+
+
+def factors(parities: Sequence[Parity]) -> dict[str, float]:
+    """How many times fewer tokens caches hold at equal loss: mean and interval over seeds."""
+    values = [parity.factor for parity in parities]
+    return {"factor": mean(values), "interval": interval(values)} if values else {}
+
+
+def words_of(parity: Parity, seed: int) -> str:
+    line = (
+        f"seed {seed}: dense {parity.target:.4f}, selective {parity.unpruned:.4f} bits per byte, "
+    )
+    if parity.budgets is None:
+        return line + "so that nothing may be dropped at equal loss"
+    kept = " ".join(map(str, parity.budgets.values()))
+    return line + f"{parity.factor:.2f} times fewer tokens at equal loss (kept: {kept})"
+
+
+def drawn_parities(given: argparse.Namespace, parities: Sequence[Parity]) -> None:
+    lines: dict[str, Sequence[tuple[float, float]]] = {}
+    for seed, parity in enumerate(parities):
+        if parity.path:
+            lines[f"selective {seed}"] = parity.path
+            lines[f"dense {seed}"] = [(kept, parity.target) for kept, _ in parity.path]
+    if lines:
+        drawn = {"across": "tokens kept in a layer, on average", "up": "bits per byte"}
+        line_plot.write(given.out / "memory.svg", lines, title="loss against memory", **drawn)
 
 
 def possible(
@@ -286,6 +348,7 @@ def _parser() -> argparse.ArgumentParser:
         ("length", 256, "bytes of a window"),
         ("batch", 8, "windows of a step"),
         ("windows", 128, "windows of held-out text"),
+        ("search", 16, "other windows of held-out text, to search budgets with"),
     ):
         parser.add_argument(f"--{name}", type=int, default=usual, help=f"{says} ({usual})")
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (0.001)")
@@ -295,6 +358,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("reports/train_lm"), help="folder (reports/train_lm)"
     )
     parser.add_argument("--text", type=Path, help="folder of Python files to train on instead")
+    parser.add_argument("--no-search", action="store_true", help="no search for budgets")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     return parser
 

@@ -12,6 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import attn_compiler as ac
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NUMBERED = sorted(EXAMPLES.glob("[0-9]*.py"))
 
@@ -57,9 +59,7 @@ def test_texts_of_the_main_job() -> None:
 
 # ---------------------------------------------------------------- the trainer
 
-TINY = (
-    "--seeds 2 --steps 3 --width 16 --heads 2 --layers 2 --length 23 --batch 3 --windows 5 --quiet"
-)
+TINY = "--search 3 --seeds 2 --steps 3 --width 16 --heads 2 --layers 2 --length 23 --batch 3 --windows 5 --quiet"
 
 
 def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
@@ -74,7 +74,28 @@ def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
         ("selective", 0),
     ]
     assert 0 < dense["mean"] < 9 and dense["mean"] != selective["mean"]
+    assert len(found["parity"]) == 2 and all(p["factor"] >= 1 for p in found["parity"])
     assert (tmp_path / "training.svg").read_text(encoding="utf-8").count("<polyline") == 4
+
+
+def test_budgets_at_the_loss_of_another_model() -> None:
+    _load(EXAMPLES / "train_lm.py")
+    byte_lm, search = sys.modules["byte_lm"], sys.modules["budget_search"]
+    torch.manual_seed(0)
+    sizes = byte_lm.Sizes(width=16, heads=2, layers=2, length=23)
+    dense, windows = byte_lm.ByteModel(sizes), torch.randint(256, (3, 23))
+    selective = ac.rewrite(dense, (windows,), to=ac.Selective())
+    with torch.no_grad():
+        dense.head.weight.mul_(100)  # sure of what is not so
+    found = search.at_parity(selective, dense, windows, step=3, progress=False)
+    assert list(found.budgets.values()) == [2, 2] and found.factor == 23 / 2
+    assert found.path[0] == (23, found.unpruned) and found.path[-1][0] == 2
+    assert found.unpruned < found.target and max(loss for _, loss in found.path) < found.target
+    # the other way round nothing may be dropped
+    found = search.at_parity(
+        ac.rewrite(dense, (windows,), to=ac.Selective()), selective, windows, step=3, progress=False
+    )
+    assert found.budgets is None and found.factor == 1 and not found.path
 
 
 def test_trainer_claims_only_outside_the_interval() -> None:

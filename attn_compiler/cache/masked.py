@@ -98,10 +98,10 @@ def attend(
     selector = tuple((x @ w).unsqueeze(1) for w in weights[:3]) if x is not None else ()
     memory.rows = max(memory.rows, q.shape[2])
     if q.shape[2] > 1 and not says_causal(rule.program):
-        keys = kept[0] if isinstance(kept, tuple) else shown(kept, 0)
-        _check_causal(rule, q, keys.shape[2])
+        _check_causal(rule, q, shown(kept, 0).shape[2])
     if isinstance(kept, tuple):
-        outs = _alone(memory, Token(q, *kept, selector), rule, given, dropout)
+        keys, values = kept
+        outs = _alone(memory, Token(q, keys, values, selector), rule, given, dropout)
     elif hasattr(kept, "attend"):
         outs = kept.attend(q, rule, selector)
     else:
@@ -142,8 +142,9 @@ def _check_causal(rule: Rule, q: Tensor, keys: int) -> None:
 def _mixed(outs: Outs, weight: Tensor) -> Tensor:
     """What the selecting head found, added to the other heads."""
     out, found = outs
-    more = (found.squeeze(1) @ weight).unflatten(-1, (out.shape[1], out.shape[3]))
-    return out + more.transpose(1, 2).to(out.dtype)
+    more: Tensor = (found.squeeze(1) @ weight).unflatten(-1, (out.shape[1], out.shape[3]))
+    mixed: Tensor = out + more.transpose(1, 2).to(out.dtype)
+    return mixed
 
 
 def _alone(memory: Memory, token: Token, rule: Rule, rest: Rest, dropout: float) -> Outs:

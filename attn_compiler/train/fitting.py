@@ -43,7 +43,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             "calibration is given, and nothing that is asked for is fitted to data",
             do="leave it out",
         )
-    return calibration if calibration in (None, "later") else list(calibration)  # type: ignore[arg-type, return-value]
+    return calibration if calibration in (None, "later") else list(calibration)
 
 
 def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import attn_compiler as ac
+from attn_compiler.errors import UnsupportedCall
 
 tf = pytest.importorskip("transformers")
 # imported by name: the library is imported with them
@@ -70,22 +71,78 @@ def stepwise(model: Any, given: dict[str, Tensor], prompt: int, cache: Any) -> T
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("spec", [{}, {"start": "dedicated_head"}, {"start": "gate"}], ids=str)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_steps_are_the_whole_pass(name: str, padded: bool, spec: dict[str, Any]) -> None:
-    model = rewritten(name, padded, ac.Selective(**spec))
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param("llama", True, {}),
+    pytest.param("gpt2", False, {"start": "dedicated_head"}),
+    pytest.param("llama", False, {"start": "dedicated_head"}, marks=SLOW),
+    pytest.param("llama", True, {"start": "dedicated_head"}, marks=SLOW),
+    pytest.param("llama", True, {"start": "gate"}, marks=SLOW),
+    pytest.param("gpt2", True, {}, marks=SLOW),
+    pytest.param("gpt2", True, {"start": "gate"}, marks=SLOW),
+]
+
+
+def awake(model: Any) -> Any:
+    """What starts at 0 gets a value."""
     torch.manual_seed(3)
-    for parameter in model.named_parameters():
-        if "attn_select" in parameter[0] or "attn_gate" in parameter[0]:
-            torch.nn.init.normal_(parameter[1])
-    given = inputs(padded)
+    for name, parameter in model.named_parameters():
+        if "attn_select" in name or "attn_gate" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("name", "padded", "spec"), CASES)
+def test_steps_are_the_whole_pass(name: str, padded: bool, spec: dict[str, Any]) -> None:
+    model, given = awake(rewritten(name, padded, ac.Selective(**spec))), inputs(padded)
+    real = torch.ones_like(IDS, dtype=torch.bool) if not padded else IDS > 0
     with torch.no_grad():
         whole = model(**given, use_cache=False).logits
         cache = tf.DynamicCache()
         steps = stepwise(model, given, 4, cache)
-    real = torch.ones_like(IDS, dtype=torch.bool) if not padded else IDS > 0
+        dense = MODELS[name]()(**given).logits
     torch.testing.assert_close(steps[real], whole[real], rtol=0, atol=1e-11)
     assert all(type(layer) is masked_layer.MaskedLayer for layer in cache.layers)
-    dense = MODELS[name]()(**given).logits
     assert not torch.allclose(whole[real], dense[real], atol=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=SLOW)])
+def test_generate_prunes(beams: int) -> None:
+    """With room for all tokens the same text as without a cache; with less, less memory. A prompt
+    read at once leaves the cache that its tokens one by one would have left.
+    """
+    model, given = rewritten("llama", True, ac.Selective(budgets=[ROOM] * LAYERS)), inputs(True)
+    options = {"max_new_tokens": 9, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
+    options["return_dict_in_generate"] = True
+    exact = model.generate(**given, **options, use_cache=False).sequences
+    sizes = {}
+    for budget in (ROOM, 8, 4):
+        ac.set_budgets(model, [budget] * LAYERS)
+        found = model.generate(**given, **options)
+        cache = found.past_key_values
+        assert all(type(layer) is selective.SelectiveLayer for layer in cache.layers)
+        sizes[budget] = sum(layer.nbytes for layer in cache.layers)
+        if budget == ROOM:
+            assert torch.equal(found.sequences, exact)
+    assert sizes[8] == 2 * sizes[4] and sizes[ROOM] == ROOM / 4 * sizes[4]
+    if beams == 1:
+        with torch.no_grad():
+            whole = model(**given, use_cache=False).logits  # pruned by the row that evicts a key
+            steps = stepwise(model, given, 4, tf.DynamicCache())
+        real = IDS > 0
+        torch.testing.assert_close(steps[real], whole[real], rtol=0, atol=1e-11)
+
+
+def test_caches_it_cannot_go_on_with() -> None:
+    model, given = rewritten("llama", False, ac.Selective()), inputs(False)
+    cache = tf.DynamicCache()
+    model(given["input_ids"][:, :3], past_key_values=cache)
+    with pytest.raises(UnsupportedCall, match="cannot forget"):
+        cache.crop(-1)
+    cache.layers[0].amount = None  # somebody else filled it
+    with pytest.raises(UnsupportedCall, match="knows what masks 0 of them"):
+        model(given["input_ids"][:, 3:4], past_key_values=cache)
+    foreign = tf.DynamicCache()
+    llama().float()(given["input_ids"][:, :3], past_key_values=foreign)
+    with pytest.raises(UnsupportedCall, match="cannot go on with a DynamicLayer"):
+        model(given["input_ids"][:, 3:4], past_key_values=foreign)
