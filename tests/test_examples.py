@@ -59,7 +59,10 @@ def test_texts_of_the_main_job() -> None:
 
 # ---------------------------------------------------------------- the trainer
 
-TINY = "--search 3 --seeds 2 --steps 3 --width 16 --heads 2 --layers 2 --length 23 --batch 3 --windows 5 --quiet"
+TINY = (
+    "--search 3 --seeds 2 --steps 3 --width 16 --heads 2 --layers 2 --length 23"
+    " --batch 3 --windows 5 --quiet"
+)
 
 
 def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:

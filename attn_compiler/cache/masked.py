@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall, require
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.selective import selective_attention
 from attn_compiler.kernels.selective_memory import Memory
@@ -84,7 +82,8 @@ def attend(
         rest: see `Rest`.
         own: x [B, T, D] and the weights of a selecting head of its own: [D, d], [D, d], [D, f],
             and [f, H dv], which adds what it finds to the other heads.
-        options: program, scale, dropout, head and select_from, as of the operator.
+        options: program, scale, dropout, head and select_from, as of the operator; whether the
+            program says itself that it is causal.
 
     Returns:
         [B, H, T, dv].
@@ -92,12 +91,13 @@ def attend(
     Raises:
         UnsupportedCall: the rows are not the last of the keys, or dropout would be pruned.
     """
-    given, dropout = Rest(*rest), options.pop("dropout")
+    given, dropout, causal = Rest(*rest), options.pop("dropout"), options.pop("causal")
     rule = Rule(reads=given.reads, ints=given.ints, gate=given.gate, **options)
     x, *weights = own or (None,)
     selector = tuple((x @ w).unsqueeze(1) for w in weights[:3]) if x is not None else ()
-    memory.rows = max(memory.rows, q.shape[2])
-    if q.shape[2] > 1 and not says_causal(rule.program):
+    if memory.rows is not None:
+        memory.rows = max(memory.rows, q.shape[2])
+    if not causal and q.shape[2] > 1:
         _check_causal(rule, q, shown(kept, 0).shape[2])
     if isinstance(kept, tuple):
         keys, values = kept
@@ -109,12 +109,7 @@ def attend(
     return _mixed(outs, weights[3]) if weights else outs[0]
 
 
-@lru_cache(maxsize=512)
-def says_causal(program: str) -> bool:
-    """Does the program itself keep rows from later keys?"""
-    return any(isinstance(term, Causal) for term in classify(Program.parse(program).mask).terms)
-
-
+@torch.compiler.disable
 def _check_causal(rule: Rule, q: Tensor, keys: int) -> None:
     """A mask that is a tensor may let no row see keys after its own.
 

@@ -46,6 +46,12 @@ class Seen:
         return found
 
 
+@torch.compiler.assume_constant_result
+def _alone(program: str, head: int, heads: int, select_from: str) -> str:
+    """The program of the selecting head; a compiler need not look into it."""
+    return selecting(program, head, heads, select_from)
+
+
 class Memory(nn.Module):
     """See the file.
 
@@ -53,7 +59,7 @@ class Memory(nn.Module):
         budget: tokens that a layer keeps in evaluation; None for all.
         asked: has anybody asked for the memory loss?
         seen: of the last training pass with gradients.
-        rows: query rows of the longest pass since somebody set it to 0.
+        rows: query rows of the longest pass since somebody set it to 0; None if nobody counts.
     """
 
     def __init__(self) -> None:
@@ -61,7 +67,7 @@ class Memory(nn.Module):
         self.budget: int | None = None
         self.asked = False
         self.seen: Seen | None = None
-        self.rows = 0
+        self.rows: int | None = None
 
     @property
     def prunes(self) -> bool:
@@ -83,7 +89,7 @@ class Memory(nn.Module):
         else:
             group = rule.head // (heads // groups)
             q, k = q[:, rule.head : rule.head + 1].clone(), k[:, group : group + 1].clone()
-        program = selecting(rule.program, rule.head, heads, rule.select_from)
+        program = _alone(rule.program, rule.head, heads, rule.select_from)
         self.seen = Seen(q, k, program, rule.scale, rule.reads, rule.ints)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import fx
 
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
+from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.states import Kept, single_source
 from attn_compiler.ir.trace import Region
@@ -99,6 +100,7 @@ def _emit(
         "program": str(lowering.program),
         "scale": core.scale,
         "dropout": core.dropout,
+        "causal": any(isinstance(t, Causal) for t in classify(lowering.program.mask).terms),
         **dict(lowering.options),
     }
     out = emitter.opaque(calls.attend, (memory, handle, q, rest, own), kwargs, like)

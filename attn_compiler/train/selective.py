@@ -203,7 +203,7 @@ def search_budgets(
         for memory in found.values():
             memory.budget, memory.rows = None, 0
         start = losses(model, data, loss)
-        length = max(memory.rows for memory in found.values())
+        length = max(memory.rows or 0 for memory in found.values())
         target = start if target is None else target
         size = max(1, length // 32) if step is None else step
         with bar("budgets", len(paths) * -(-length // size), 0, shown=progress) as advance:
@@ -213,7 +213,7 @@ def search_budgets(
             )  # fmt: skip
     finally:
         for path, budget in before.items():
-            found[path].budget = budget
+            found[path].budget, found[path].rows = budget, None
     return dict(zip(paths, result.budgets, strict=True))
 
 
