@@ -17,7 +17,6 @@ from attn_compiler.report import Report
 from attn_compiler.train import selective, spion
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
-from attn_compiler.variants.selective import Selective
 
 Data = list[Any] | Literal["later"] | None
 
@@ -37,7 +36,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
         )
     later = calibration == "later" and not fitted
-    measured = fitted or any(isinstance(spec, Selective) for spec in specs)
+    measured = fitted or any(map(selective.changes, specs))
     if calibration is not None and (later or not measured):
         raise BadOption(
             "calibration is given, and nothing that is asked for is fitted to data",
@@ -48,7 +47,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
 
 def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | None:
     """The loss of a model that is about to get another function, where there is data."""
-    other = any(isinstance(spec, Selective) for _, spec in config.to)
+    other = any(selective.changes(spec) for _, spec in config.to)
     return selective.losses(model, data) if other and isinstance(data, list) else None
 
 

@@ -32,6 +32,11 @@ Batch = tuple[Sequence[Any], Mapping[str, Any]]
 Loss = Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]
 
 
+def changes(spec: Any) -> bool:
+    """Does a spec ask for Selective attention, which is another function than the model's?"""
+    return isinstance(spec, Selective)
+
+
 def memories(model: nn.Module) -> dict[str, Memory]:
     """What each site of Selective attention remembers, by its path, in the order of the model."""
     found: dict[str, Memory] = {}
