@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
+from attn_compiler.cache.masked import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
@@ -117,12 +118,13 @@ def _explain_calls(
 ) -> Report:
     _check_call(model, args, kwargs)
     reports: list[Report] = []
+    memory = MEMORY if config.installs else None
     with untouched(model, grad=True):
         each_graph(
             model,
             copied(args),
             copied(kwargs),
-            lambda gm: reports.append(compile_graph(gm, config)),
+            lambda gm: reports.append(compile_graph(gm, config, memory=memory)),
         )
     return sum(reports, Report())
 

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 import attn_compiler as ac
 from attn_compiler.errors import BadOption, UnsupportedCall
-from attn_compiler.kernels import eviction
 from attn_compiler.train.selective import memories
 
 PATHS = ["layers.0", "layers.1"]
@@ -264,7 +263,9 @@ def test_no_single_input_no_head_of_its_own() -> None:
     assert codes == {"selective.dedicated_head"}
 
 
-def test_a_pruned_pass_evicts_what_the_operator_says(model: Model) -> None:
-    """Equal F: the first of them goes, as in `eviction`."""
-    amount, positions = torch.tensor([[-1.0, 2.0, 2.0, 0.0]]), torch.tensor([[0, 7, 5, 9]])
-    assert int(eviction.victim(amount, positions.int())) == 2
+def test_explain_says_what_rewrite_would_do() -> None:
+    layer = Joint()
+    for spec in (ac.Selective(start="dedicated_head"), ac.Selective(budgets=[5])):
+        report = ac.explain(layer, (draw(),), to=spec)
+        assert [site.decision.variant for site in report.sites] == ["selective"]
+    assert set(layer.state_dict()) == {"qkv.weight", "qkv.bias", "out.weight", "out.bias"}

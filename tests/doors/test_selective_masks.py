@@ -25,6 +25,7 @@ class Attention(nn.Module):
         self.kind = kind
         self.q, self.kv = nn.Linear(H * D, H * D), nn.Linear(H * D, 2 * G * D)
         self.out = nn.Linear(H * D, H * D)
+        self.register_buffer("slopes", SLOPES.clone())
 
     def parts(self, x: Tensor) -> list[Tensor]:
         q, kv = self.q(x).unflatten(-1, (H, D)), self.kv(x).unflatten(-1, (2 * G, D))
@@ -40,7 +41,7 @@ class Attention(nn.Module):
             return z, z
         places = torch.arange(q.shape[2])
         far = (places[:, None] - places[None, :]).to(z.dtype)
-        return z, z - SLOPES.to(z.dtype)[:, None, None] * far
+        return z, z - self.slopes[:, None, None] * far
 
     def allowed(self, length: int, given: Tensor | None) -> Tensor:
         """[B or 1, T, T]."""
@@ -103,6 +104,7 @@ def test_rules_of_the_definition(kind: str) -> None:
     for source in sources:
         spec = ac.Selective(head=HEAD, select_from=source)
         new = ac.rewrite(layer, args, to=spec, on_reject="raise")
+        assert [s.decision.variant for s in ac.last_report().sites] == ["selective"]
         y = torch.randn(B, T, H * D, requires_grad=True)
         double = copy.deepcopy(layer).double()
         exact = selective(double, y.double(), given, source)
