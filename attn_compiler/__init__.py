@@ -35,9 +35,12 @@ _HOMES = {
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
     "last_report": "attn_compiler.backend",
+    "memory_loss": "attn_compiler.train.selective",
     "op_samples": "attn_compiler.kernels.operators",
     "plan": "attn_compiler.planning",
     "rewrite": "attn_compiler.api",
+    "search_budgets": "attn_compiler.train.selective",
+    "set_budgets": "attn_compiler.train.selective",
     "spion_pattern": "attn_compiler.kernels.pattern",
     "spion_patterns": "attn_compiler.train.spion",
 }

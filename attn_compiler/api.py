@@ -22,6 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
 from attn_compiler.cache.expansion import keep_unexpanded
+from attn_compiler.cache.masked import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
@@ -30,9 +31,7 @@ from attn_compiler.install import explain_module, rewrite_module
 from attn_compiler.installed import restore, rewritten
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
-from attn_compiler.train import spion
-from attn_compiler.variants import needs_data
-from attn_compiler.variants.base import VariantSpec
+from attn_compiler.train import fitting
 from attn_compiler.verify import refused, verify_graph
 from attn_compiler.watch import copied, untouched
 
@@ -59,7 +58,8 @@ def rewrite(  # noqa: PLR0913  (the public signature)
         on_reject: "raise" to get an error where an attention cannot be replaced.
         verify: compare with the original on the example; what fails is restored and reported.
         calibration: examples for variants that are fitted to data, pairs (args, kwargs); "later"
-            leaves them as they start, which is the original function, for a schedule.
+            leaves them as they start, which is the original function, for a schedule. For Selective
+            the report then says the loss before and after.
         inplace: change the model itself instead of a copy.
 
     Returns:
@@ -121,12 +121,13 @@ def _explain_calls(
     if config.installs and isinstance(model, nn.Module) and config.changes_caches():
         return explain_module(model, args, kwargs, config)
     reports: list[Report] = []
+    memory = MEMORY if config.installs else None
     with untouched(model, grad=True):
         each_graph(
             model,
             copied(args),
             copied(kwargs),
-            lambda gm: reports.append(compile_graph(gm, config)),
+            lambda gm: reports.append(compile_graph(gm, config, memory=memory)),
         )
     return sum(reports, Report())
 
@@ -216,57 +217,23 @@ def _rewrite_module(
     calibration: Iterable[Any] | Literal["later"] | None = None,
 ) -> nn.Module:
     _check_call(model, args, kwargs)
-    _check_calibration(config, calibration)
+    data = fitting.checked(config, calibration)
     new = model if inplace else copy.deepcopy(model)
 
     def check(report: Report) -> None:
         _check_globs(config, report)
         _check_rejected(config, report)
 
+    before = fitting.loss_before(new, config, data)
     report = rewrite_module(new, args, kwargs, config, verify, check)
     try:
-        publish(_fitted(new, report, config, calibration))
+        publish(fitting.fitted(new, report, config, data, before))
         keep_unexpanded(new)
     except Exception:
         for _, owner, _ in list(rewritten(new)):
             restore(owner)
         raise
     return new
-
-
-def _check_calibration(
-    config: CompileConfig, calibration: Iterable[Any] | Literal["later"] | None
-) -> None:
-    """Is there data for what is fitted to data, and only then?"""
-    open_specs = [
-        spec for _, spec in config.to if isinstance(spec, VariantSpec) and needs_data(spec)
-    ]
-    if calibration is None and open_specs:
-        raise BadOption(
-            "calibration is missing",
-            why=[f"{type(open_specs[0]).__name__} is fitted to a model's own attention"],
-            do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
-        )
-    if calibration is not None and not open_specs:
-        raise BadOption(
-            "calibration is given, and nothing that is asked for is fitted to data",
-            do="leave it out",
-        )
-
-
-def _fitted(
-    model: nn.Module,
-    report: Report,
-    config: CompileConfig,
-    calibration: Iterable[Any] | Literal["later"] | None,
-) -> Report:
-    """Fit what is fitted to data; the report says how."""
-    layers = spion.layers_of(model, config.wanted)
-    done = spion.put_given(layers)
-    left = [layer for layer in layers if layer.path not in done]
-    if left and calibration is not None and calibration != "later":
-        done |= spion.calibrate(model, left, calibration)
-    return replace(report, sites=spion.described(report.sites, done))
 
 
 def _rewrite_graph(

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attn_compiler.cache.expansion import materialised
 from attn_compiler.config import CompileConfig
+from attn_compiler.errors import UnsupportedCall
 from attn_compiler.installed import Variant, base_of, install, names_of, restore
 from attn_compiler.ir.site import AttentionSite, Missed
 from attn_compiler.report import Report
@@ -150,7 +151,10 @@ class _Search:
         accepted = tuple(s for s in report.sites if s.decision.accepted)
         install(owner, variants, attempt.plan, accepted)
         exact = all(site.decision.fidelity == "exact" for site in accepted)
-        problem = verify_owner(owner, call, exact) if self.verify else None
+        try:
+            problem = verify_owner(owner, call, exact) if self.verify else None
+        except UnsupportedCall as error:
+            problem = str(error)
         if problem is not None:
             restore(owner)
             report = refused(report, problem)

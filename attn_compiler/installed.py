@@ -29,7 +29,7 @@ from torch import nn
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.errors import UnsupportedCall, require
 from attn_compiler.ir.site import AttentionSite
-from attn_compiler.variants.base import NewTensor, filled
+from attn_compiler.variants.base import NewModule, NewTensor, filled
 
 log = logging.getLogger("attn_compiler")
 _numbers = itertools.count()
@@ -230,24 +230,25 @@ def install(
         _attn_variants=variants, _attn_plan=plan, _attn_failures=0, _attn_sites=sites
     )
     device = next((t.device for t in (*owner.parameters(), *owner.buffers())), None)
-    for tensor in new_tensors(owner):
-        value = filled(tensor, device)
-        if tensor.trained:
-            owner.register_parameter(tensor.name, nn.Parameter(value))
+    for new in added(owner):
+        if isinstance(new, NewModule):
+            owner.register_module(new.name, new.kind().train(owner.training))
+        elif new.trained:
+            owner.register_parameter(new.name, nn.Parameter(filled(new, device)))
         else:
-            owner.register_buffer(tensor.name, value)
+            owner.register_buffer(new.name, filled(new, device))
 
 
-def new_tensors(owner: nn.Module) -> tuple[NewTensor, ...]:
+def added(owner: nn.Module) -> tuple[NewTensor | NewModule, ...]:
     """What `install` has put into the module."""
     sites: tuple[AttentionSite, ...] = owner.__dict__.get("_attn_sites", ())
-    return tuple(t for site in sites for t in site.decision.tensors)
+    return tuple(new for site in sites for new in site.decision.tensors)
 
 
 def restore(owner: nn.Module) -> None:
     """Give the owner its class back."""
-    for tensor in new_tensors(owner):
-        delattr(owner, tensor.name)
+    for new in added(owner):
+        delattr(owner, new.name)
     owner.__class__ = base_of(owner)
     for name in _STATE:
         owner.__dict__.pop(name, None)

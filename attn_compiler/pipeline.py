@@ -35,19 +35,27 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
-from attn_compiler.ir.states import Kept, find_states
+from attn_compiler.ir.states import Kept, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
+from attn_compiler.passes.rewrite_memory import rewrite_memory
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
 from attn_compiler.passes.show_states import show_states
 from attn_compiler.report import Report
 from attn_compiler.variants import ELAttention
-from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
+from attn_compiler.variants.base import (
+    Lowering,
+    NewModule,
+    NewTensor,
+    Scope,
+    Variant,
+    VariantSpec,
+)
 
 log = logging.getLogger("attn_compiler")
 
@@ -68,6 +76,7 @@ class _Work:
     memo: Memo = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     cache: CacheCalls | None = None
+    memory: CacheCalls | None = None
 
 
 def compile_graph(
@@ -76,6 +85,7 @@ def compile_graph(
     *,
     change: bool = True,
     cache: CacheCalls | None = None,
+    memory: CacheCalls | None = None,
 ) -> Report:
     """Find every attention of a traced module, and rewrite in place those that may be.
 
@@ -85,6 +95,7 @@ def compile_graph(
         config: what is allowed.
         change: False only looks.
         cache: what may stand for the calls of a cache, where its layout may change.
+        memory: the same for attentions that remember, where a living module does it for them.
 
     Raises:
         NoLegalVariant: `on_reject="raise"` and a site stays as it is.
@@ -93,7 +104,7 @@ def compile_graph(
     works = list(_graphs(gm, config, change))
     listed = [lines(work.graph) for work in works] if config.keep_graphs else []
     for work in works:
-        work.cache = cache
+        work.cache, work.memory = cache, memory
         _run(work)
     for _, child in gm.named_modules():
         if isinstance(child, fx.GraphModule):
@@ -271,26 +282,22 @@ def _chosen(
     target: VariantSpec | Literal["fastest"],
 ) -> AttentionSite:
     """The site with the decision about what is wanted for it, carried out."""
-    variant, kept, lowering = variant_of(target), None, None
+    variant, lowering = variant_of(target), None
     spec = variant.spec() if target == "fastest" else target
-    region, functional, core = raised
-    if variant.scope is Scope.SITE and work.cache is not None:
-        found = find_states(region.end, functional, core, work.state)
-        site, kept = replace(site, obstacles=found.obstacles), found.kept
-        told = show_states(region, core, kept, work.config.hardware) if kept is not None else None
-        site = replace(site, facts=site.facts | ({} if told is None else {variant.name: told}))
+    region, _, core = raised
+    site, kept = _with_cache(work, variant, raised, site)
     reasons = tuple(variant.legality(site, spec))
-    tensors: tuple[NewTensor, ...] = ()
+    new: tuple[NewTensor | NewModule, ...] = ()
     if variant.lower is not None and not reasons:
         lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
-        reasons = _not_installable(lowering, work.config)
+        reasons = _not_installable(lowering, work)
     if not reasons and work.change:
         try:
-            tensors = _carry_out(work, raised, _Way(spec, kept, lowering))
+            new = _carry_out(work, raised, _Way(spec, kept, lowering))
         except (NotAttention, RegionError) as refusal:
             reasons = (Reason(refusal.code, refusal.text, site.location),)
     name, fidelity = "" if reasons else variant.name, variant.fidelity.value
-    decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=tensors)
+    decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=new)
     if lowering is None and kept is None and not reasons:
         seen = show_kernels(region, core, work.config.hardware, work.config.measure_top)
         if seen is not None:
@@ -304,13 +311,35 @@ def _chosen(
     return replace(site, decision=decision)
 
 
+def _with_cache(
+    work: _Work,
+    variant: Variant,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+) -> tuple[AttentionSite, Kept | None]:
+    """The call of a cache that the variant would replace, and what is in its way."""
+    region, functional, core = raised
+    if variant.scope is Scope.SITE and work.cache is not None:
+        found = find_states(region.end, functional, core, work.state)
+        kept, site = found.kept, replace(site, obstacles=found.obstacles)
+        told = show_states(region, core, kept, work.config.hardware) if kept is not None else None
+        return replace(
+            site, facts=site.facts | ({} if told is None else {variant.name: told})
+        ), kept
+    if variant.remembers and work.memory is not None:
+        kept, obstacles = find_update(functional, core, region.end)
+        return replace(site, obstacles=obstacles, cached=kept is not None), kept
+    return site, None
+
+
 def _named(seen: Shown) -> str:
     return f"{seen.name}: {seen.why}" if seen.why else seen.name
 
 
-def _not_installable(lowering: Lowering, config: CompileConfig) -> tuple[Reason, ...]:
-    """New tensors need a module that they can be put into."""
-    if config.installs or not lowering.tensors:
+def _not_installable(lowering: Lowering, work: _Work) -> tuple[Reason, ...]:
+    """New tensors need a module that they can be put into, and a memory needs a living one."""
+    living = work.memory is not None or not (lowering.own or lowering.remembers)
+    if living and (work.config.installs or not lowering.tensors):
         return ()
     text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
     return (Reason("needs_rewrite", text),)
@@ -327,17 +356,20 @@ class _Way:
 
 def _carry_out(
     work: _Work, raised: tuple[Region, FunctionalRegion, Core], way: _Way
-) -> tuple[NewTensor, ...]:
+) -> tuple[NewTensor | NewModule, ...]:
     """Rewrite, and note the nodes that may be dead now; what the module has to get."""
     region, functional, core = raised
-    tensors: tuple[NewTensor, ...] = ()
-    if way.kept is None or work.cache is None:
-        tensors = rewrite_site(region, functional, core, way.lowering)
+    new: tuple[NewTensor | NewModule, ...] = ()
+    lowering = way.lowering
+    if work.memory is not None and lowering is not None and lowering.memory is not None:
+        new = rewrite_memory(region, functional, core, lowering, way.kept, work.memory)
+    elif way.kept is None or work.cache is None:
+        new = rewrite_site(region, functional, core, lowering)
     else:
         assert isinstance(way.spec, ELAttention)
         work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, way.spec)
     work.touched |= set(region.nodes)
-    return tensors
+    return new
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from attn_compiler.cache.el import CALLS
+from attn_compiler.cache.masked import MEMORY
 from attn_compiler.call import Call
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
@@ -137,7 +138,7 @@ def _trace(
         gm = fx.GraphModule(owner, recorder.graph)
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         with exactly():
-            report = compile_graph(gm, plan.config, cache=CALLS)
+            report = compile_graph(gm, plan.config, cache=CALLS, memory=MEMORY)
         demands += _late(recorder.symbols.guards()[traced:])
     bypassed = _bypassed(gm.graph)
     recorder.inspect(bypassed)
@@ -296,7 +297,9 @@ def _sweep(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         # what opaque objects give has no value here and is still to be read
-        idle = node.target is CALLS.shown or (name in free and "example_value" in node.meta)
+        idle = node.target in (CALLS.shown, MEMORY.shown) or (
+            name in free and "example_value" in node.meta
+        )
         if idle and not node.users:
             graph.erase_node(node)
 

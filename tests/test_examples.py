@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import attn_compiler as ac
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NUMBERED = sorted(EXAMPLES.glob("[0-9]*.py"))
@@ -73,6 +76,77 @@ def test_texts_of_the_main_job() -> None:
     assert len(set(sentences)) == 300
     assert all(s.endswith(".") and "  " not in s for s in sentences)
     assert all(len(p.split()) > 512 for p in demo.paragraphs(16))
+
+
+# ---------------------------------------------------------------- the trainer
+
+TINY = (
+    "--search 3 --seeds 2 --steps 3 --width 16 --heads 2 --layers 2 --length 23"
+    " --batch 3 --windows 5 --quiet"
+)
+
+
+def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
+    train_lm = _load(EXAMPLES / "train_lm.py")
+    arguments = [*TINY.split(), "--text", str(EXAMPLES), "--out", str(tmp_path)]
+    assert train_lm.main(["--variants", "dense,selective", *arguments]) == 0
+    found = json.loads((tmp_path / "train_lm.json").read_text(encoding="utf-8"))
+    dense, selective = found["summary"]["dense"], found["summary"]["selective"]
+    assert dense["parameters"] == selective["parameters"]
+    assert [(r["variant"], r["seed"]) for r in found["runs"][:2]] == [
+        ("dense", 0),
+        ("selective", 0),
+    ]
+    assert 0 < dense["mean"] < 9 and dense["mean"] != selective["mean"]
+    assert len(found["parity"]) == 2 and all(p["factor"] >= 1 for p in found["parity"])
+    assert (tmp_path / "training.svg").read_text(encoding="utf-8").count("<polyline") == 4
+
+
+def test_budgets_at_the_loss_of_another_model() -> None:
+    _load(EXAMPLES / "train_lm.py")
+    byte_lm, search = sys.modules["byte_lm"], sys.modules["budget_search"]
+    torch.manual_seed(0)
+    sizes = byte_lm.Sizes(width=16, heads=2, layers=2, length=23)
+    dense, windows = byte_lm.ByteModel(sizes), torch.randint(256, (3, 23))
+    selective = ac.rewrite(dense, (windows,), to=ac.Selective())
+    with torch.no_grad():
+        dense.head.weight.mul_(100)  # sure of what is not so
+    found = search.at_parity(selective, dense, windows, step=3, progress=False)
+    assert list(found.budgets.values()) == [2, 2] and found.factor == 23 / 2
+    assert found.path[0] == (23, found.unpruned) and found.path[-1][0] == 2
+    assert found.unpruned < found.target and max(loss for _, loss in found.path) < found.target
+    # the other way round nothing may be dropped
+    found = search.at_parity(
+        ac.rewrite(dense, (windows,), to=ac.Selective()), selective, windows, step=3, progress=False
+    )
+    assert found.budgets is None and found.factor == 1 and not found.path
+
+
+def test_trainer_claims_only_outside_the_interval() -> None:
+    train_lm = _load(EXAMPLES / "train_lm.py")
+    # mean 2, standard deviation 1, three values: 4.303 / sqrt(3)
+    assert train_lm.interval([1.0, 2.0, 3.0]) == pytest.approx(2.4843, abs=1e-4)
+
+    def said(*losses: float) -> str:
+        pairs = [("dense", 2.0), ("dense", 2.1), ("dense", 2.3)]
+        pairs += [("selective", loss) for loss in losses]
+        runs = [train_lm.Run(variant, 0, 1, loss=loss) for variant, loss in pairs]
+        return train_lm.summary(runs)["selective"]["verdict"]
+
+    assert said(1.90, 2.01, 2.19) == "shown: better than dense"
+    assert said(2.10, 2.19, 2.41) == "shown: worse than dense"
+    assert said(1.90, 2.30, 2.10) == "not shown at this size"
+
+
+def test_trainer_text_is_split_by_file_and_drawn_by_seed() -> None:
+    _load(EXAMPLES / "train_lm.py")
+    text = sys.modules["byte_lm"].corpus(EXAMPLES)
+    first, again, other = (list(text.batches(2, 3, 11, seed)) for seed in (1, 1, 2))
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+    parts = [torch.cat(text.windows(7, 3, 11, part)) for part in (0, 1)]
+    assert parts[0].shape == parts[1].shape == (7, 12)
+    assert not any((a == b).all() for a in parts[0] for b in parts[1])
+    assert bytes(text.held_out[:3].tolist()) == b'"""'
 
 
 @pytest.mark.slow

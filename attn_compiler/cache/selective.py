@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attn_compiler.errors import BadOption, UnsupportedCall
@@ -65,6 +66,8 @@ class SelectiveLayer(CacheLayerMixin):
         Raises:
             UnsupportedCall: those taken over before never attended.
         """
+        if isinstance(key_states, FakeTensor):
+            return self._shown(key_states), self._shown(value_states)
         if self._taken is not None:
             raise UnsupportedCall(
                 "a selective cache was updated twice without attending",
@@ -105,6 +108,17 @@ class SelectiveLayer(CacheLayerMixin):
             return outs
         parts = [step(self.slots, rule, token.row(i), past, i, rows) for i in range(rows)]
         return tuple(torch.cat(part, 2) for part in zip(*parts, strict=True))
+
+    def shown(self, position: int) -> Tensor:
+        """An empty tensor without memory in the shape of all keys (0) or values (1) so far."""
+        if self._taken is None:
+            raise UnsupportedCall("a selective cache has no new tokens to show", do="call update")
+        return self._shown(self._taken[position].to("meta"))
+
+    def _shown(self, new: Tensor) -> Tensor:
+        """In analysis sizes alone count: those of all positions."""
+        batch, groups, rows, dim = new.shape
+        return new.new_empty(batch, groups, self.seen + rows, dim)
 
     # ---------------------------------------------------------------- what transformers asks
 

@@ -85,6 +85,8 @@ def assign(
     free = [a for a in (*in_w, *(r for r in rest if r not in in_w)) if a in rest and a not in value]
     rows = [a for a in free if a in in_q and a not in in_k and a not in in_v]
     query = _query(weights, rows)
+    if _heads_as_rows(query, q, in_k):
+        query = ()
     outer = [a for a in free if a not in rows]
     if any(a.extent != 1 and a not in in_q and (a in in_k) != (a in in_v) for a in outer):
         raise NotAttention(
@@ -134,6 +136,17 @@ def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
         if found and all(axis in rows for axis in found):
             return found
     return ()
+
+
+def _heads_as_rows(query: Leaves, q: Coordinates, in_k: Mapping[Axis, None]) -> bool:
+    """Are these no rows but heads that share keys? One row of H heads is often written as H / G
+    rows of G heads; in what the queries are a view of, they lie in one dimension with the heads.
+    """
+    for coordinate in q:
+        found = leaves((coordinate,))
+        if query and all(axis in found for axis in query):
+            return any(axis in in_k and axis.extent != 1 for axis in found)
+    return False
 
 
 def _heads(

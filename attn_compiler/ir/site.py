@@ -109,6 +109,9 @@ class AttentionSite:
         obstacles: why a cache cannot hold what keys and values are made of in their place; None
             where nobody has asked.
         line: the text at `location`.
+        width: channels of the one tensor that linear maps make queries, keys and values of, None
+            where there is no such tensor.
+        cached: do keys and values come from a cache that may be replaced?
         decision: what was chosen.
     """
 
@@ -133,6 +136,8 @@ class AttentionSite:
     length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
     line: str = ""
+    width: int | None = None
+    cached: bool = False
 
 
 @dataclass(frozen=True)

@@ -278,10 +278,18 @@ def _check_unwritten(x: fx.Node, made: fx.Node, update: fx.Node) -> None:
 
 def _query_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:
     """What the queries are made of, if a linear map makes them."""
+    start = _start(functional, core.q)
+    return None if start is None else _made_of(start)
+
+
+def _start(functional: FunctionalRegion, operand: Operand) -> fx.Node | None:
+    """The host node that an operand is a view of."""
     host = {node: h for h, node in reversed(list(functional.of_host.items()))}
-    start = next((host[node] for node, _ in core.q.chain if node in host), None)
-    if start is None:
-        return None
+    return next((host[node] for node, _ in operand.chain if node in host), None)
+
+
+def _made_of(start: fx.Node) -> fx.Node | None:
+    """What the linear map behind a host node reads."""
     source, projection = sources(start)
     if projection is not None:
         return source
@@ -289,6 +297,46 @@ def _query_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:
     while maker.op != "call_module" and maker.all_input_nodes:
         maker = maker.all_input_nodes[0]
     return maker.all_input_nodes[0] if maker.op == "call_module" else None
+
+
+def find_update(
+    functional: FunctionalRegion, core: Core, end: fx.Node
+) -> tuple[Kept | None, tuple[Reason, ...]]:
+    """The call of a cache that hands over keys and values, whatever they are made of.
+
+    Returns:
+        The call, None where no cache is involved; why a cache cannot be replaced.
+    """
+    places = [_place(functional, operand) for operand in (core.k, core.v)]
+    calls = [node.meta.get("opaque") if node is not None else None for node in places]
+    if calls == [None, None]:
+        return None, ()
+    update = None if None in calls else _updated(*calls)  # type: ignore[arg-type]
+    if update is None or places[0] is None or places[1] is None:
+        text = "keys and values do not come from one call of `update` of a cache"
+        return None, (Reason("cache_form", text, location(end)),)
+    kept = Kept((places[0], places[1]), update, None, None, None, False)
+    return kept, tuple(_layouts(core, [places[0], places[1]]))
+
+
+def single_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:
+    """The one tensor [B, T, D] that linear maps make queries, keys and values of."""
+    found: list[fx.Node | None] = []
+    for position, operand in enumerate((core.q, core.k, core.v)):
+        start = _start(functional, operand) or _place(functional, operand)
+        call = start.meta.get("opaque") if start is not None else None
+        if call is not None and isinstance(call.args[0], fx.Node):
+            call = call.args[0]  # one of the two that `update` gives
+            given = call.args[position] if call.target == "update" else None
+            start = given if isinstance(given, fx.Node) else None
+        found.append(None if start is None else _made_of(start))
+    x = found[0]
+    if x is None or any(other is not x for other in found):
+        return None
+    sizes = [ax.size_of(size) for size in getattr(ops.value(x), "shape", ())]
+    wanted = (core.sizes["B"], core.sizes["T"])
+    fits = len(sizes) == 3 and all(map(ax.equal, sizes[:2], wanted))
+    return x if fits and isinstance(sizes[2], int) else None
 
 
 # ---------------------------------------------------------------- no cache

@@ -181,6 +181,27 @@ def prompt(rule: Rule, token: Token, budget: int) -> tuple[Slots, tuple[Tensor, 
     Returns:
         The slots, and what `step` returns, for all rows.
     """
+    death, state, outs = rows_with_deaths(rule, token, budget)
+    slots = Slots.empty(token, budget)
+    positions = kept(death, budget)
+    index = positions.clamp(min=0)
+    for old, new in zip(slots.stored, token.stored, strict=True):
+        place = index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+        old.copy_(new.gather(2, place))
+    slots.amount.copy_(state.gather(1, index).masked_fill(positions < 0, 0.0))
+    slots.positions.copy_(positions)
+    return slots, outs
+
+
+def rows_with_deaths(
+    rule: Rule, token: Token, budget: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """All rows of a sequence, each seeing what a cache of `budget` tokens would have left it.
+
+    Returns:
+        The row that evicts each key (see `eviction.deaths`), F after the last row, and what `step`
+        returns, for all rows.
+    """
     q, k, v = token.q, token.k, token.v
     selector = list(token.selector[:2])
     given = Inputs(q, k, v, rule.reads, rule.ints, Drop(None, 0.0), rule.program, rule.scale)
@@ -202,15 +223,7 @@ def prompt(rule: Rule, token: Token, budget: int) -> tuple[Slots, tuple[Tensor, 
             *token.selector, *rest, selector, rule.gate, None, head=0, **options
         )
         outs = (out, own[0])
-    slots = Slots.empty(token, budget)
-    positions = kept(death, budget)
-    index = positions.clamp(min=0)
-    for old, new in zip(slots.stored, token.stored, strict=True):
-        place = index[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        old.copy_(new.gather(2, place))
-    slots.amount.copy_(state.gather(1, index).masked_fill(positions < 0, 0.0))
-    slots.positions.copy_(positions)
-    return slots, outs
+    return death, state, outs
 
 
 def _queries(slots: Slots, token: Token) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -25,6 +25,7 @@ from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
 from attn_compiler.ir.site import AttentionSite, Decision, Kind, Phase
+from attn_compiler.ir.states import single_source
 from attn_compiler.ir.trace import Region
 
 _ROTARY = re.compile(r"^(sin|cos|polar|view_as_complex)$")
@@ -61,6 +62,7 @@ def describe(region: Region, functional: FunctionalRegion, core: Core) -> Attent
         facts=_facts(region, core),
         length=_length(region, core),
         line=source_line(region.end),
+        width=_width(functional, core),
     )
 
 
@@ -85,6 +87,11 @@ def _same_sequence(starts: dict[str, fx.Node]) -> bool:
         return False
     source, _ = sources(starts["q"])
     return source is sources(starts["k"])[0] or reaches(source, starts["k"])
+
+
+def _width(functional: FunctionalRegion, core: Core) -> int | None:
+    found = single_source(functional, core)
+    return None if found is None else int(ops.value(found).shape[2])
 
 
 def _static(size: Any) -> int | None:

@@ -113,6 +113,16 @@ class Emitter:
         self.new.append(node)
         return node
 
+    def submodule(self, name: str, module: torch.nn.Module) -> fx.Node:
+        """Read a module that the owner of the graph is given here; it has no value."""
+        owner = self.graph.owning_module
+        assert owner is not None
+        owner.register_module(name, module)
+        with self.graph.inserting_before(self.region.end):
+            node = self.graph.get_attr(name)
+        self.new.append(node)
+        return node
+
     def check(self, size: Any, expected: int, text: str) -> None:
         """Ask for a size while the graph runs."""
         with self.graph.inserting_before(self.region.end):

@@ -24,7 +24,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
-from attn_compiler.variants.base import Lowering, NewTensor, filled
+from attn_compiler.variants.base import Lowering, NewModule, NewTensor, filled
 
 aten = torch.ops.aten
 # users that give the same result for any strides of what they read, and those that hand the strides
@@ -40,14 +40,14 @@ _NUMBERS = frozenset(
 
 def rewrite_site(
     region: Region, functional: FunctionalRegion, core: Core, lowering: Lowering | None = None
-) -> tuple[NewTensor, ...]:
+) -> tuple[NewTensor | NewModule, ...]:
     """Replace the region's end; the caller removes what is dead afterwards.
 
     Args:
         lowering: what takes the place of the exact operator, None for itself.
 
     Returns:
-        The tensors that the module has to get, under the names that the graph reads.
+        What the module has to get, under the names that the graph reads.
 
     Raises:
         NotAttention: `attention.second_reader`; the graph is as before.
@@ -56,13 +56,13 @@ def rewrite_site(
     check_readers(region, functional, core)
     emitter = Emitter(region, functional)
     try:
-        added = _Added(emitter, lowering or Lowering(core.program))
+        added = Added(emitter, lowering or Lowering(core.program))
         result = _emit(emitter, core, added)
     except Exception:
         emitter.undo()
         raise
     region.end.replace_all_uses_with(result)
-    return tuple(added.tensors)
+    return tuple(added.new)
 
 
 def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> None:
@@ -91,24 +91,35 @@ def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> N
     )
 
 
-class _Added:
-    """What a lowering adds to the graph: reads of new tensors, and the check of a length."""
+class Added:
+    """What a lowering adds to the graph: reads of new tensors, and the check of a length.
+
+    Attributes:
+        new: what the module has to get, under the names that the graph reads.
+    """
 
     def __init__(self, emitter: Emitter, lowering: Lowering) -> None:
         self.emitter = emitter
         self.lowering = lowering
-        self.operator = getattr(torch.ops.attn_compiler, lowering.operator).default
-        self.tensors: list[NewTensor] = []
-        self.reads = [self._node(t) for t in lowering.reads]
-        self.extra = [self._node(x) if isinstance(x, NewTensor) else x for x in lowering.extra]
+        self.new: list[NewTensor | NewModule] = []
+        self.reads = [self.tensor(t) for t in lowering.reads]
+        self.extra = [self.tensor(x) if isinstance(x, NewTensor) else x for x in lowering.extra]
 
-    def _node(self, tensor: NewTensor) -> fx.Node:
-        graph = self.emitter.graph
-        taken = {str(n.target) for n in graph.find_nodes(op="get_attr")}
-        number = next(i for i in itertools.count() if f"{tensor.name}_{i}" not in taken)
-        named = replace(tensor, name=f"{tensor.name}_{number}")
-        self.tensors.append(named)
-        return self.emitter.attribute(named.name, filled(named))
+    def tensor(self, tensor: NewTensor) -> fx.Node:
+        """Read a tensor that the module gets."""
+        named = replace(tensor, name=self._free(tensor.name))
+        self.new.append(named)
+        return self.emitter.attribute(named.name, filled(replace(named, spread=0.0)))
+
+    def module(self, module: NewModule) -> fx.Node:
+        """Read a module that the module gets."""
+        named = replace(module, name=self._free(module.name))
+        self.new.append(named)
+        return self.emitter.submodule(named.name, named.kind())
+
+    def _free(self, name: str) -> str:
+        taken = {str(n.target) for n in self.emitter.graph.find_nodes(op="get_attr")}
+        return next(f"{name}_{i}" for i in itertools.count() if f"{name}_{i}" not in taken)
 
     def check_length(self, core: Core) -> None:
         """A graph of symbolic sizes asks for the length while it runs."""
@@ -135,20 +146,31 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
     return q, reads, [emitter.size(size) for size in core.ints]
 
 
-def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:
+def keys_and_values(emitter: Emitter, core: Core) -> tuple[fx.Node, fx.Node]:
+    """Keys [B, G, S, d] and values [B, G, S, dv]."""
     roles = core.roles
-    q, reads, ints = operands(emitter, core)
     k = emitter.canonical(core.k, (roles.batch, roles.heads, roles.key, roles.feature))
     v = emitter.canonical(core.v, (roles.batch, roles.heads, roles.key, roles.value))
     later = _written_later(emitter.region.end)
     k, v = (_protected(emitter, _as_dtype(emitter, x, core.dtype), later) for x in (k, v))
-    seed = None
-    if core.dropout:
-        device = ops.value(q).device
-        seed = emitter.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
+    return k, v
+
+
+def dropout_seed(emitter: Emitter, core: Core, q: fx.Node) -> fx.Node | None:
+    """A number that says what is dropped, where something is."""
+    if not core.dropout:
+        return None
+    device = ops.value(q).device
+    return emitter.call(aten.randint.default, 2**62, [1], dtype=torch.int64, device=device)
+
+
+def _emit(emitter: Emitter, core: Core, added: Added) -> fx.Node:
+    q, reads, ints = operands(emitter, core)
+    k, v = keys_and_values(emitter, core)
+    seed = dropout_seed(emitter, core, q)
     added.check_length(core)
     both = emitter.call(
-        added.operator,
+        getattr(torch.ops.attn_compiler, added.lowering.operator).default,
         q,
         k,
         v,

@@ -70,7 +70,7 @@ def rewrite_states(
         RegionError: an operand cannot be laid out; the graph is as before.
     """
     check_readers(region, functional, core)
-    _check_kept(region, kept)
+    check_kept(region, kept, "el")
     emitter = Emitter(region, functional)
     try:
         handle: fx.Node = kept.update or kept.layer  # type: ignore[assignment]
@@ -80,8 +80,13 @@ def rewrite_states(
         emitter.undo()
         raise
     region.end.replace_all_uses_with(result)
-    heads = core.sizes["H"] if spec.only_where_faster else 0
-    return _replace_cache(emitter, kept, calls, heads if isinstance(heads, int) else 0)
+    dead: set[fx.Node] = set()
+    if kept.update is not None and kept.key is not None and kept.value is not None:
+        heads = core.sizes["H"] if spec.only_where_faster else 0
+        _become_keep(emitter, kept.update, kept, calls, heads if isinstance(heads, int) else 0)
+        dead = set(kept.key.nodes | kept.value.nodes)
+    replace_cache(emitter, kept, calls)
+    return dead
 
 
 def _emit(
@@ -111,36 +116,35 @@ def falls_out(program: str) -> bool:
     return found.additive and found.program.sink is None
 
 
-def _check_kept(region: Region, kept: Kept) -> None:
-    """Keys and values may be read by the attention alone, and be asked for their sizes."""
+def check_kept(region: Region, kept: Kept, variant: str) -> None:
+    """Keys and values may be read by the attention alone, and be asked for their sizes.
+
+    Raises:
+        NotAttention: `<variant>.kv_read_elsewhere`.
+    """
     graph = region.end.graph
     live = live_nodes(graph, set(region.nodes) | unread_numbers(graph), {region.end})
     for place in kept.places:
         for user in place.users:
             dead = user is region.end or (user in region.nodes and user not in live)
             if not dead and ops.name(user) not in _SIZES and not _is_shape(user):
-                raise NotAttention(
-                    "el.kv_read_elsewhere", "keys or values are read elsewhere, too", user
+                code, text = (
+                    f"{variant}.kv_read_elsewhere",
+                    "keys or values are read elsewhere, too",
                 )
+                raise NotAttention(code, text, user)
 
 
 def _is_shape(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] == "shape"
 
 
-def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls, heads: int) -> set[fx.Node]:
-    """Put `keep` in the place of `update`, and shapes in the place of keys and values."""
+def replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls) -> None:
+    """Put shapes in the place of keys and values, once `update` has become something else."""
     graph = emitter.graph
     pieces = [place.meta["opaque"] for place in kept.places]
-    dead: set[fx.Node] = set()
-    handle = kept.layer
-    if kept.update is not None and kept.key is not None and kept.value is not None:
-        handle = kept.update
-        _become_keep(emitter, handle, kept, calls, heads)
-        dead |= kept.key.nodes | kept.value.nodes
-        after = handle
-    else:
-        after = pieces[1]
+    handle = kept.update or kept.layer
+    after = kept.update or pieces[1]
     assert handle is not None
     for position, place in enumerate(kept.places):
         with graph.inserting_after(after):
@@ -150,7 +154,6 @@ def _replace_cache(emitter: Emitter, kept: Kept, calls: CacheCalls, heads: int) 
     for reader in [n for n in handle.users if "example_value" not in n.meta and not n.users]:
         if reader.target is not calls.shown and reader.target is not calls.attend:
             graph.erase_node(reader)
-    return dead
 
 
 def _become_keep(

@@ -100,13 +100,13 @@ def is_size(value: object, least: int = 1) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor that a rewritten module gets; filled with one number, it leaves the function as it
-    is.
+    """A tensor that a rewritten module gets; as it starts, it leaves the function as it is.
 
     Attributes:
         name: of the attribute; the site's number in its owner is added to it.
         shape, dtype, fill: how it starts.
         trained: a parameter, and no buffer.
+        spread: standard deviation of normal numbers around `fill`.
     """
 
     name: str
@@ -114,11 +114,26 @@ class NewTensor:
     dtype: torch.dtype
     fill: float
     trained: bool = False
+    spread: float = 0.0
 
 
 def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
     """A new tensor as it starts."""
-    return torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
+    found = torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
+    return found.add_(torch.randn_like(found), alpha=tensor.spread) if tensor.spread else found
+
+
+@dataclass(frozen=True, slots=True)
+class NewModule:
+    """A module without weights that a rewritten module gets, to remember something in.
+
+    Attributes:
+        name: of the attribute; the site's number in its owner is added to it.
+        kind: its class, made without arguments.
+    """
+
+    name: str
+    kind: type[torch.nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +148,9 @@ class Lowering:
             values.
         options: its options beside those of `attention`.
         length: the only number of rows and keys that it holds for, None for any.
+        own: weights of a head of its own, which reads what queries, keys and values are made of.
+        memory: what a living module remembers of the site: it attends by a call that is given it.
+        remembers: is it nothing without that memory?
     """
 
     program: Program
@@ -141,10 +159,13 @@ class Lowering:
     extra: tuple[Any, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
     length: int | None = None
+    own: tuple[NewTensor, ...] = ()
+    memory: NewModule | None = None
+    remembers: bool = False
 
     @property
     def tensors(self) -> tuple[NewTensor, ...]:
-        return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)))
+        return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)), *self.own)
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,7 @@ class Variant:
         lower: what computes the core of a site, given the rows of the example (0 where they are
             not as many as keys) and how many tensors its program reads; None for the exact
             operator.
+        remembers: do its sites remember something, and hand it to the cache of a generation?
     """
 
     name: str
@@ -167,6 +189,7 @@ class Variant:
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
     lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
+    remembers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from attn_compiler.ir.mask import Causal
+from attn_compiler.ir.mask import Tensor as TensorMask
 from attn_compiler.ir.site import AttentionSite, Reason
+from attn_compiler.kernels.selective_memory import Memory
 from attn_compiler.variants.base import (
     ByPath,
     Fidelity,
     Lowering,
+    NewModule,
     NewTensor,
     Scope,
     Variant,
@@ -81,35 +84,67 @@ class Selective(VariantSpec):
 
 
 def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
-    if site.length is None:
+    # a cache says which keys came before the rows
+    if site.length is None and not site.cached:
         text = "a row masks keys for later rows: the rows have to be those of the keys"
         yield Reason("selective.not_square", text, site.location)
-    if not any(isinstance(term, Causal) for term in site.mask.terms):
+    if not (any(isinstance(term, Causal) for term in site.mask.terms) or _by_and_by(site)):
         text = "what a later token masks would be masked for earlier ones too: it is not causal"
         yield Reason("selective.not_causal", text, site.location)
+    for obstacle in site.obstacles or ():
+        yield Reason(f"selective.{obstacle.code}", obstacle.text, obstacle.location)
     if site.query_heads is not None and spec.head >= site.query_heads:
         text = f"there is no head {spec.head} of {site.query_heads}"
         yield Reason("selective.head", text, site.location)
-    if spec.start == "dedicated_head":
-        text = "a head of its own needs projections of the hidden states: use direct or gate"
+    sizes = (site.width, site.query_heads, site.head_dim, site.value_dim)
+    if spec.start == "dedicated_head" and None in sizes:
+        text = "no one tensor is found that queries, keys and values are linear maps of"
         yield Reason("selective.dedicated_head", text, site.location)
-    if spec.budgets is not None:
-        text = "tokens are dropped by a cache: give attn_compiler.cache.selective the budgets"
-        yield Reason("selective.budgets", text, site.location)
 
 
-# name of the gate that a module gets; the number of the site in it follows
+def _by_and_by(site: AttentionSite) -> bool:
+    """May it be causal for what the program does not say? Behind a cache, where one row is, and
+    with a mask that is a tensor: a living module then looks at the mask in every call.
+    """
+    tensor = any(isinstance(term, TensorMask) for term in site.mask.terms)
+    return site.cached or (tensor and site.obstacles is not None)
+
+
+# names of what a module gets; the number of the site in it follows
 GATE = "attn_gate"
+OWN = ("attn_select_q", "attn_select_k", "attn_select_v", "attn_select_o")
+MEMORY = "attn_memory"
 
 
 def lower(site: AttentionSite, spec: Selective, length: int, slots: int) -> Lowering:
     """The operator with F; a gate starts at 0, and leaves the function as it was."""
     gate = NewTensor(GATE, (1,), torch.float32, 0.0, trained=True)
+    own = spec.start == "dedicated_head"
     return Lowering(
         site.program,
         operator="selective_attention",
         extra=([], gate if spec.start == "gate" else None, None),
-        options=(("head", spec.head), ("select_from", spec.select_from)),
+        options=(("head", 0 if own else spec.head), ("select_from", spec.select_from)),
+        own=_own_head(site) if own else (),
+        memory=NewModule(MEMORY, Memory),
+        remembers=spec.budgets is not None,
+    )
+
+
+def _own_head(site: AttentionSite) -> tuple[NewTensor, ...]:
+    """Weights [D, d], [D, d], [D, dv] of a selecting head, and [dv, H dv] that adds what it finds
+    to the other heads.
+
+    Keys and outputs start at 0: nothing is selected and nothing added. Values do not, so that the
+    outputs get a gradient, and through them the keys.
+    """
+    assert site.width and site.query_heads and site.head_dim and site.value_dim
+    width, dim, value = site.width, site.head_dim, site.value_dim
+    shapes = ((width, dim), (width, dim), (width, value), (value, site.query_heads * value))
+    spread = width**-0.5
+    return tuple(
+        NewTensor(name, shape, torch.float32, 0.0, trained=True, spread=wide)
+        for name, shape, wide in zip(OWN, shapes, (spread, 0.0, spread, 0.0), strict=True)
     )
 
 
@@ -176,4 +211,5 @@ SELECTIVE = Variant(
     fidelity=Fidelity.CALIBRATED,
     legality=legality,
     lower=lower,
+    remembers=True,
 )

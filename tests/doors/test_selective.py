@@ -123,8 +123,6 @@ def test_what_keeps_it_out(model: Model) -> None:
         return {r.code for site in ac.last_report().sites for r in site.decision.reasons}
 
     assert codes(ac.Selective(head=3)) == {"selective.head"}
-    assert codes(ac.Selective(start="dedicated_head")) == {"selective.dedicated_head"}
-    assert codes(ac.Selective(budgets=[8, 8])) == {"selective.budgets"}
     assert codes(ac.Selective(), Attention(causal=False)) == {"selective.not_causal"}
 
 

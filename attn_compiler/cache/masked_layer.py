@@ -1,0 +1,131 @@
+"""A layer of transformers' caches that keeps beside keys and values how much each is masked.
+
+    layer.keys, layer.values    as in the library's layer, all tokens
+    layer.amount                F of the next row, [B, S]: one number for each key
+
+So a step of generation goes on where the pass over the prompt ended. With a budget the layer is one
+of fixed size instead (`cache.selective`).
+
+transformers 5.23 is what this was written for.
+
+Source: Selective Attention (arXiv 2410.02703).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from attn_compiler.cache.layer import layer_for
+from attn_compiler.cache.selective import SelectiveLayer
+from attn_compiler.errors import UnsupportedCall
+
+
+class MaskedLayer(DynamicLayer):
+    """One layer that holds all keys and values, and F of them.
+
+    Attributes:
+        amount: [B, S], below 0 where a token is protected; None before the first pass.
+        selector: keys and values of a selecting head of its own, [B, 1, S, e] and [B, 1, S, f].
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.amount: Tensor | None = None
+        self.selector: tuple[Tensor, ...] = ()
+
+    def carried(self, past: int) -> Tensor | None:
+        """F of the keys before the rows of this call.
+
+        Raises:
+            UnsupportedCall: keys were put in or taken away by somebody who does not keep F.
+        """
+        known = 0 if self.amount is None else self.amount.shape[1]
+        if known != past:
+            raise UnsupportedCall(
+                f"a cache holds {past} earlier tokens and knows what masks {known} of them",
+                do="let models that were rewritten to Selective attention fill it",
+            )
+        return self.amount
+
+    def remember(self, amount: Tensor, selector: tuple[Tensor, ...]) -> None:
+        """F after the rows of this call, and all keys and values of a selecting head."""
+        self.amount, self.selector = amount.detach(), selector
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and F."""
+        held = (self.keys, self.values, self.amount, *self.selector)
+        return sum(x.nbytes for x in held if x is not None)
+
+    # ------------------------------------------------------------ what changes it
+
+    def _change(self, make: Callable[[Tensor], Tensor]) -> None:
+        if self.amount is not None:
+            self.amount = make(self.amount)
+            self.selector = tuple(make(x) for x in self.selector)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._change(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._change(lambda x: x[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self.amount, self.selector = None, ()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only nothing can be taken back.
+
+        Raises:
+            UnsupportedCall: a token is to be forgotten.
+        """
+        if tokens_to_remove:
+            raise UnsupportedCall(
+                "a cache of Selective attention cannot forget its newest tokens",
+                why=("what they masked is part of a sum",),
+                do="generate without assistants",
+            )
+
+
+def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedLayer | None:
+    """The layer of a cache that remembers what is masked: an empty one is replaced.
+
+    Args:
+        cache: any object.
+        index: of the layer.
+        budget: tokens that stay, None for all.
+
+    Returns:
+        None where it is no cache of transformers.
+
+    Raises:
+        UnsupportedCall: the layer is of another kind, or holds keys already.
+    """
+    layer = layer_for(cache, index)
+    if layer is None or isinstance(layer, SelectiveLayer | MaskedLayer):
+        return layer
+    if type(layer) is not DynamicLayer or layer.get_seq_length():
+        raise UnsupportedCall(
+            f"Selective attention cannot go on with a {type(layer).__name__}",
+            why=(f"it holds {layer.get_seq_length()} tokens, and not how much they are masked",),
+            do="give an empty DynamicCache, a SelectiveCache, or none",
+        )
+    cache.layers[index] = made = MaskedLayer() if budget is None else SelectiveLayer(budget)
+    return made
+
+
+def joined(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Keys and values of a selecting head with those of new tokens."""
+    return tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True)) if old else new

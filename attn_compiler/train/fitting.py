@@ -1,0 +1,79 @@
+"""What `rewrite` does with data: fit what is fitted to it, and say what a change of function costs.
+
+loss_before(model)   ->   the model is rewritten   ->   fitted(model, report, ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+
+from attn_compiler.config import CompileConfig
+from attn_compiler.errors import BadOption
+from attn_compiler.report import Report
+from attn_compiler.train import selective, spion
+from attn_compiler.variants import needs_data
+from attn_compiler.variants.base import VariantSpec
+
+Data = list[Any] | Literal["later"] | None
+
+
+def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"] | None) -> Data:
+    """The data, if it is there for what is fitted to it or measured by it, and only then.
+
+    Raises:
+        BadOption: it is missing, or nothing needs it.
+    """
+    specs = [spec for _, spec in config.to if isinstance(spec, VariantSpec)]
+    fitted = [spec for spec in specs if needs_data(spec)]
+    if calibration is None and fitted:
+        raise BadOption(
+            "calibration is missing",
+            why=[f"{type(fitted[0]).__name__} is fitted to a model's own attention"],
+            do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
+        )
+    later = calibration == "later" and not fitted
+    measured = fitted or any(map(selective.changes, specs))
+    if calibration is not None and (later or not measured):
+        raise BadOption(
+            "calibration is given, and nothing that is asked for is fitted to data",
+            do="leave it out",
+        )
+    return calibration if calibration in (None, "later") else list(calibration)
+
+
+def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | None:
+    """The loss of a model that is about to get another function, where there is data."""
+    other = any(selective.changes(spec) for _, spec in config.to)
+    return selective.losses(model, data) if other and isinstance(data, list) else None
+
+
+def fitted(
+    model: nn.Module, report: Report, config: CompileConfig, data: Data, before: float | None
+) -> Report:
+    """Fit what is fitted to data, put in what a spec says of single layers; the report says how.
+
+    Args:
+        model: rewritten.
+        report: of that.
+        config: of that.
+        data: see `checked`.
+        before: see `loss_before`.
+
+    Raises:
+        BadOption: budgets do not fit the model, or data shows nothing of a layer.
+    """
+    selective.put_budgets(model, config.wanted)
+    layers = spion.layers_of(model, config.wanted)
+    done = spion.put_given(layers)
+    left = [layer for layer in layers if layer.path not in done]
+    if left and isinstance(data, list):
+        done |= spion.calibrate(model, left, data)
+    report = replace(report, sites=spion.described(report.sites, done))
+    if before is not None and isinstance(data, list):
+        after = selective.losses(model, data)
+        report = replace(report, sites=selective.described(report.sites, before, after))
+    return report

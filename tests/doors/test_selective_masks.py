@@ -1,0 +1,116 @@
+"""Selective attention in models with masks, biases and few kv heads, against its definition."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attn_compiler as ac
+
+B, T, H, G, D = 2, 23, 6, 2, 5
+HEAD, WINDOW, CAP = 4, 7, 3.0
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 1.0, 0.75, 0.3])
+DOCUMENTS = torch.tensor([[0] * 9 + [1] * 14, [3] * 5 + [4] * 1 + [5] * 17])
+KEEP = torch.arange(T) >= torch.tensor([[0], [6]])
+
+
+class Attention(nn.Module):
+    """Few kv heads, and one more rule: `kind`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.kv = nn.Linear(H * D, H * D), nn.Linear(H * D, 2 * G * D)
+        self.out = nn.Linear(H * D, H * D)
+        self.register_buffer("slopes", SLOPES.clone())
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        q, kv = self.q(x).unflatten(-1, (H, D)), self.kv(x).unflatten(-1, (2 * G, D))
+        k, v = (y.repeat_interleave(H // G, 2) for y in kv.split(G, 2))
+        return [y.transpose(1, 2) for y in (q, k, v)]
+
+    def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What selects, and what is normalised."""
+        z = q @ k.transpose(-1, -2) * D**-0.5
+        if self.kind == "soft-cap":
+            z = CAP * torch.tanh(z / CAP)
+        if self.kind != "alibi":
+            return z, z
+        places = torch.arange(q.shape[2])
+        far = (places[:, None] - places[None, :]).to(z.dtype)
+        return z, z - self.slopes[:, None, None] * far
+
+    def allowed(self, length: int, given: Tensor | None) -> Tensor:
+        """[B or 1, T, T]."""
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        seen = (j <= i)[None]
+        if self.kind == "window":
+            seen = seen & (i - j < WINDOW)
+        if self.kind == "documents":
+            assert given is not None
+            seen = seen & (given[:, :, None] == given[:, None, :])
+        if self.kind == "padding":
+            assert given is not None
+            seen = seen & given[:, None, :]
+        return seen
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        q, k, v = self.parts(x)
+        z = self.logits(q, k)[1]
+        z = z.masked_fill(~self.allowed(x.shape[1], given)[:, None], float("-inf"))
+        weights = z.softmax(-1)
+        if self.kind == "padding":
+            weights = torch.nan_to_num(weights)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def selective(layer: Attention, x: Tensor, given: Tensor | None, select_from: str) -> Tensor:
+    """The definition, key by key. Who sees nobody before it is protected."""
+    q, k, v = layer.parts(x)
+    z, biased = layer.logits(q, k)
+    source = (biased if select_from == "logits" else z)[:, HEAD]
+    allowed = layer.allowed(x.shape[1], given).expand(B, -1, -1)
+    before = allowed & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(-1)
+    alone = ~before.any(-1)
+    chosen = torch.where(before & ~alone[:, None, :], torch.relu(source), 0.0)
+    amount = chosen.cumsum(1) - chosen
+    weights = (biased - amount[:, None]).masked_fill(~allowed[:, None], -torch.inf).softmax(-1)
+    mixed = (torch.nan_to_num(weights) @ v).transpose(1, 2).flatten(2)
+    return layer.out(mixed)
+
+
+CASES = {
+    "plain": None,
+    "window": None,
+    "soft-cap": None,
+    "alibi": None,
+    "documents": DOCUMENTS,
+    "padding": KEEP,
+}
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_rules_of_the_definition(kind: str) -> None:
+    torch.manual_seed(2)
+    layer, given = Attention(kind).eval(), CASES[kind]
+    for parameter in layer.parameters():
+        parameter.data *= 3
+    x = torch.randn(B, T, H * D)
+    args = (x,) if given is None else (x, given)
+    sources = ("qk", "logits") if kind == "alibi" else ("qk",)
+    for source in sources:
+        spec = ac.Selective(head=HEAD, select_from=source)
+        new = ac.rewrite(layer, args, to=spec, on_reject="raise")
+        assert [s.decision.variant for s in ac.last_report().sites] == ["selective"]
+        y = torch.randn(B, T, H * D, requires_grad=True)
+        double = copy.deepcopy(layer).double()
+        exact = selective(double, y.double(), given, source)
+        found = new(y, *args[1:])
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(found, layer(y, *args[1:]), atol=1e-2)
+        (wanted,) = torch.autograd.grad(exact.square().mean(), y)
+        (grad,) = torch.autograd.grad(found.square().mean(), y)
+        torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-4)
