@@ -25,7 +25,7 @@ from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.roles import extent
 from attn_compiler.ir.site import Reason
-from attn_compiler.ir.states import layer_read, updated
+from attn_compiler.ir.states import layer_read, layouts, updated
 from attn_compiler.ir.trace import Region
 
 State = Mapping[fx.Node, tuple[Any, ...]]
@@ -94,7 +94,7 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
         "training": owner.training,
         "before": before,
     }
-    nodes = frozenset(node for made in layer.made for node in made.nodes)
+    nodes = frozenset(n for made in layer.made for n in made.nodes if n.op != "placeholder")
     given = tuple(made.x for made in layer.made[:-1])
     home = path[len(prefix) :].lstrip(".") if prefix else path
     return Sought(Piece(layer.out.node, given, nodes, tuple(taken), home, facts))
@@ -157,11 +157,8 @@ def _check_cache(
     if update is None and (not all(calls) or layer_read(*calls) is None):
         text = "keys and values do not come from one call of `update` or one layer of a cache"
         raise Strange(places[0], "cache_form", text)
-    for place in places:
-        sizes = ops.value(place).shape
-        if len(sizes) != 4 or not ax.equal(ax.size_of(sizes[2]), core.sizes["S"]):
-            text = "the attention reads a part of what the cache holds, or in another order"
-            raise Strange(place, "cache_form", text)
+    for obstacle in layouts(core, list(places)):
+        raise Strange(places[0], "cache_form", obstacle.text)
 
 
 def _swapped(query: Made, core: Core) -> bool:
