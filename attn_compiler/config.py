@@ -111,8 +111,19 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
             )
+        _refuse_unbuilt_spec(target)
         found.append((glob, target))
     return tuple(found)
+
+
+def _refuse_unbuilt_spec(target: Target) -> None:
+    if getattr(target, "feed_forward", None) is not None:
+        raise BadOption(
+            "option feed_forward is set",
+            where=type(target).__name__,
+            why=["only the attention of a block is replaced in this version"],
+            do="leave it out",
+        )
 
 
 def _exactly(target: Target) -> Target:
@@ -125,3 +136,8 @@ def variant_of(target: Target) -> Variant:
     if target == "fastest":
         return VARIANTS[0]
     return next(v for v in VARIANTS if isinstance(target, v.spec))
+
+
+def has_parameters(target: Target) -> bool:
+    """Does a module get parameters in the place of its own?"""
+    return variant_of(target).replace is not None

@@ -86,7 +86,7 @@ def _symbols(value: torch.Tensor) -> set[Any]:
     """Those of the heads and the width that a cache held for the original, as they were before
     anything was learnt about them.
     """
-    sizes = (value.shape[dim] for dim in (1, 3))
+    sizes: list[Any] = [value.shape[dim] for dim in (1, 3)]
     return {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node._expr.free_symbols}
 
 
