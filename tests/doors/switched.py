@@ -146,9 +146,7 @@ class Rotary(Separate):
     def sides(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().sides(x, y)
         positions = torch.arange(x.shape[1])
-        q, k = (
-            torch.cat([rotated(t[..., :-1], positions), t[..., -1:]], -1) for t in (q, k)
-        )
+        q, k = (torch.cat([rotated(t[..., :-1], positions), t[..., -1:]], -1) for t in (q, k))
         return q, k, v
 
 
@@ -170,7 +168,7 @@ def draw(seed: int = 1, batch: int = 3, length: int = 11) -> Tensor:
 
 
 def routed(x: Tensor, w: Tensor, router: Tensor, h: int, e: int, k: int) -> Tensor:
-    """Sum over the k best experts of gate times x W: [B, H, T, out]; x [B, T, D] or [B, H, T, c]."""
+    """Sum over the k best experts of gate times x W: [B, H, T, c]; x [B, T, D]."""
     return _weighed(x, w, gates(x, router, h, e, k), e)
 
 

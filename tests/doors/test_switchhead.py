@@ -181,8 +181,8 @@ def test_a_stack_is_copied_saved_and_moved() -> None:
 
 def test_other_calls_are_analysed_or_refused() -> None:
     class Choice(switched.Separate):
-        def forward(self, x: Tensor, y: Tensor | None = None, plain: bool = False) -> Tensor:
-            if plain:
+        def forward(self, x: Tensor, y: Tensor | None = None, bare: bool = False) -> Tensor:
+            if bare:
                 return self.out(self.q(x))  # type: ignore[no-any-return]
             return super().forward(x, y)
 
@@ -191,7 +191,7 @@ def test_other_calls_are_analysed_or_refused() -> None:
     causal = below(11)
     close(new(x, y), expected(new, x, y, SPEC, causal))
     with pytest.raises(ac.UnsupportedCall):
-        new(x, plain=True)
+        new(x, bare=True)
 
 
 def test_it_trains() -> None:
