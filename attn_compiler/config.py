@@ -14,6 +14,13 @@ from attn_compiler.variants import VARIANTS
 from attn_compiler.variants.base import Fidelity, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
+# what specs may ask for and no door can give yet: field, its usual value, why not
+_UNBUILT = {
+    "SwitchHead": (
+        ("feed_forward", None, "only the attention of a block is replaced in this version"),
+        ("init", "fresh", "layers are converted by variants.switchhead_convert, not by rewrite"),
+    ),
+}
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
 
 
@@ -117,13 +124,14 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
 
 
 def _refuse_unbuilt_spec(target: Target) -> None:
-    if getattr(target, "feed_forward", None) is not None:
-        raise BadOption(
-            "option feed_forward is set",
-            where=type(target).__name__,
-            why=["only the attention of a block is replaced in this version"],
-            do="leave it out",
-        )
+    for field, usual, why in _UNBUILT.get(type(target).__name__, ()):
+        if getattr(target, field) != usual:
+            raise BadOption(
+                f"{type(target).__name__} has {field}={getattr(target, field)!r}",
+                where=f"option {field}",
+                why=[why],
+                do=f"leave it {usual!r}",
+            )
 
 
 def _exactly(target: Target) -> Target:

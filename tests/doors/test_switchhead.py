@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as ac
+from attn_compiler.train.distill import Recipe
 from tests.doors import switched
 from tests.doors.switched import D, below, draw, expected
 
@@ -259,6 +260,19 @@ def test_a_backend_cannot_install_it() -> None:
     assert [r.code for r in site.decision.reasons] == ["needs_rewrite"]
 
 
-def test_the_feed_forward_net_is_not_built() -> None:
-    with pytest.raises(ac.BadOption, match="feed_forward"):
-        ac.rewrite(switched.Separate(), (draw(),), to=ac.SwitchHead(feed_forward="sigma_moe"))
+@pytest.mark.parametrize("option", [{"feed_forward": "sigma_moe"}, {"init": "convert"}])
+def test_what_is_not_built_says_so(option: dict[str, Any]) -> None:
+    with pytest.raises(ac.BadOption, match=next(iter(option))):
+        ac.rewrite(switched.Separate(), (draw(),), to=ac.SwitchHead(**option))
+
+
+def test_it_learns_from_the_original() -> None:
+    torch.manual_seed(0)
+    model = switched.Stack(switched.Separate)
+    new = rewritten(model)
+    batches = [((draw(seed),), {}) for seed in range(4)]
+    quiet = Recipe(progress=False)
+    found = ac.distill(new, model, batches, steps=(25, 0), lr=2e-2, recipe=quiet)
+    assert found.layers == ("layers.0", "layers.1")
+    losses = found.losses["layers"]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
