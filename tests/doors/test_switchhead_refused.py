@@ -13,7 +13,7 @@ import attn_compiler as ac
 from attn_compiler.capture import each_graph
 from attn_compiler.config import make_config
 from attn_compiler.pipeline import compile_graph
-from attn_compiler.variants.switchhead import legality
+from attn_compiler.variants.sites.switchhead import legality
 from tests.doors.switched import FEATURES, D, H, Separate, Stack, draw, heads, rotated
 
 SPEC = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
