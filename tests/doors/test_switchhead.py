@@ -105,8 +105,10 @@ def test_the_mask_stays() -> None:
     assert str(ac.last_report().sites[0].mask) == "padding(mask)"
 
 
-@pytest.mark.parametrize("on", [("o",), ("v",), ("q", "k"), ("q", "k", "v", "o")])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("on", "shared"),
+    [(("o",), False), (("v",), True), (("q", "k"), False), (("q", "k", "v", "o"), True)],
+)
 def test_experts_where_they_are_wanted(on: tuple[str, ...], shared: bool) -> None:
     spec = ac.SwitchHead(
         heads=2, experts=3, k=2, head_dim=11, experts_on=on, shared_selection=shared
