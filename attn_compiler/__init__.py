@@ -32,6 +32,7 @@ _HOMES = {
     "VerificationFailed": "attn_compiler.errors",
     "calibrate": "attn_compiler.calibrating",
     "distill": "attn_compiler.train.distill",
+    "expert_usage": "attn_compiler.train.switchhead",
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
     "last_report": "attn_compiler.backend",

@@ -24,11 +24,10 @@ from attn_compiler.backend import reports, source_hash
 from attn_compiler.cache.expansion import keep_unexpanded
 from attn_compiler.cache.masked import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
-from attn_compiler.config import CompileConfig, make_config
+from attn_compiler.config import CompileConfig, has_parameters, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
 from attn_compiler.install import explain_module, rewrite_module
-from attn_compiler.installed import restore, rewritten
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
 from attn_compiler.train import fitting
@@ -118,7 +117,8 @@ def _explain_calls(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig
 ) -> Report:
     _check_call(model, args, kwargs)
-    if config.installs and isinstance(model, nn.Module) and config.changes_caches():
+    wider = config.changes_caches() or any(has_parameters(target) for _, target in config.to)
+    if config.installs and isinstance(model, nn.Module) and wider:
         return explain_module(model, args, kwargs, config)
     reports: list[Report] = []
     memory = MEMORY if config.installs else None
@@ -220,19 +220,15 @@ def _rewrite_module(
     data = fitting.checked(config, calibration)
     new = model if inplace else copy.deepcopy(model)
 
-    def check(report: Report) -> None:
+    def finish(report: Report) -> Report:
         _check_globs(config, report)
         _check_rejected(config, report)
+        done = fitting.fitted(new, report, config, data, before)
+        keep_unexpanded(new)
+        return done
 
     before = fitting.loss_before(new, config, data)
-    report = rewrite_module(new, args, kwargs, config, verify, check)
-    try:
-        publish(fitting.fitted(new, report, config, data, before))
-        keep_unexpanded(new)
-    except Exception:
-        for _, owner, _ in list(rewritten(new)):
-            restore(owner)
-        raise
+    publish(rewrite_module(new, args, kwargs, config, verify, finish))
     return new
 
 

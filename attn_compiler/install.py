@@ -23,13 +23,23 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from attn_compiler.cache.expansion import materialised
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import UnsupportedCall
-from attn_compiler.installed import Variant, base_of, install, names_of, restore
+from attn_compiler.installed import (
+    Variant,
+    as_before,
+    base_of,
+    install,
+    names_of,
+    restore,
+    settle,
+)
 from attn_compiler.ir.site import AttentionSite, Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
+from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
+from attn_compiler.variants.base import NewTensor
 from attn_compiler.verify import refused, verify_owner
-from attn_compiler.watch import Example, Recorded, copied, watch
+from attn_compiler.watch import Example, Recorded, copied, untouched, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -38,9 +48,13 @@ _MOST_ANCHORS = 64
 # kinds of calls that one owner is specialised for, and analyses that may fail before it is left
 # alone
 _MOST_VARIANTS = 12
+# modules beside an attention that are looked into, because they hold a part of its layer
+_MOST_OPENED = 3
 _MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
+# ends of the codes of reasons that a wider module may cure
+_OUTSIDE = (".no_projection", ".no_output", ".hidden")
 
 
 # ---------------------------------------------------------------- finding owners
@@ -135,20 +149,31 @@ class _Search:
             self.example.calls[path] = given
             with given.state():
                 variant, report = specialise(owner, base_of(owner), given.values, plan)
+        call = self.example.calls[path]
+        with call.state():
+            for _ in range(_MOST_OPENED):
+                hidden = {r.inside for s in report.sites for r in s.decision.reasons if r.inside}
+                if hidden <= plan.spine:
+                    break
+                opened = replace(plan, spine=plan.spine | hidden)
+                with suppress(CaptureError):
+                    variant, report = specialise(owner, base_of(owner), call.values, opened)
+                    plan = opened
         return _Attempt(path, owner, plan, variant, report)
 
     def _install(self, attempt: _Attempt) -> None:
         owner, path, report = attempt.owner, attempt.path, attempt.report
-        if not self.change:
-            self.owners.append(path)
-            self.reports.append(report)
+        accepted = tuple(s for s in report.sites if s.decision.accepted)
+        blocked = self._blocked(owner, accepted)
+        if blocked is not None or not self.change:
+            self.owners += [path] if blocked is None else []
+            self.reports.append(report if blocked is None else refused(report, *blocked))
             return
         base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
         if attempt.variant.asks_training:
             with call.state(), _other_mode(owner), suppress(CaptureError):
                 variants.append(specialise(owner, base, call.values, attempt.plan)[0])
-        accepted = tuple(s for s in report.sites if s.decision.accepted)
         install(owner, variants, attempt.plan, accepted)
         exact = all(site.decision.fidelity == "exact" for site in accepted)
         try:
@@ -161,6 +186,33 @@ class _Search:
         else:
             self.owners.append(path)
         self.reports.append(report)
+
+    def whole(self, report: Report, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+        """Does the model still run, where modules have lost parameters? Its own code may read
+        what only an owner was thought to.
+        """
+        if not any(site.decision.taken for site in report.sites):
+            return report
+        try:
+            with untouched(self.model):
+                self.model(*copied(args), **copied(kwargs))
+        except Exception as error:  # runs the user's code
+            for path in reversed(self.owners):
+                restore(self.model.get_submodule(path))
+            self.owners.clear()
+            text = f"the model needs what would be replaced: {type(error).__name__}: {error}"
+            return refused(report, text, "rewrite.read_outside")
+        return report
+
+    def _blocked(
+        self, owner: nn.Module, sites: tuple[AttentionSite, ...]
+    ) -> tuple[str, str] | None:
+        """Why its parameters cannot be swapped: a text and a code."""
+        taken = [path for site in sites for path in site.decision.taken]
+        new = [t for site in sites for t in site.decision.tensors]
+        tensors = [t for t in new if isinstance(t, NewTensor) and t.home is not None]
+        found = obstacle(self.model, owner, taken, tensors) if taken or tensors else None
+        return None if found is None else (found[1], found[0])
 
 
 def _with_a_cache(owner: nn.Module, call: Recorded) -> Recorded | None:
@@ -194,7 +246,9 @@ class _Attempt:
 def _settled(site: AttentionSite) -> bool:
     """Is it rewritten, or refused for what it is and not for what lies outside of this module?"""
     reasons = [reason.code for reason in site.decision.reasons]
-    inside = all(code.startswith("el.") and code != "el.no_projection" for code in reasons)
+    inside = all(
+        code.startswith(("el.", "switchhead.")) and not code.endswith(_OUTSIDE) for code in reasons
+    )
     return site.decision.accepted or (bool(reasons) and inside)
 
 
@@ -204,18 +258,23 @@ def rewrite_module(
     kwargs: dict[str, Any],
     config: CompileConfig,
     verify: bool,
-    check: Callable[[Report], None],
+    finish: Callable[[Report], Report],
 ) -> Report:
-    """Rewrite the attention of a living model in place; if `check` raises, it is as before."""
+    """Rewrite the attention of a living model in place.
+
+    Args:
+        finish: checks and completes the report; if it raises, the model is as before.
+    """
     # a refusal at one module is no refusal: its parent may do
     search = _Search(model, replace(config, on_reject="keep"), verify, watch(model, args, kwargs))
     try:
-        report = search.run()
-        check(report)
+        report = finish(search.whole(search.run(), args, kwargs))
     except Exception:
-        for path in search.owners:
+        for path in reversed(search.owners):
             restore(model.get_submodule(path))
         raise
+    for path in search.owners:
+        settle(model.get_submodule(path))
     return report
 
 
@@ -265,23 +324,43 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
         return None
     try:
-        variant, report = specialise(owner, base_of(owner), values, plan)
-        if not report.rewritten and plan.config.exact() != plan.config:
-            # what keeps no cache, or drops weights, runs the ordinary attention
-            plan = replace(plan, config=plan.config.exact())
+        with as_before(owner):
             variant, report = specialise(owner, base_of(owner), values, plan)
+            if not report.rewritten and plan.config.exact() != plan.config:
+                # what keeps no cache, or drops weights, runs the ordinary attention
+                plan = replace(plan, config=plan.config.exact())
+                variant, report = specialise(owner, base_of(owner), values, plan)
     except CaptureError as refusal:
         problem = f"{refusal.code}: {refusal.text}"
     else:
-        problem = "" if report.rewritten else "no attention was found in it"
-        if [s.decision.tensors for s in report.sites if s.decision.accepted] != [
-            s.decision.tensors for s in owner._attn_sites
-        ]:
+        problem = "" if report.rewritten else _why(report)
+        sites = [s for s in report.sites if s.decision.accepted]
+        if list(map(_swapped, sites)) != list(map(_swapped, owner._attn_sites)):
             problem = problem or "it needs other tensors than the module has"
     if problem:
         owner.__dict__["_attn_failures"] += 1
-        log.warning("%s: a call unlike the example runs the original code: %s", where, problem)
+        exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
+        done = "runs the original code" if exact else "cannot be analysed"
+        log.warning("%s: a call unlike the example %s: %s", where, done, problem)
         return None
     log.info("%s: a call unlike the example was analysed", where)
     owner._attn_variants.append(variant)
     return variant
+
+
+def _why(report: Report) -> str:
+    """Why nothing of a call was rewritten."""
+    kept = (str(reason) for site in report.sites for reason in site.decision.reasons)
+    missed = (f"{m.code}: {m.text}" for m in report.missed)
+    return next(iter((*kept, *missed)), "no attention was found in it")
+
+
+def _swapped(site: AttentionSite) -> Any:
+    """What a site puts into its module and takes out of it; how it starts, in which dtype and
+    where do not matter: a model moves.
+    """
+    new = [
+        (t.path, t.shape, t.trained) if isinstance(t, NewTensor) else t
+        for t in site.decision.tensors
+    ]
+    return new, site.decision.taken

@@ -9,7 +9,7 @@ host graph --find_candidates--> candidates --cut, functionalise--> regions --rec
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
+from attn_compiler.ir.axes import hint
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
+from attn_compiler.ir.layer import find_layer
 from attn_compiler.ir.listing import Line, Listing, lines
+from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
@@ -35,29 +38,43 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
-from attn_compiler.ir.states import Kept, find_states, find_update
+from attn_compiler.ir.states import Kept, State, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
+from attn_compiler.passes.replace_layer import replace_layer
 from attn_compiler.passes.rewrite_memory import rewrite_memory
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
 from attn_compiler.passes.show_states import show_states
+from attn_compiler.planning import advice
 from attn_compiler.report import Report
 from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import (
     Lowering,
     NewModule,
     NewTensor,
+    Replacement,
     Scope,
+    Shape,
     Variant,
     VariantSpec,
 )
 
 log = logging.getLogger("attn_compiler")
+_NEEDS_REWRITE = (
+    Reason(
+        "needs_rewrite",
+        "it needs new tensors in the module: use attn_compiler.rewrite on the model",
+    ),
+)
+Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
+Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTensor, ...]]
+# what finds, and what replaces, the piece around a core for a variant with parameters of its own
+WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {Scope.SITE: (find_layer, replace_layer)}
 
 
 @dataclass
@@ -285,6 +302,8 @@ def _chosen(
     variant, lowering = variant_of(target), None
     spec = variant.spec() if target == "fastest" else target
     region, _, core = raised
+    if variant.replace is not None:
+        return _replaced(work, raised, site, spec)
     site, kept = _with_cache(work, variant, raised, site)
     reasons = tuple(variant.legality(site, spec))
     new: tuple[NewTensor | NewModule, ...] = ()
@@ -332,6 +351,58 @@ def _with_cache(
     return site, None
 
 
+def _replaced(
+    work: _Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    spec: VariantSpec,
+) -> AttentionSite:
+    """The same for a variant that replaces more than the core, with parameters of its own."""
+    region, functional, core = raised
+    variant = variant_of(spec)
+    if not work.config.installs:
+        return replace(site, decision=Decision(False, reasons=_NEEDS_REWRITE))
+    find, carry_out = WIDER[variant.scope]
+    sought = find(region, functional, core, work.state)
+    piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
+    reasons = tuple(variant.legality(site, spec))
+    if piece is None or variant.replace is None or reasons:
+        return replace(site, decision=Decision(False, reasons=reasons))
+    try:
+        made = variant.replace(site, piece, spec)
+        tensors = carry_out(region, functional, piece, made) if work.change else made.tensors
+    except (NotAttention, RegionError) as refusal:
+        reason = Reason(refusal.code, refusal.text, site.location)
+        return replace(site, decision=Decision(False, reasons=(reason,)))
+    work.touched |= set(region.nodes) | piece.nodes | {piece.end}
+    before = piece.facts.get("before")
+    taken = piece.taken if before is None else before.taken
+    decision = Decision(
+        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
+        spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
+    )  # fmt: skip
+    facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
+    return replace(site, decision=decision, facts={**site.facts, **facts})
+
+
+def _advice(work: _Work, piece: Piece, site: AttentionSite, spec: VariantSpec) -> str:
+    """What the planner says about a piece at the sizes of the example."""
+    x, y = (ops.value(node) for node in (piece.given[0], piece.given[-1]))
+    if site.query_heads is None or site.head_dim is None:
+        return ""
+    shape = Shape(
+        hint(x.shape[0]),
+        hint(x.shape[1]),
+        hint(y.shape[1]),
+        site.query_heads,
+        site.head_dim,
+        kv_heads=site.kv_heads,
+        width=hint(x.shape[-1]),
+        causal="causal" in str(site.mask),
+    )
+    return advice(spec, shape, work.config.hardware, x.dtype)
+
+
 def _named(seen: Shown) -> str:
     return f"{seen.name}: {seen.why}" if seen.why else seen.name
 
@@ -341,8 +412,7 @@ def _not_installable(lowering: Lowering, work: _Work) -> tuple[Reason, ...]:
     living = work.memory is not None or not (lowering.own or lowering.remembers)
     if living and (work.config.installs or not lowering.tensors):
         return ()
-    text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
-    return (Reason("needs_rewrite", text),)
+    return _NEEDS_REWRITE
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,14 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something was not done: a stable code, a sentence, and the user's source line."""
+    """Why something was not done: a stable code, a sentence, and the user's source line; `inside`
+    is the path, below the owner, of a module that hides what was sought.
+    """
 
     code: str
     text: str
     location: str = ""
+    inside: str = ""
 
     def __str__(self) -> str:
         return f"{self.code}: {self.text}" + (f" ({self.location})" if self.location else "")
@@ -67,6 +70,10 @@ class Decision:
         tensors: what its module gets, under their final names.
         call: the sizes of the example and the device in the cost model's words (`kernels.shown.
             Call`), where a device was named.
+        taken: what leaves the model: paths below the owner of modules and parameters.
+        spec: what was asked for, with numbers for every "auto"; None where nothing was open.
+        cached: heads and width of what a cache holds instead of keys and values; None where it
+            holds these.
     """
 
     accepted: bool
@@ -79,6 +86,9 @@ class Decision:
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
     call: Any = None
+    taken: tuple[str, ...] = ()
+    spec: Any = None
+    cached: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

@@ -93,8 +93,8 @@ def find_states(
     calls = [node.meta.get("opaque") if node is not None else None for node in places]
     if places[0] is None or places[1] is None or calls[0] is None or calls[1] is None:
         return Found(None, tuple(_uncached(region_end, functional, core, state)))
-    obstacles += _layouts(core, places)  # type: ignore[arg-type]
-    update, layer = _updated(calls[0], calls[1]), _read(calls[0], calls[1])
+    obstacles += layouts(core, places)  # type: ignore[arg-type]
+    update, layer = updated(calls[0], calls[1]), layer_read(calls[0], calls[1])
     if update is None and layer is None:
         text = "keys and values do not come from one call of `update` or one layer of a cache"
         return Found(None, (*obstacles, Reason("cache_form", text, location(region_end))))
@@ -122,7 +122,7 @@ def _place(functional: FunctionalRegion, operand: Operand) -> fx.Node | None:
     return functional.read.get(operand.node)
 
 
-def _layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
+def layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
     """The attention must read them as they are: [batch, kv heads, keys, features], all of it."""
     roles = core.roles
     for operand, last, place in zip(
@@ -153,7 +153,7 @@ def _is_whole(index: Index, group: Iterable[Axis], size: ax.Size | None) -> bool
     return size is None or ax.equal(stride, size)
 
 
-def _updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
+def updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
     """The call `update(key, value, ...)` whose two results these are, read by nobody else."""
     pieces = []
     for piece, position in ((key, 0), (value, 1)):
@@ -168,7 +168,7 @@ def _updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
     return call if plain and only else None
 
 
-def _read(key: fx.Node, value: fx.Node) -> fx.Node | None:
+def layer_read(key: fx.Node, value: fx.Node) -> fx.Node | None:
     """The layer whose `keys` and `values` these are."""
     for node, name in ((key, "keys"), (value, "values")):
         if node.target is not getattr or node.args[1] != name:
@@ -311,12 +311,12 @@ def find_update(
     calls = [node.meta.get("opaque") if node is not None else None for node in places]
     if calls == [None, None]:
         return None, ()
-    update = None if None in calls else _updated(*calls)  # type: ignore[arg-type]
+    update = None if None in calls else updated(*calls)  # type: ignore[arg-type]
     if update is None or places[0] is None or places[1] is None:
         text = "keys and values do not come from one call of `update` of a cache"
         return None, (Reason("cache_form", text, location(end)),)
     kept = Kept((places[0], places[1]), update, None, None, None, False)
-    return kept, tuple(_layouts(core, [places[0], places[1]]))
+    return kept, tuple(layouts(core, [places[0], places[1]]))
 
 
 def single_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:

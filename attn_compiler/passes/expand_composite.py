@@ -18,6 +18,9 @@ from torch.utils import _pytree as pytree
 from attn_compiler.ir import ops
 from attn_compiler.ir.trace import Region, RegionError, trace_region
 
+# key in the meta of a node that stands for a whole layer or block
+WHOLE = "whole"
+
 
 @dataclass
 class Expansion:
@@ -34,7 +37,7 @@ class Expansion:
     inserted: list[fx.Node]
 
     def rewritten(self) -> bool:
-        """Was an attention inside replaced by the operator?"""
+        """Was an attention inside replaced, by the operator or with all that is around it?"""
         target = torch.ops.attn_compiler.attention.default
         before = [
             argument
@@ -42,7 +45,8 @@ class Expansion:
             if not node._erased
             for argument in node.all_input_nodes
         ]
-        return any(_made_by(argument, target) for argument in before)
+        unread = any(not piece.users for _, piece in self.users)
+        return unread or any(_made_by(argument, target) for argument in before)
 
     def undo(self) -> None:
         for piece, replacement in self.users:
@@ -55,10 +59,10 @@ class Expansion:
 
 
 def _made_by(node: fx.Node, target: Any) -> bool:
-    """Is this a view of a result of `target`?"""
+    """Is this a view of a result of `target`, or of what replaced a whole layer?"""
     while node.target is not target and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return node.target is target
+    return node.target is target or WHOLE in node.meta
 
 
 def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:

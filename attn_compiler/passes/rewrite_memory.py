@@ -117,7 +117,7 @@ def _own(emitter: Emitter, core: Core, added: Added) -> tuple[fx.Node, ...]:
     x = single_source(emitter.functional, core)
     assert x is not None  # the site has a width
     dtype = ops.value(x).dtype
-    return (x, *(added.tensor(replace(weight, dtype=dtype)) for weight in added.lowering.own))
+    return (x, *added.tensors([replace(weight, dtype=dtype) for weight in added.lowering.own]))
 
 
 def _become_take(update: fx.Node, memory: fx.Node, calls: CacheCalls) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
-from attn_compiler.variants.base import Lowering, NewModule, NewTensor, filled
+from attn_compiler.variants.base import Lowering, NewModule, NewTensor
 
 aten = torch.ops.aten
 # users that give the same result for any strides of what they read, and those that hand the strides
@@ -33,7 +33,20 @@ _LAYOUT_FREE = frozenset({"contiguous", "reshape", "flatten", "linear", "matmul"
 _LAYOUT_KEPT = frozenset({"transpose", "permute", "swapaxes", "movedim"})
 # what gives numbers and has no effect
 _NUMBERS = frozenset(
-    {"size", "dim", "numel", "stride", "getattr", "getitem", "add", "sub", "mul", "truediv", "pow"}
+    {
+        "size",
+        "sym_size",
+        "dim",
+        "numel",
+        "stride",
+        "getattr",
+        "getitem",
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "pow",
+    }
     | {"floordiv", "mod", "neg", "sym_int", "sym_float", "sym_sqrt", "sqrt", "rsub", "max", "min"}
 )
 
@@ -102,24 +115,24 @@ class Added:
         self.emitter = emitter
         self.lowering = lowering
         self.new: list[NewTensor | NewModule] = []
-        self.reads = [self.tensor(t) for t in lowering.reads]
-        self.extra = [self.tensor(x) if isinstance(x, NewTensor) else x for x in lowering.extra]
+        self.reads = self.tensors(lowering.reads)
+        self.extra = [
+            self.tensors([x])[0] if isinstance(x, NewTensor) else x for x in lowering.extra
+        ]
 
-    def tensor(self, tensor: NewTensor) -> fx.Node:
-        """Read a tensor that the module gets."""
-        named = replace(tensor, name=self._free(tensor.name))
-        self.new.append(named)
-        return self.emitter.attribute(named.name, filled(replace(named, spread=0.0)))
+    def tensors(self, tensors: Sequence[NewTensor]) -> list[fx.Node]:
+        """Read tensors that the module gets."""
+        made = self.emitter.attributes(tensors)
+        self.new += [tensor for tensor, _ in made]
+        return [node for _, node in made]
 
     def module(self, module: NewModule) -> fx.Node:
         """Read a module that the module gets."""
-        named = replace(module, name=self._free(module.name))
+        taken = {str(n.target) for n in self.emitter.graph.find_nodes(op="get_attr")}
+        names = (f"{module.name}_{i}" for i in itertools.count())
+        named = replace(module, name=next(name for name in names if name not in taken))
         self.new.append(named)
         return self.emitter.submodule(named.name, named.kind())
-
-    def _free(self, name: str) -> str:
-        taken = {str(n.target) for n in self.emitter.graph.find_nodes(op="get_attr")}
-        return next(f"{name}_{i}" for i in itertools.count() if f"{name}_{i}" not in taken)
 
     def check_length(self, core: Core) -> None:
         """A graph of symbolic sizes asks for the length while it runs."""
@@ -142,8 +155,13 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
     for operation, factor in core.factors:
         target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
         q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
-    reads = [_protected(emitter, _read(emitter, node, q), later) for node in core.reads]
-    return q, reads, [emitter.size(size) for size in core.ints]
+    return q, reads_of(emitter, core, q), [emitter.size(size) for size in core.ints]
+
+
+def reads_of(emitter: Emitter, core: Core, like: fx.Node) -> list[fx.Node]:
+    """The tensors that the program reads; numbers become tensors on the device of `like`."""
+    later = _written_later(emitter.region.end)
+    return [_protected(emitter, _read(emitter, node, like), later) for node in core.reads]
 
 
 def keys_and_values(emitter: Emitter, core: Core) -> tuple[fx.Node, fx.Node]:
@@ -321,11 +339,12 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     return {identity for node in nodes for identity in ops.storages(node)}
 
 
-def unread_numbers(graph: fx.Graph) -> set[fx.Node]:
-    """Sizes, and arithmetic on them, that nobody reads: tracers leave them behind."""
+def unread_numbers(graph: fx.Graph, readers: Container[fx.Node] = frozenset()) -> set[fx.Node]:
+    """Sizes, and arithmetic on them, that nobody reads but `readers`: tracers leave them behind."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if ops.name(node) in _NUMBERS and found.issuperset(node.users) and _is_number(node):
+        unread = all(user in found or user in readers for user in node.users)
+        if ops.name(node) in _NUMBERS and unread and _is_number(node):
             found.add(node)
     return found
 
@@ -339,7 +358,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> None:
     """Erase those of `candidates`, and of the numbers, that nothing needs any more."""
-    candidates = candidates | unread_numbers(graph)
+    candidates = candidates | unread_numbers(graph, candidates)
     dead = candidates - live_nodes(graph, candidates, set())
     for node in reversed(list(graph.nodes)):
         if node in dead:

@@ -99,28 +99,67 @@ def is_size(value: object, least: int = 1) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor that a rewritten module gets; as it starts, it leaves the function as it is.
+class Start:
+    """How a new tensor starts, where it is not full of one number.
 
     Attributes:
-        name: of the attribute; the site's number in its owner is added to it.
+        write: write(tensor, *numbers) fills a tensor in place, and draws from the global generator;
+            a function of a module, so that it compares, and is pickled, by its name.
+        numbers: what it needs to know.
+    """
+
+    write: Callable[..., Any]
+    numbers: tuple[float, ...] = ()
+
+
+def normal(tensor: torch.Tensor, deviation: float) -> None:
+    """Independent normal numbers with mean 0."""
+    tensor.normal_(0.0, deviation)
+
+
+def rows_of_length(tensor: torch.Tensor, length: float) -> None:
+    """Rows in random directions, all of one length."""
+    tensor.normal_()
+    tensor.mul_(length / torch.linalg.vector_norm(tensor, dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that a rewritten module gets. Those of a variant that is not RETRAINED are filled
+    with one number and leave the function as it is.
+
+    Attributes:
+        name: of the attribute. With `home` it is the very name, and a number is added only from the
+            second site of that module on; without, the site's number in its owner.
         shape, dtype, fill: how it starts.
         trained: a parameter, and no buffer.
-        spread: standard deviation of normal numbers around `fill`.
+        home: path below the owner of the module that gets it ("" the owner); None, the owner.
+        device: None is that of the owner.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fill: float
+    fill: float | Start
     trained: bool = False
-    spread: float = 0.0
+    home: str | None = None
+    device: torch.device | None = None
+
+    @property
+    def path(self) -> str:
+        """Below the owner."""
+        return f"{self.home}.{self.name}" if self.home else self.name
 
 
 def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
     """A new tensor as it starts."""
-    found = torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
-    return found.add_(torch.randn_like(found), alpha=tensor.spread) if tensor.spread else found
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device or device)
+    with torch.no_grad():
+        if isinstance(tensor.fill, Start):
+            tensor.fill.write(made, *tensor.fill.numbers)
+        else:
+            made.fill_(tensor.fill)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +207,51 @@ class Lowering:
         return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)), *self.own)
 
 
+@dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """How a replaced layer works with a cache of keys and values.
+
+    Attributes:
+        write: write(cache, ((x_k, x_v), tensors), options, *index) -> keys, values, start, instead
+            of the cache's `update`.
+        read: read(x_q, keys, values, start, reads, ints, *tensors, **options) -> y.
+        heads, width: keys and values are [B, heads, S, width].
+    """
+
+    write: Callable[..., Any]
+    read: Callable[..., Any]
+    heads: int
+    width: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.heads, self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What takes the place of a piece that is wider than a core.
+
+    Attributes:
+        function: computes it: `function(*given, *tensors, **options)`, a function of a module, of
+            torch operations and the package's operators alone.
+        tensors: of the module that gets them, in the order of the arguments; each has a `home`.
+        options: keyword arguments.
+        spec: what was asked for, with numbers for every "auto".
+        words: what it is, for the report.
+        training: does it depend on the mode? Then it is made once for each.
+        cached: the same for a layer with a cache.
+    """
+
+    function: Callable[..., Any]
+    tensors: tuple[NewTensor, ...]
+    options: tuple[tuple[str, Any], ...]
+    spec: VariantSpec
+    words: str = ""
+    training: bool = False
+    cached: CachedLayer | None = None
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to attend.
@@ -181,6 +265,8 @@ class Variant:
             not as many as keys) and how many tensors its program reads; None for the exact
             operator.
         remembers: do its sites remember something, and hand it to the cache of a generation?
+        replace: what takes the place of the piece around a core that `Scope` names, given the
+            piece as `ir` found it; None where only the core is replaced.
     """
 
     name: str
@@ -190,6 +276,7 @@ class Variant:
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
     lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
     remembers: bool = False
+    replace: Callable[[AttentionSite, Any, Any], Replacement] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,14 @@ from attn_compiler.variants.base import (
     NewModule,
     NewTensor,
     Scope,
+    Start,
     Variant,
     VariantSpec,
     Work,
     demand,
     demand_one_of,
     is_size,
+    normal,
 )
 
 if TYPE_CHECKING:
@@ -143,7 +145,7 @@ def _own_head(site: AttentionSite) -> tuple[NewTensor, ...]:
     shapes = ((width, dim), (width, dim), (width, value), (value, site.query_heads * value))
     spread = width**-0.5
     return tuple(
-        NewTensor(name, shape, torch.float32, 0.0, trained=True, spread=wide)
+        NewTensor(name, shape, torch.float32, Start(normal, (wide,)), trained=True)
         for name, shape, wide in zip(OWN, shapes, (spread, 0.0, spread, 0.0), strict=True)
     )
 
