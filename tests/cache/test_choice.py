@@ -33,7 +33,8 @@ def test_the_plan_follows_the_break_even_point(name: str, dtype: torch.dtype) ->
     # a CPU multiplies in float32 there
     half = dtype.itemsize == 2 and hardware.kind != "cpu"
     rate = hardware.flops16 if half else hardware.flops32
-    flops = rate * hardware.processors * hardware.clock * hardware.sustained
+    share = hardware.constants_of("states").clock if hardware.kind == "cpu" else 1.0
+    flops = share * rate * hardware.processors * hardware.clock * hardware.sustained
     limit = most_heads(flops / hardware.dram_rate, dtype.itemsize)
     for heads, pays in ((max(2, int(limit / 4)), True), (int(4 * limit), False)):
         # so long that projections are little of it
