@@ -26,7 +26,6 @@ from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
 from attn_compiler.install import rewrite_module
-from attn_compiler.installed import restore, rewritten
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
 from attn_compiler.train import spion
@@ -216,17 +215,12 @@ def _rewrite_module(
     _check_calibration(config, calibration)
     new = model if inplace else copy.deepcopy(model)
 
-    def check(report: Report) -> None:
+    def finish(report: Report) -> Report:
         _check_globs(config, report)
         _check_rejected(config, report)
+        return _fitted(new, report, config, calibration)
 
-    report = rewrite_module(new, args, kwargs, config, verify, check)
-    try:
-        publish(_fitted(new, report, config, calibration))
-    except Exception:
-        for _, owner, _ in list(rewritten(new)):
-            restore(owner)
-        raise
+    publish(rewrite_module(new, args, kwargs, config, verify, finish))
     return new
 
 

@@ -10,6 +10,7 @@ depended on.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import fx, nn
 from attn_compiler.errors import require
 from attn_compiler.installed import names_of, parameters_of
 from attn_compiler.opaque import CONSTANTS, Opaque, shadow
+from attn_compiler.passes.emit import CONSTANT
 from attn_compiler.record import Recorder
 from attn_compiler.symbols import CaptureError
 
@@ -138,9 +140,11 @@ class Call:
 
     # ------------------------------------------------------------ modules, attributes, state
 
-    def module_checks(self) -> None:
-        """The modules that were traced through, what was read of them, and the ambient state."""
-        recorder = self.recorder
+    def module_checks(self, graph: fx.Graph, taken: Iterable[str]) -> None:
+        """The modules that were traced through, what was read of them, the parameters that the
+        graph reads, and the ambient state; nothing that was taken out.
+        """
+        recorder, gone = self.recorder, frozenset(taken)
         homes = {path: self._module(path) for path in recorder.kinds}
         for path, kind in recorder.kinds.items():
             if path:
@@ -148,14 +152,15 @@ class Call:
         for (path, name), value in recorder.reads.items():
             same = "is" if isinstance(value, bool | None) else "=="
             self.check(f"{homes[path]}.{name} {same} {self.name(value)}")
-        for path in dict.fromkeys(recorder.leaves):
+        for path in dict.fromkeys(p for p in recorder.leaves if p not in gone):
             weights = recorder.root.get_submodule(path)._parameters
             name, weight = next(iter(weights.items()), ("", None))
             if weight is not None:
                 self.check(f"keeps({self._module(path)}, {name!r}, {weight.dtype})")
-        for node in recorder.graph.nodes:
-            if node.op == "get_attr" and isinstance(node.meta.get("example_value"), torch.Tensor):
-                found = node.meta["example_value"]
+        for node in graph.nodes:
+            found = node.meta.get("example_value")
+            constant = str(node.target).startswith(CONSTANT)
+            if node.op == "get_attr" and not constant and isinstance(found, torch.Tensor):
                 device = self.name(found.device)
                 home, _, name = str(node.target).rpartition(".")
                 text = f"{self._module(home)}.{name}"

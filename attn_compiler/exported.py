@@ -12,6 +12,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec
 
 from attn_compiler.config import CompileConfig
 from attn_compiler.ir.site import Decision, Reason
+from attn_compiler.passes.emit import CONSTANT
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
 
@@ -25,7 +26,7 @@ def rewrite_program(
     report = compile_graph(module, config)
     if not report.rewritten:
         return program, report
-    if any(str(n.target).startswith("_attn_constant") for n in module.graph.nodes):
+    if any(str(n.target).startswith(CONSTANT) for n in module.graph.nodes):
         reason = Reason(
             "export.constant", "a constant tensor would have to be added to the program"
         )

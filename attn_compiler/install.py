@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from attn_compiler.config import CompileConfig
-from attn_compiler.installed import Variant, base_of, install, restore
+from attn_compiler.installed import Variant, as_before, base_of, install, restore, settle
 from attn_compiler.ir.site import AttentionSite, Missed
 from attn_compiler.report import Report
 from attn_compiler.specialise import Plan, specialise
+from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.verify import refused, verify_owner
 from attn_compiler.watch import Example, watch
@@ -131,6 +132,10 @@ class _Search:
             with call.state(), _other_mode(owner), suppress(CaptureError):
                 variants.append(specialise(owner, base, call.values, attempt.plan)[0])
         accepted = tuple(s for s in report.sites if s.decision.accepted)
+        blocked = self._blocked(owner, accepted)
+        if blocked is not None:
+            self.reports.append(refused(report, blocked[1], blocked[0]))
+            return
         install(owner, variants, attempt.plan, accepted)
         exact = all(site.decision.fidelity == "exact" for site in accepted)
         problem = verify_owner(owner, call, exact) if self.verify else None
@@ -140,6 +145,13 @@ class _Search:
         else:
             self.owners.append(path)
         self.reports.append(report)
+
+    def _blocked(
+        self, owner: nn.Module, sites: tuple[AttentionSite, ...]
+    ) -> tuple[str, str] | None:
+        taken = [path for site in sites for path in site.decision.taken]
+        tensors = [t for site in sites for t in site.decision.tensors if t.home is not None]
+        return obstacle(self.model, owner, taken, tensors) if taken or tensors else None
 
 
 @dataclass(frozen=True)
@@ -168,18 +180,23 @@ def rewrite_module(
     kwargs: dict[str, Any],
     config: CompileConfig,
     verify: bool,
-    check: Callable[[Report], None],
+    finish: Callable[[Report], Report],
 ) -> Report:
-    """Rewrite the attention of a living model in place; if `check` raises, it is as before."""
+    """Rewrite the attention of a living model in place.
+
+    Args:
+        finish: checks and completes the report; if it raises, the model is as before.
+    """
     # a refusal at one module is no refusal: its parent may do
     search = _Search(model, replace(config, on_reject="keep"), verify, watch(model, args, kwargs))
     try:
-        report = search.run()
-        check(report)
+        report = finish(search.run())
     except Exception:
-        for path in search.owners:
+        for path in reversed(search.owners):
             restore(model.get_submodule(path))
         raise
+    for path in search.owners:
+        settle(model.get_submodule(path))
     return report
 
 
@@ -217,23 +234,33 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
         return None
     try:
-        variant, report = specialise(owner, base_of(owner), values, plan)
-        if not report.rewritten and plan.config.exact() != plan.config:
-            # what keeps no cache, or drops weights, runs the ordinary attention
-            plan = replace(plan, config=plan.config.exact())
+        with as_before(owner):
             variant, report = specialise(owner, base_of(owner), values, plan)
+            if not report.rewritten and plan.config.exact() != plan.config:
+                # what keeps no cache, or drops weights, runs the ordinary attention
+                plan = replace(plan, config=plan.config.exact())
+                variant, report = specialise(owner, base_of(owner), values, plan)
     except CaptureError as refusal:
         problem = f"{refusal.code}: {refusal.text}"
     else:
         problem = "" if report.rewritten else "no attention was found in it"
-        if [s.decision.tensors for s in report.sites if s.decision.accepted] != [
-            s.decision.tensors for s in owner._attn_sites
-        ]:
+        sites = [s for s in report.sites if s.decision.accepted]
+        if list(map(_swapped, sites)) != list(map(_swapped, owner._attn_sites)):
             problem = problem or "it needs other tensors than the module has"
     if problem:
         owner.__dict__["_attn_failures"] += 1
-        log.warning("%s: a call unlike the example runs the original code: %s", where, problem)
+        exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
+        done = "runs the original code" if exact else "cannot be analysed"
+        log.warning("%s: a call unlike the example %s: %s", where, done, problem)
         return None
     log.info("%s: a call unlike the example was analysed", where)
     owner._attn_variants.append(variant)
     return variant
+
+
+def _swapped(site: AttentionSite) -> Any:
+    """What a site puts into its module and takes out of it; how it starts, in which dtype and
+    where do not matter: a model moves.
+    """
+    tensors = [(t.path, t.shape, t.trained) for t in site.decision.tensors]
+    return tensors, site.decision.taken

@@ -20,6 +20,7 @@ import linecache
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,10 @@ import torch
 from torch import nn
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
+from attn_compiler import swap
 from attn_compiler.errors import UnsupportedCall, require
 from attn_compiler.ir.site import AttentionSite
-from attn_compiler.variants.base import NewTensor, filled
+from attn_compiler.variants.base import NewTensor
 
 log = logging.getLogger("attn_compiler")
 _numbers = itertools.count()
@@ -216,26 +218,26 @@ def _restore(
     return function(rewritten_class(base), *arguments)
 
 
-_STATE = ("_attn_variants", "_attn_plan", "_attn_failures", "_attn_sites")
+_STATE = ("_attn_variants", "_attn_plan", "_attn_failures", "_attn_sites", "_attn_taken")
 
 
 def install(
     owner: nn.Module, variants: list[Variant], plan: Any, sites: tuple[AttentionSite, ...] = ()
 ) -> None:
-    """Swap the owner's class; the owner keeps its identity, parameters, hooks and name, and gets
-    the new tensors of its sites.
+    """Swap the owner's class; the owner keeps its identity, hooks and name, and all parameters
+    that its sites do not replace, and gets the new tensors. What is replaced is kept aside, for
+    `restore`, until `settle`.
     """
     owner.__class__ = rewritten_class(base_of(owner))
+    taken = swap.take(owner, [path for site in sites for path in site.decision.taken])
     owner.__dict__.update(
-        _attn_variants=variants, _attn_plan=plan, _attn_failures=0, _attn_sites=sites
+        _attn_variants=variants,
+        _attn_plan=plan,
+        _attn_failures=0,
+        _attn_sites=sites,
+        _attn_taken=taken,
     )
-    device = next((t.device for t in (*owner.parameters(), *owner.buffers())), None)
-    for tensor in new_tensors(owner):
-        value = filled(tensor, device)
-        if tensor.trained:
-            owner.register_parameter(tensor.name, nn.Parameter(value))
-        else:
-            owner.register_buffer(tensor.name, value)
+    swap.put(owner, new_tensors(owner))
 
 
 def new_tensors(owner: nn.Module) -> tuple[NewTensor, ...]:
@@ -245,12 +247,35 @@ def new_tensors(owner: nn.Module) -> tuple[NewTensor, ...]:
 
 
 def restore(owner: nn.Module) -> None:
-    """Give the owner its class back."""
-    for tensor in new_tensors(owner):
-        delattr(owner, tensor.name)
+    """Give the owner its class back, and what was taken out of it; not after `settle`, if there is
+    anything.
+    """
+    swap.drop(owner, new_tensors(owner))
+    swap.give_back(owner, owner.__dict__.get("_attn_taken", ()))
     owner.__class__ = base_of(owner)
     for name in _STATE:
         owner.__dict__.pop(name, None)
+
+
+def settle(owner: nn.Module) -> None:
+    """Let go of the parameters that were replaced; their shapes stay, to analyse other calls."""
+    owner.__dict__["_attn_taken"] = tuple(map(swap.emptied, owner.__dict__["_attn_taken"]))
+
+
+@contextmanager
+def as_before(owner: nn.Module) -> Iterator[None]:
+    """The owner with the modules that were replaced, without their numbers: for a trace."""
+    like = next((t for t in new_tensors(owner) if t.trained), None)
+    taken = owner.__dict__.get("_attn_taken", ())
+    if like is None or not taken:
+        yield
+        return
+    shaped = [swap.shaped(item, owner.get_parameter(like.path)) for item in taken]
+    held = swap.give_back(owner, shaped)
+    try:
+        yield
+    finally:
+        swap.put_back(owner, held)
 
 
 def rewritten(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]]:

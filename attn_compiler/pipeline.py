@@ -9,7 +9,7 @@ host graph --find_candidates--> candidates --cut, functionalise--> regions --rec
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
+from attn_compiler.ir.piece import Sought
 from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
@@ -33,12 +34,13 @@ from attn_compiler.ir.region import (
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
-from attn_compiler.ir.states import Kept, find_states
+from attn_compiler.ir.states import Kept, State, find_states
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
+from attn_compiler.passes.replace_piece import replace_piece
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
@@ -46,6 +48,15 @@ from attn_compiler.report import Report
 from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
+_NEEDS_REWRITE = (
+    Reason(
+        "needs_rewrite",
+        "it needs new tensors in the module: use attn_compiler.rewrite on the model",
+    ),
+)
+Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
+# what finds the piece that a variant with parameters of its own replaces
+FINDERS: Mapping[Scope, Finder] = {}
 
 
 @dataclass
@@ -227,6 +238,8 @@ def _chosen(
     variant, kept, lowering = variant_of(target), None, None
     spec = variant.spec() if target == "fastest" else target
     region, functional, core = raised
+    if variant.replace is not None:
+        return _replaced(work, raised, site, spec)
     if variant.scope is Scope.SITE and work.cache is not None:
         found = find_states(region.end, functional, core, work.state)
         site, kept = replace(site, obstacles=found.obstacles), found.kept
@@ -251,6 +264,35 @@ def _chosen(
     return replace(site, decision=decision)
 
 
+def _replaced(
+    work: _Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    spec: VariantSpec,
+) -> AttentionSite:
+    """The same for a variant that replaces more than the core, with parameters of its own."""
+    region, functional, core = raised
+    variant = variant_of(spec)
+    if not work.config.installs:
+        return replace(site, decision=Decision(False, reasons=_NEEDS_REWRITE))
+    sought = FINDERS[variant.scope](region, functional, core, work.state)
+    piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
+    reasons = tuple(variant.legality(site, spec))
+    if piece is None or variant.replace is None or reasons:
+        return replace(site, decision=Decision(False, reasons=reasons))
+    try:
+        made = variant.replace(site, piece, spec)
+        tensors = replace_piece(region, functional, piece, made) if work.change else made.tensors
+    except (NotAttention, RegionError) as refusal:
+        reason = Reason(refusal.code, refusal.text, site.location)
+        return replace(site, decision=Decision(False, reasons=(reason,)))
+    work.touched |= set(region.nodes) | piece.nodes | {piece.end}
+    decision = Decision(
+        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=piece.taken
+    )
+    return replace(site, decision=decision, facts={**site.facts, variant.name: made.words})
+
+
 def _named(seen: Shown) -> str:
     return f"{seen.name}: {seen.why}" if seen.why else seen.name
 
@@ -259,8 +301,7 @@ def _not_installable(lowering: Lowering, config: CompileConfig) -> tuple[Reason,
     """New tensors need a module that they can be put into."""
     if config.installs or not lowering.tensors:
         return ()
-    text = "it needs new tensors in the module: use attn_compiler.rewrite on the model"
-    return (Reason("needs_rewrite", text),)
+    return _NEEDS_REWRITE
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from attn_compiler.call import Call
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
 from attn_compiler.opaque import settle
+from attn_compiler.passes.emit import CONSTANT, MODAL
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare, plain_module
 from attn_compiler.report import Report
@@ -108,7 +109,9 @@ def _best(
 
 @dataclass(frozen=True)
 class _Guide:
-    """A finished specialisation that others of the same kind may follow."""
+    """A finished specialisation that others of the same kind may follow; `training` is the mode
+    that its graph is for, None for both.
+    """
 
     base: type[nn.Module]
     plan: Plan
@@ -118,6 +121,12 @@ class _Guide:
     module: fx.GraphModule
     report: Report
     bypassed: tuple[str, ...]
+    training: bool | None
+
+
+def _taken(report: Report) -> list[str]:
+    """What leaves the module with this rewrite."""
+    return [path for site in report.sites for path in site.decision.taken]
 
 
 def _trace(
@@ -141,14 +150,17 @@ def _trace(
         demands += _late(recorder.symbols.guards()[traced:])
     bypassed = _bypassed(gm.graph)
     recorder.inspect(bypassed)
-    call.module_checks()
+    training = owner.training if any(n.meta.get(MODAL) for n in gm.graph.nodes) else None
+    if training is not None:
+        recorder.reads["", "training"] = training
+    call.module_checks(gm.graph, _taken(report))
     call.guard_checks(demands)
     call.guard_nodes(demands, gm.graph)
     settle(gm.graph)
     _spell_constants(gm)
     _sweep(gm.graph)
     recorder.forget()
-    guide = _Guide(base, plan, recorder, recorded, demands, gm, report, bypassed)
+    guide = _Guide(base, plan, recorder, recorded, demands, gm, report, bypassed, training)
     return guide, Variant(_text(names_of(base.forward), call, gm.graph), call.names)
 
 
@@ -162,6 +174,8 @@ def _follow(
     """
     if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
         raise Mismatch
+    if guide.training not in (None, owner.training):
+        raise Mismatch
     symbols = guide.recorder.symbols.follow(fx.Graph())
     recorder = Recorder(owner, plan.inline, symbols, prefix=plan.prefix, guide=guide.recorder)
     call = Call(recorder)
@@ -173,10 +187,12 @@ def _follow(
     if not all(plain_module(owner.get_submodule(path)) for path in guide.bypassed):
         raise Mismatch
     recorder.inspect(guide.bypassed)
-    call.module_checks()
+    if guide.training is not None:
+        recorder.reads["", "training"] = guide.training
+    graph = guide.module.graph
+    call.module_checks(graph, _taken(guide.report))
     call.guard_checks(guide.demands)
     report = _moved(guide, plan)
-    graph = guide.module.graph
     with _patched(graph, guide.recorded, _constants(recorder.graph)):
         return Variant(_text(names_of(guide.base.forward), call, graph), call.names), report
 
@@ -261,7 +277,7 @@ def _about_one(guard: sympy.Basic) -> bool:
 def _spell_constants(gm: fx.GraphModule) -> None:
     """Constants that the rewriting has registered become literals: the owner does not have them."""
     for node in list(gm.graph.nodes):
-        if node.op != "get_attr" or not str(node.target).startswith("_attn_constant"):
+        if node.op != "get_attr" or not str(node.target).startswith(CONSTANT):
             continue
         constant = getattr(gm, str(node.target))
         if constant.numel() > _SMALL:

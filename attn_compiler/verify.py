@@ -118,9 +118,9 @@ def verify_graph(
     return _disagreements(mine, other, exact)
 
 
-def refused(report: Report, text: str) -> Report:
+def refused(report: Report, text: str, code: str = "verify.failed") -> Report:
     """The report of a rewrite that was taken back."""
-    reasons = tuple(Reason("verify.failed", text, site.location) for site in report.sites)
+    reasons = tuple(Reason(code, text, site.location) for site in report.sites)
     sites = (
         replace(site, decision=Decision(False, reasons=(reason,)))
         if site.decision.accepted

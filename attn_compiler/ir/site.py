@@ -63,6 +63,7 @@ class Decision:
         predicted_seconds: by the cost model, None where it does not speak.
         fidelity: "exact", "calibrated" or "retrained".
         tensors: what its module gets, under their final names.
+        taken: what leaves the model: paths below the owner of modules and parameters.
     """
 
     accepted: bool
@@ -72,6 +73,7 @@ class Decision:
     predicted_seconds: float | None = None
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
+    taken: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

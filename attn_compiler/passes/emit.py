@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -22,17 +23,25 @@ from attn_compiler.ir.axes import Axis, Index
 from attn_compiler.ir.core import Operand
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.trace import Region, RegionError, fake_mode
+from attn_compiler.variants.base import NewTensor
 
 aten = torch.ops.aten
 Groups = tuple[tuple[Axis, ...], ...]
+# name of a constant that the rewriting registers
+CONSTANT = "_attn_constant"
+# key in the meta of a node that is right for the mode (training or not) of its module alone
+MODAL = "modal"
 _META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 class Emitter:
-    """Inserts nodes before the end of a region and gives each its fake value."""
+    """Inserts nodes before the end of a region, or before `at`, and gives each its fake value."""
 
-    def __init__(self, region: Region, functional: FunctionalRegion) -> None:
+    def __init__(
+        self, region: Region, functional: FunctionalRegion, at: fx.Node | None = None
+    ) -> None:
         self.region = region
+        self.at = region.end if at is None else at
         self.functional = functional
         self.graph = region.end.graph
         self.mode = fake_mode(ops.value(n) for n in (region.end, *region.inputs))
@@ -48,7 +57,7 @@ class Emitter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert one call, with its fake value and the provenance of the region's end."""
-        with self.graph.inserting_before(self.region.end):
+        with self.graph.inserting_before(self.at):
             node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg((args, kwargs), ops.value)
         with self.mode, torch.no_grad():
@@ -59,7 +68,7 @@ class Emitter:
         self, target: Callable[..., Any], args: Any, kwargs: dict[str, Any], value: Any
     ) -> fx.Node:
         """Insert a call whose arguments are no tensors alone, with the value that it will have."""
-        with self.graph.inserting_before(self.region.end):
+        with self.graph.inserting_before(self.at):
             node = self.graph.call_function(target, args, kwargs)
         self._known(node, value)
         return node
@@ -93,29 +102,46 @@ class Emitter:
     def _constant(self, node: fx.Node) -> fx.Node:
         owner = self.graph.owning_module
         assert owner is not None
-        name = f"_attn_constant{sum(k.startswith('_attn_constant') for k in dir(owner))}"
+        name = f"{CONSTANT}{sum(k.startswith(CONSTANT) for k in dir(owner))}"
         constant = getattr(self.functional.module, str(node.target))
         owner.register_buffer(name, constant, persistent=False)
-        with self.graph.inserting_before(self.region.end):
+        with self.graph.inserting_before(self.at):
             created = self.graph.get_attr(name)
         created.meta[self.key] = self.mode.from_tensor(constant)
         return created
 
-    def attribute(self, name: str, value: torch.Tensor) -> fx.Node:
-        """Read an attribute that the owner of the graph is given here."""
+    def attributes(
+        self, tensors: Sequence[NewTensor], leaving: Sequence[str] = ()
+    ) -> list[tuple[NewTensor, fx.Node]]:
+        """Read tensors that the module is going to have, under names that are free: new ones may
+        have those of parameters that leave.
+        """
+        taken = {str(n.target) for n in self.graph.find_nodes(op="get_attr")} - set(leaving)
+        found = _free(tensors, taken)
+        return [(tensor, self._attribute(tensor)) for tensor in found]
+
+    def _attribute(self, tensor: NewTensor) -> fx.Node:
         owner = self.graph.owning_module
         assert owner is not None
-        value = value.to(ops.value(self.region.end).device)
-        owner.register_buffer(name, value)
-        with self.graph.inserting_before(self.region.end):
-            node = self.graph.get_attr(name)
-        node.meta[self.key] = self.mode.from_tensor(value, static_shapes=True)
+        device = tensor.device or ops.value(self.region.end).device
+        home, _, name = tensor.path.rpartition(".")
+        if home and not any(path == home for path, _ in owner.named_modules()):
+            owner.add_submodule(home, torch.nn.Module())
+        place = owner.get_submodule(home)
+        if not hasattr(place, name):  # an old parameter of this name is going to be taken out
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            place.register_buffer(name, empty, persistent=False)
+        with self.graph.inserting_before(self.at):
+            node = self.graph.get_attr(tensor.path)
+        with self.mode:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        node.meta[self.key] = value
         self.new.append(node)
         return node
 
     def check(self, size: Any, expected: int, text: str) -> None:
         """Ask for a size while the graph runs."""
-        with self.graph.inserting_before(self.region.end):
+        with self.graph.inserting_before(self.at):
             same = self.graph.call_function(operator.eq, (size, expected))
             self.graph.call_function(require, (same, text))
 
@@ -312,6 +338,18 @@ class Emitter:
             elif not runs:
                 x = self.call(aten.unsqueeze.default, x, position)
         return x
+
+
+def _free(tensors: Sequence[NewTensor], taken: Container[str]) -> list[NewTensor]:
+    """With the first number that makes all their names new."""
+    for number in itertools.count():
+        named = [
+            t if t.home is not None and number == 0 else replace(t, name=f"{t.name}_{number}")
+            for t in tensors
+        ]
+        if not any(t.path in taken for t in named):
+            break
+    return named
 
 
 def _extent(run: Iterable[Axis]) -> ax.Size:

@@ -6,10 +6,8 @@ program=..., ...)
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
-from attn_compiler.variants.base import Lowering, NewTensor, filled
+from attn_compiler.variants.base import Lowering, NewTensor
 
 aten = torch.ops.aten
 # users that give the same result for any strides of what they read, and those that hand the strides
@@ -98,17 +96,11 @@ class _Added:
         self.emitter = emitter
         self.lowering = lowering
         self.operator = getattr(torch.ops.attn_compiler, lowering.operator).default
-        self.tensors: list[NewTensor] = []
-        self.reads = [self._node(t) for t in lowering.reads]
-        self.extra = [self._node(x) if isinstance(x, NewTensor) else x for x in lowering.extra]
-
-    def _node(self, tensor: NewTensor) -> fx.Node:
-        graph = self.emitter.graph
-        taken = {str(n.target) for n in graph.find_nodes(op="get_attr")}
-        number = next(i for i in itertools.count() if f"{tensor.name}_{i}" not in taken)
-        named = replace(tensor, name=f"{tensor.name}_{number}")
-        self.tensors.append(named)
-        return self.emitter.attribute(named.name, filled(named))
+        made = emitter.attributes(lowering.tensors)
+        self.tensors = [tensor for tensor, _ in made]
+        nodes = iter([node for _, node in made])
+        self.reads = [next(nodes) for _ in lowering.reads]
+        self.extra = [next(nodes) if isinstance(x, NewTensor) else x for x in lowering.extra]
 
     def check_length(self, core: Core) -> None:
         """A graph of symbolic sizes asks for the length while it runs."""

@@ -95,26 +95,56 @@ def is_size(value: object, least: int = 1) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor that a rewritten module gets; filled with one number, it leaves the function as it
-    is.
+class Start:
+    """How a new tensor starts, where it is not full of one number.
 
     Attributes:
-        name: of the attribute; the site's number in its owner is added to it.
+        write: write(tensor, *numbers) fills a tensor in place, and draws from the global generator;
+            a function of a module, so that it compares, and is pickled, by its name.
+        numbers: what it needs to know.
+    """
+
+    write: Callable[..., Any]
+    numbers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that a rewritten module gets. Those of a variant that is not RETRAINED are filled
+    with one number and leave the function as it is.
+
+    Attributes:
+        name: of the attribute. With `home` it is the very name, and a number is added only from the
+            second site of that module on; without, the site's number in its owner.
         shape, dtype, fill: how it starts.
         trained: a parameter, and no buffer.
+        home: path below the owner of the module that gets it ("" the owner); None, the owner.
+        device: None is that of the owner.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    fill: float
+    fill: float | Start
     trained: bool = False
+    home: str | None = None
+    device: torch.device | None = None
+
+    @property
+    def path(self) -> str:
+        """Below the owner."""
+        return f"{self.home}.{self.name}" if self.home else self.name
 
 
 def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
     """A new tensor as it starts."""
-    return torch.full(tensor.shape, tensor.fill, dtype=tensor.dtype, device=device)
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device or device)
+    with torch.no_grad():
+        if isinstance(tensor.fill, Start):
+            tensor.fill.write(made, *tensor.fill.numbers)
+        else:
+            made.fill_(tensor.fill)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +173,27 @@ class Lowering:
         return (*self.reads, *(x for x in self.extra if isinstance(x, NewTensor)))
 
 
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """What takes the place of a piece that is wider than a core.
+
+    Attributes:
+        function: computes it: `function(*given, *tensors, **options)`, a function of a module, of
+            torch operations and the package's operators alone.
+        tensors: of the module that gets them, in the order of the arguments; each has a `home`.
+        options: keyword arguments.
+        words: what it is, for the report.
+        training: does it depend on the mode? Then it is made once for each, and `options` of that
+            mode are those of `replace`.
+    """
+
+    function: Callable[..., Any]
+    tensors: tuple[NewTensor, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+    words: str = ""
+    training: bool = False
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to attend.
@@ -155,6 +206,8 @@ class Variant:
         lower: what computes the core of a site, given the rows of the example (0 where they are
             not as many as keys) and how many tensors its program reads; None for the exact
             operator.
+        replace: what takes the place of the piece around a core that `Scope` names, given the
+            piece as `ir` found it; None where only the core is replaced.
     """
 
     name: str
@@ -163,6 +216,7 @@ class Variant:
     fidelity: Fidelity
     legality: Callable[[AttentionSite, Any], Iterator[Reason]]
     lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
+    replace: Callable[[AttentionSite, Any, Any], Replacement] | None = None
 
 
 @dataclass(frozen=True, slots=True)
