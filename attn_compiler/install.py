@@ -36,7 +36,11 @@ _MOST_ANCHORS = 64
 # kinds of calls that one owner is specialised for, and analyses that may fail before it is left
 # alone
 _MOST_VARIANTS = 12
+# modules beside an attention that are looked into, because they hold a part of its layer
+_MOST_OPENED = 3
 _MOST_FAILURES = 4
+# ends of the codes of reasons that a wider module may cure
+_OUTSIDE = (".no_projection", ".no_output", ".hidden")
 
 
 # ---------------------------------------------------------------- finding owners
@@ -122,6 +126,14 @@ class _Search:
         call = self.example.calls[path]
         with call.state():
             variant, report = specialise(owner, base_of(owner), call.values, plan)
+            for _ in range(_MOST_OPENED):
+                hidden = {r.inside for s in report.sites for r in s.decision.reasons if r.inside}
+                if hidden <= plan.spine:
+                    break
+                opened = replace(plan, spine=plan.spine | hidden)
+                with suppress(CaptureError):
+                    variant, report = specialise(owner, base_of(owner), call.values, opened)
+                    plan = opened
         return _Attempt(path, owner, plan, variant, report)
 
     def _install(self, attempt: _Attempt) -> None:
@@ -170,7 +182,9 @@ class _Attempt:
 def _settled(site: AttentionSite) -> bool:
     """Is it rewritten, or refused for what it is and not for what lies outside of this module?"""
     reasons = [reason.code for reason in site.decision.reasons]
-    inside = all(code.startswith("el.") and code != "el.no_projection" for code in reasons)
+    inside = all(
+        code.startswith(("el.", "switchhead.")) and not code.endswith(_OUTSIDE) for code in reasons
+    )
     return site.decision.accepted or (bool(reasons) and inside)
 
 

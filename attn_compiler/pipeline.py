@@ -21,7 +21,8 @@ from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
-from attn_compiler.ir.piece import Sought
+from attn_compiler.ir.layer import find_layer
+from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
@@ -40,12 +41,12 @@ from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
-from attn_compiler.passes.replace_piece import replace_piece
+from attn_compiler.passes.replace_layer import replace_layer
 from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
 from attn_compiler.report import Report
-from attn_compiler.variants.base import Lowering, NewTensor, Scope, VariantSpec
+from attn_compiler.variants.base import Lowering, NewTensor, Replacement, Scope, VariantSpec
 
 log = logging.getLogger("attn_compiler")
 _NEEDS_REWRITE = (
@@ -55,8 +56,9 @@ _NEEDS_REWRITE = (
     ),
 )
 Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
-# what finds the piece that a variant with parameters of its own replaces
-FINDERS: Mapping[Scope, Finder] = {}
+Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTensor, ...]]
+# what finds, and what replaces, the piece around a core for a variant with parameters of its own
+WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {Scope.SITE: (find_layer, replace_layer)}
 
 
 @dataclass
@@ -275,21 +277,25 @@ def _replaced(
     variant = variant_of(spec)
     if not work.config.installs:
         return replace(site, decision=Decision(False, reasons=_NEEDS_REWRITE))
-    sought = FINDERS[variant.scope](region, functional, core, work.state)
+    find, carry_out = WIDER[variant.scope]
+    sought = find(region, functional, core, work.state)
     piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
     reasons = tuple(variant.legality(site, spec))
     if piece is None or variant.replace is None or reasons:
         return replace(site, decision=Decision(False, reasons=reasons))
     try:
         made = variant.replace(site, piece, spec)
-        tensors = replace_piece(region, functional, piece, made) if work.change else made.tensors
+        tensors = carry_out(region, functional, piece, made) if work.change else made.tensors
     except (NotAttention, RegionError) as refusal:
         reason = Reason(refusal.code, refusal.text, site.location)
         return replace(site, decision=Decision(False, reasons=(reason,)))
     work.touched |= set(region.nodes) | piece.nodes | {piece.end}
+    before = piece.facts.get("before")
+    taken = piece.taken if before is None else before.taken
     decision = Decision(
-        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=piece.taken
-    )
+        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
+        spec=made.spec,
+    )  # fmt: skip
     return replace(site, decision=decision, facts={**site.facts, variant.name: made.words})
 
 

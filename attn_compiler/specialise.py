@@ -24,6 +24,7 @@ from attn_compiler.cache.el import CALLS
 from attn_compiler.call import Call
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
+from attn_compiler.ir.layer import BEFORE, PREFIX
 from attn_compiler.opaque import settle
 from attn_compiler.passes.emit import CONSTANT, MODAL
 from attn_compiler.pipeline import compile_graph
@@ -144,6 +145,8 @@ def _trace(
         _sweep(recorder.graph)
         recorded = _constants(recorder.graph)
         gm = fx.GraphModule(owner, recorder.graph)
+        gm.meta[PREFIX] = plan.prefix
+        gm.meta[BEFORE] = {s.path: s.decision for s in owner.__dict__.get("_attn_sites", ())}
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         with exactly():
             report = compile_graph(gm, plan.config, cache=CALLS)

@@ -30,11 +30,14 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something was not done: a stable code, a sentence, and the user's source line."""
+    """Why something was not done: a stable code, a sentence, and the user's source line; `inside`
+    is the path, below the owner, of a module that hides what was sought.
+    """
 
     code: str
     text: str
     location: str = ""
+    inside: str = ""
 
     def __str__(self) -> str:
         return f"{self.code}: {self.text}" + (f" ({self.location})" if self.location else "")
@@ -64,6 +67,7 @@ class Decision:
         fidelity: "exact", "calibrated" or "retrained".
         tensors: what its module gets, under their final names.
         taken: what leaves the model: paths below the owner of modules and parameters.
+        spec: what was asked for, with numbers for every "auto"; None where nothing was open.
     """
 
     accepted: bool
@@ -74,6 +78,7 @@ class Decision:
     fidelity: str = "exact"
     tensors: tuple[Any, ...] = ()
     taken: tuple[str, ...] = ()
+    spec: Any = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

@@ -94,7 +94,7 @@ def find_states(
     if places[0] is None or places[1] is None or calls[0] is None or calls[1] is None:
         return Found(None, tuple(_uncached(region_end, functional, core, state)))
     obstacles += _layouts(core, places)  # type: ignore[arg-type]
-    update, layer = _updated(calls[0], calls[1]), _read(calls[0], calls[1])
+    update, layer = updated(calls[0], calls[1]), layer_read(calls[0], calls[1])
     if update is None and layer is None:
         text = "keys and values do not come from one call of `update` or one layer of a cache"
         return Found(None, (*obstacles, Reason("cache_form", text, location(region_end))))
@@ -153,7 +153,7 @@ def _is_whole(index: Index, group: Iterable[Axis], size: ax.Size | None) -> bool
     return size is None or ax.equal(stride, size)
 
 
-def _updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
+def updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
     """The call `update(key, value, ...)` whose two results these are, read by nobody else."""
     pieces = []
     for piece, position in ((key, 0), (value, 1)):
@@ -168,7 +168,7 @@ def _updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
     return call if plain and only else None
 
 
-def _read(key: fx.Node, value: fx.Node) -> fx.Node | None:
+def layer_read(key: fx.Node, value: fx.Node) -> fx.Node | None:
     """The layer whose `keys` and `values` these are."""
     for node, name in ((key, "keys"), (value, "values")):
         if node.target is not getattr or node.args[1] != name:

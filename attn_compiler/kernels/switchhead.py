@@ -78,6 +78,7 @@ class Scores:
         scale: of the dot products; c ** -0.5 if None.
         offsets: [H, n, c], projected positions. scale * q offsets^T [B, H, T, n] is one more read,
             the last: see `relative_positions`.
+        dropout: of the weights of attention, drawn anew in every call.
     """
 
     program: str = str(Program())
@@ -85,6 +86,7 @@ class Scores:
     ints: Sequence[int] = ()
     scale: float | None = None
     offsets: Tensor | None = None
+    dropout: float = 0.0
 
 
 PLAIN = Scores()
@@ -184,13 +186,19 @@ def attend(
     reads = list(scores.reads)
     if scores.offsets is not None:
         reads.append(scale * (q @ scores.offsets.mT.to(q.dtype)))
+    seed = drawn(q) if scores.dropout else None
     out, _ = attention(
-        q, written.k, written.v, reads, list(scores.ints), None,
-        program=scores.program, scale=scale, dropout=0.0,
+        q, written.k, written.v, reads, list(scores.ints), seed,
+        program=scores.program, scale=scale, dropout=scores.dropout,
     )  # fmt: skip
     if "o" not in mixture.experts_on:
         return torch.einsum("bhtc,hcd->btd", out, weights.w_o)
     return _by_experts(expert_merge, out, weights.w_o, mixture, routes)
+
+
+def drawn(like: Tensor) -> Tensor:
+    """A seed, from the global generator of the device."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=like.device)
 
 
 def _choose(

@@ -57,11 +57,15 @@ def call_of(
     call = emitter.call(replacement.function, *given, *nodes, **dict(replacement.options))
     if replacement.training:
         call.meta[MODAL] = True
-    wanted, found = ops.value(piece.end), ops.value(call)
-    assert wanted.shape == found.shape, "a replacement has the shape of what it replaces"
-    if found.dtype != wanted.dtype:
-        call = emitter.call(torch.ops.aten.to.dtype, call, wanted.dtype)
+    call = in_dtype(emitter, call, ops.value(piece.end).dtype)
     return tuple(tensor for tensor, _ in made), call
+
+
+def in_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """A cast, where it is one."""
+    if ops.value(node).dtype == dtype:
+        return node
+    return emitter.call(torch.ops.aten.to.dtype, node, dtype)
 
 
 def check_unread(region: Region, piece: Piece, removed: set[fx.Node]) -> None:

@@ -123,8 +123,13 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
     for operation, factor in core.factors:
         target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
         q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
-    reads = [_protected(emitter, _read(emitter, node, q), later) for node in core.reads]
-    return q, reads, [emitter.size(size) for size in core.ints]
+    return q, reads_of(emitter, core, q), [emitter.size(size) for size in core.ints]
+
+
+def reads_of(emitter: Emitter, core: Core, like: fx.Node) -> list[fx.Node]:
+    """The tensors that the program reads; numbers become tensors on the device of `like`."""
+    later = _written_later(emitter.region.end)
+    return [_protected(emitter, _read(emitter, node, like), later) for node in core.reads]
 
 
 def _emit(emitter: Emitter, core: Core, added: _Added) -> fx.Node:

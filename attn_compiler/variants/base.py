@@ -108,6 +108,17 @@ class Start:
     numbers: tuple[float, ...] = ()
 
 
+def normal(tensor: torch.Tensor, deviation: float) -> None:
+    """Independent normal numbers with mean 0."""
+    tensor.normal_(0.0, deviation)
+
+
+def rows_of_length(tensor: torch.Tensor, length: float) -> None:
+    """Rows in random directions, all of one length."""
+    tensor.normal_()
+    tensor.mul_(length / torch.linalg.vector_norm(tensor, dim=-1, keepdim=True))
+
+
 @dataclass(frozen=True, slots=True)
 class NewTensor:
     """A tensor that a rewritten module gets. Those of a variant that is not RETRAINED are filled
@@ -174,6 +185,23 @@ class Lowering:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedLayer:
+    """How a replaced layer works with a cache of keys and values.
+
+    Attributes:
+        write: write(cache, ((x_k, x_v), tensors), options, *index) -> keys, values, start, instead
+            of the cache's `update`.
+        read: read(x_q, keys, values, start, reads, ints, *tensors, **options) -> y.
+        heads, width: keys and values are [B, heads, S, width].
+    """
+
+    write: Callable[..., Any]
+    read: Callable[..., Any]
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class Replacement:
     """What takes the place of a piece that is wider than a core.
 
@@ -182,16 +210,19 @@ class Replacement:
             torch operations and the package's operators alone.
         tensors: of the module that gets them, in the order of the arguments; each has a `home`.
         options: keyword arguments.
+        spec: what was asked for, with numbers for every "auto".
         words: what it is, for the report.
-        training: does it depend on the mode? Then it is made once for each, and `options` of that
-            mode are those of `replace`.
+        training: does it depend on the mode? Then it is made once for each.
+        cached: the same for a layer with a cache.
     """
 
     function: Callable[..., Any]
     tensors: tuple[NewTensor, ...]
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...]
+    spec: VariantSpec
     words: str = ""
     training: bool = False
+    cached: CachedLayer | None = None
 
 
 @dataclass(frozen=True)

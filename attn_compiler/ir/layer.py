@@ -1,0 +1,205 @@
+"""The layer around an attention: what makes queries, keys and values, and what takes the result.
+
+    q_proj(x), k_proj(y), v_proj(y) -> views, rotation, a cache -> attention -> views -> o_proj
+
+Found by walking: back from each operand to the one linear map that makes it, forward from the
+result, through views that nobody else reads, to the one that takes it. What else stands there is
+named, and the layer is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core, Operand
+from attn_compiler.ir.maps import Made, Strange, made_by, read_by
+from attn_compiler.ir.piece import Piece, Sought
+from attn_compiler.ir.provenance import location, module
+from attn_compiler.ir.region import FunctionalRegion
+from attn_compiler.ir.roles import extent
+from attn_compiler.ir.site import Reason
+from attn_compiler.ir.states import layer_read, updated
+from attn_compiler.ir.trace import Region
+
+State = Mapping[fx.Node, tuple[Any, ...]]
+# keys in the meta of a graph's module: the path of the owner, and its decisions so far by path
+PREFIX, BEFORE = "prefix", "before"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer is made of.
+
+    Attributes:
+        query, key, value, out: its linear maps; keys and values may come out of a cache alone.
+        turned: are queries and keys rotated by their positions?
+        places: host nodes of the keys and values that a cache hands over.
+        update: the call that gives it new ones; None where it is only read.
+        swapped: is time the first dimension, and batch the second?
+    """
+
+    query: Made
+    key: Made | None
+    value: Made | None
+    out: Made
+    turned: bool
+    places: tuple[fx.Node, fx.Node] | None
+    update: fx.Node | None
+    swapped: bool
+
+    @property
+    def made(self) -> tuple[Made, ...]:
+        return tuple(m for m in (self.query, self.key, self.value, self.out) if m is not None)
+
+
+def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: State) -> Sought:
+    """The layer around an attention, or what stands in the way. Facts: the `layer`, the `core`,
+    its `widths`, how many `parameters` of which `dtype` and `device` it has, whether it is in
+    `training`, and the decision of `before`, if the module has been rewritten.
+
+    Codes of obstacles: no_projection, no_output, qk_norm, between, rotation, cross_rotary,
+    cache_form, layout, hidden (in a module that was not looked into), nested.
+    """
+    owner = region.end.graph.owning_module
+    assert owner is not None
+    path, _ = module(region.end)
+    before = owner.meta.get(BEFORE, {}).get(path)
+    try:
+        if PREFIX not in owner.meta:
+            raise Strange(region.end, "nested", "it stands in a graph inside of the graph")
+        layer = _layer(region, functional, core)
+        if layer.key is None and before is None:
+            text = "keys and values come out of a cache that this call does not fill"
+            raise Strange(region.end, "no_projection", text)
+    except Strange as strange:
+        reason = Reason(strange.code, strange.text, location(strange.at), strange.inside)
+        return Sought(None, (reason,))
+    prefix = owner.meta[PREFIX]
+    taken = dict.fromkeys(path for made in layer.made for path in made.taken)
+    held = _parameters(owner, taken)
+    facts = {
+        "layer": layer,
+        "core": core,
+        "widths": _widths(layer),
+        "parameters": sum(p.numel() for p in held),
+        "dtype": held[0].dtype,
+        "device": held[0].device,
+        "training": owner.training,
+        "before": before,
+    }
+    nodes = frozenset(node for made in layer.made for node in made.nodes)
+    given = tuple(made.x for made in layer.made[:-1])
+    home = path[len(prefix) :].lstrip(".") if prefix else path
+    return Sought(Piece(layer.out.node, given, nodes, tuple(taken), home, facts))
+
+
+def _widths(layer: Layer) -> dict[str, int]:
+    inputs = {"q": layer.query, "k": layer.key, "v": layer.value}
+    found = {n: int(ops.value(m.x).shape[-1]) for n, m in inputs.items() if m is not None}
+    return found | {"o": int(ops.value(layer.out.node).shape[-1])}
+
+
+def _parameters(owner: fx.GraphModule, paths: Mapping[str, None]) -> list[torch.nn.Parameter]:
+    """Those of the modules, and those themselves, that stand at some paths; each once."""
+    found: dict[int, torch.nn.Parameter] = {}
+    for path in paths:
+        home, _, name = path.rpartition(".")
+        value = getattr(owner.get_submodule(home), name)
+        held = value.parameters() if isinstance(value, torch.nn.Module) else (value,)
+        found |= {id(p): p for p in held}
+    return list(found.values())
+
+
+def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
+    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    query = made_by(_start(core.q, host, "queries", region), "queries")
+    starts = [_start(x, host, name, region) for x, name in ((core.k, "keys"), (core.v, "values"))]
+    calls = [node.meta.get("opaque") for node in starts]
+    places = update = None
+    key = value = None
+    if any(calls):
+        places = (starts[0], starts[1])
+        update = updated(*calls) if all(calls) else None  # type: ignore[arg-type]
+        _check_cache(calls, update, places, core)
+    if update is not None:
+        starts = [_node(update.args[1], update), _node(update.args[2], update)]
+    if update is not None or places is None:
+        key, value = made_by(starts[0], "keys"), made_by(starts[1], "values")
+    out = read_by(region.end)
+    layer = Layer(query, key, value, out, query.turned, places, update, _swapped(query, core))
+    _check(layer, core)
+    return layer
+
+
+def _node(value: Any, at: fx.Node) -> fx.Node:
+    if not isinstance(value, fx.Node):
+        raise Strange(at, "cache_form", "a cache is given no tensor of this module")
+    return value
+
+
+def _start(operand: Operand, host: Mapping[fx.Node, fx.Node], name: str, region: Region) -> fx.Node:
+    found = next((host[node] for node, _ in operand.chain if node in host), None)
+    if found is None:
+        raise Strange(region.end, "no_projection", f"the {name} are not made in this module")
+    return found
+
+
+def _check_cache(
+    calls: list[Any], update: fx.Node | None, places: tuple[fx.Node, fx.Node], core: Core
+) -> None:
+    if update is None and (not all(calls) or layer_read(*calls) is None):
+        text = "keys and values do not come from one call of `update` or one layer of a cache"
+        raise Strange(places[0], "cache_form", text)
+    for place in places:
+        sizes = ops.value(place).shape
+        if len(sizes) != 4 or not ax.equal(ax.size_of(sizes[2]), core.sizes["S"]):
+            text = "the attention reads a part of what the cache holds, or in another order"
+            raise Strange(place, "cache_form", text)
+
+
+def _swapped(query: Made, core: Core) -> bool:
+    """Are inputs [T, B, D] and not [B, T, D]?"""
+    first, second = (ax.size_of(n) for n in ops.value(query.x).shape[:2])
+    batch, rows = core.sizes["B"], core.sizes["T"]
+    if ax.equal(first, batch) and ax.equal(second, rows):
+        return False
+    if ax.equal(first, rows) and ax.equal(second, batch):
+        return True
+    raise Strange(query.node, "layout", "the inputs of the layer are not [batch, rows, width]")
+
+
+def _check(layer: Layer, core: Core) -> None:
+    for strange in _problems(layer, core):
+        raise strange
+
+
+def _problems(layer: Layer, core: Core) -> Iterator[Strange]:
+    if layer.key is not None and layer.value is not None:
+        if layer.key.turned != layer.query.turned:
+            text = "queries are rotated and keys are not, or keys alone"
+            yield Strange(layer.key.node, "rotation", text)
+        if layer.value.turned:
+            yield Strange(layer.value.node, "rotation", "values are rotated")
+        if layer.turned and layer.key.x is not layer.query.x:
+            text = "queries and keys of two sequences are rotated by their positions"
+            yield Strange(layer.key.node, "cross_rotary", text)
+        sizes = [
+            [ax.size_of(n) for n in ops.value(m.x).shape[:2]] for m in (layer.key, layer.value)
+        ]
+        if not all(ax.equal(a, b) for a, b in zip(*sizes, strict=True)):
+            yield Strange(layer.key.node, "layout", "keys and values have inputs of two lengths")
+    heads = extent(core.roles.query_heads)
+    inner = [core.sizes["B"], core.sizes["T"], heads]
+    rows = [ax.size_of(n) for n in ops.value(layer.out.node).shape[:2]]
+    wanted = inner[1::-1] if layer.swapped else inner[:2]
+    if not all(ax.equal(a, b) for a, b in zip(rows, wanted, strict=True)):
+        yield Strange(
+            layer.out.node, "layout", "the output of the layer is not [batch, rows, width]"
+        )

@@ -1,0 +1,171 @@
+"""A layer of SwitchHead as a rewritten module calls it, with or without a cache.
+
+    y = layer(x_q, x_k, x_v, reads, ints, w_q, w_k, ..., names=("w_q", ...), heads=2, ...)
+    k, v, start = write(cache, ((x_k, x_v), weights), options, index)        for a cache
+    y = read(x_q, k, v, start, reads, ints, w_q, w_k, ...)
+
+Queries and keys are turned by their index, which is that in the cache where there is one. Only
+differences of positions matter, so tokens of padding in front do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_compiler.kernels.switchhead import (
+    Mixture,
+    Rotate,
+    Scores,
+    Weights,
+    Written,
+    attend,
+    destination,
+    drawn,
+    keys_values,
+    rotary,
+)
+
+Start = int | Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What a layer is called with; see `Mixture` and `Scores`.
+
+    Attributes:
+        names: of the weights, in order.
+        turned: (share, base) of `rotary`, None for no rotation.
+        expert_dropout: 0 in evaluation.
+    """
+
+    names: tuple[str, ...]
+    heads: int
+    experts: int
+    k: int
+    experts_on: tuple[str, ...]
+    shared: bool
+    expert_dropout: float
+    program: str
+    dropout: float
+    turned: tuple[float, float] | None
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(
+            self.heads, self.experts, self.k, tuple(self.experts_on), self.shared,
+            self.expert_dropout,
+        )  # fmt: skip
+
+    def scores(self, reads: Sequence[Tensor], ints: Sequence[int]) -> Scores:
+        return Scores(self.program, reads, ints, dropout=self.dropout)
+
+    def weights(self, given: Sequence[Tensor]) -> tuple[Weights, Tensor | None]:
+        """And the bias of the outputs, where there is one."""
+        named = dict(zip(self.names, given, strict=True))
+        return Weights(*(named.get(n) for n in Weights.__slots__)), named.get("b_o")  # type: ignore[arg-type]
+
+    def seed(self, like: Tensor) -> Tensor | None:
+        return drawn(like) if self.expert_dropout else None
+
+    def rotate(self, start: Start, rows: int, like: Tensor) -> Rotate | None:
+        if self.turned is None:
+            return None
+        share, base = self.turned
+        positions = torch.arange(rows, device=like.device) + start
+        return lambda x: rotary(x, positions, share=share, base=base)
+
+
+def layer(
+    x_q: Tensor,
+    x_k: Tensor,
+    x_v: Tensor,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    *weights: Tensor,
+    **options: Any,
+) -> Tensor:
+    """The layer without a cache: [B, T, D].
+
+    Args:
+        x_q, x_k, x_v: [B, T, D] and twice [B, S, D]; one tensor may stand for several.
+        reads, ints: of the program.
+        weights: see `Weights`, and `b_o` [D].
+        options: see `_Options`.
+    """
+    chosen = _Options(**options)
+    own, bias = chosen.weights(weights)
+    seed, mixture = chosen.seed(x_q), chosen.mixture
+    turn = chosen.rotate(0, x_k.shape[1], x_k)
+    written = keys_values(x_k, own, mixture, x_v=x_v, rotate=turn, seed=seed)
+    # one choice serves both sides of a layer that has one router and one input
+    routes = written.routes if mixture.shared and x_q is x_k else None
+    routes = routes or destination(x_q, own, mixture, seed)
+    scores = chosen.scores(reads, ints)
+    y = attend(x_q, written, own, mixture, scores, rotate=turn, routes=routes)
+    return y if bias is None else y + bias
+
+
+def write(
+    cache: Any,
+    made: tuple[tuple[Tensor, Tensor], Sequence[Tensor]],
+    options: Mapping[str, Any],
+    index: int,
+    *more: Any,
+) -> tuple[Tensor, Tensor, Start]:
+    """Instead of `cache.update(keys, values, index, *more)`.
+
+    Args:
+        cache: any object with `update` and `get_seq_length`.
+        made: x_k and x_v [B, s, D] of the new tokens, and the weights.
+        options: see `_Options`.
+        index: of the layer.
+        more: further arguments.
+
+    Returns:
+        All keys and all values, [B, H, S, c], and the index of the first new token.
+    """
+    (x_k, x_v), given = made
+    chosen = _Options(**options)
+    own, _ = chosen.weights(given)
+    start: Start = 0
+    if chosen.turned is not None:
+        start = cache.get_seq_length(index)
+        # a cache may count in a tensor of its own
+        start = start.clone() if isinstance(start, Tensor) else start
+    turn = chosen.rotate(start, x_k.shape[1], x_k)
+    new = keys_values(x_k, own, chosen.mixture, x_v=x_v, rotate=turn, seed=chosen.seed(x_k))
+    k, v = cache.update(new.k, new.v, index, *more)
+    return k, v, start
+
+
+def read(
+    x_q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Start,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    *weights: Tensor,
+    **options: Any,
+) -> Tensor:
+    """The queries' side, over what a cache holds: [B, T, D].
+
+    Args:
+        x_q: [B, T, D].
+        k, v: [B, H, S, c].
+        start: index of the first query.
+        reads, ints, weights, options: as of `layer`.
+    """
+    chosen = _Options(**options)
+    own, bias = chosen.weights(weights)
+    mixture, scores = chosen.mixture, chosen.scores(reads, ints)
+    routes = destination(x_q, own, mixture, chosen.seed(x_q))
+    turn = chosen.rotate(start, x_q.shape[1], x_q)
+    written = Written(k.to(x_q.dtype), v.to(x_q.dtype))
+    y = attend(x_q, written, own, mixture, scores, rotate=turn, routes=routes)
+    return y if bias is None else y + bias

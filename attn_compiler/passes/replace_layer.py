@@ -1,0 +1,185 @@
+"""A whole layer of attention, with its linear maps, becomes one call with parameters of its own.
+
+    o_proj(attention(q_proj(x), *cache.update(k_proj(x), v_proj(x), 3)))
+        ->   k, v, start = write(cache, (x, w_k, w_v, ...), options, 3);  read(x, k, v, start, ...)
+
+Without a cache it is one function. The program of the scores stays, with what it reads.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from attn_compiler.errors import require
+from attn_compiler.ir import ops
+from attn_compiler.ir.core import Core
+from attn_compiler.ir.layer import Layer
+from attn_compiler.ir.piece import Piece
+from attn_compiler.ir.region import FunctionalRegion
+from attn_compiler.ir.soft import NotAttention
+from attn_compiler.ir.trace import Region
+from attn_compiler.passes.emit import MODAL, Emitter
+from attn_compiler.passes.replace_piece import check_unread, in_dtype
+from attn_compiler.passes.rewrite_site import live_nodes, reads_of, unread_numbers
+from attn_compiler.variants.base import NewTensor, Replacement
+
+
+def replace_layer(
+    region: Region, functional: FunctionalRegion, piece: Piece, replacement: Replacement
+) -> tuple[NewTensor, ...]:
+    """Replace the layer; the caller removes what is dead afterwards.
+
+    Returns:
+        The tensors that the module has to get, under the names that the graph reads.
+
+    Raises:
+        NotAttention: `piece.read_elsewhere`, something outside reads what would no longer be made;
+            `piece.overwritten`; the graph is as before.
+        RegionError: a tensor that the program reads cannot be had; the graph is as before.
+    """
+    layer: Layer = piece.facts["layer"]
+    core: Core = piece.facts["core"]
+    removed = {piece.end} if layer.update is None else {piece.end, layer.update}
+    check_unread(region, piece, removed)
+    _check_reads(functional, core, piece)
+    _check_unwritten(layer, region.end)
+    if layer.places is not None:
+        _check_places(region, layer.places, removed)
+    emitter = Emitter(region, functional)
+    early = Emitter(region, functional, layer.update)
+    try:
+        made = early.attributes(replacement.tensors, piece.taken)
+        tensors, weights = [t for t, _ in made], [node for _, node in made]
+        x_q = _batch_first(emitter, layer, layer.query.x)
+        reads = reads_of(emitter, core, x_q)
+        ints = [emitter.size(size) for size in core.ints]
+        if layer.places is None:
+            rest = [_batch_first(emitter, layer, m.x) for m in layer.made[1:-1]]
+            given: tuple[Any, ...] = (x_q, *rest)
+            call = emitter.call(
+                replacement.function, *given, reads, ints, *weights, **dict(replacement.options)
+            )
+        else:
+            call = _cached(emitter, layer, (x_q, reads, ints, weights), replacement)
+        if replacement.training:
+            call.meta[MODAL] = True
+        result = in_dtype(emitter, _batch_first(emitter, layer, call), ops.value(piece.end).dtype)
+    except Exception:
+        emitter.undo()
+        early.undo()
+        raise
+    if layer.update is not None:
+        _become_write(early, layer, weights, replacement)
+    piece.end.replace_all_uses_with(result)
+    return tuple(tensors)
+
+
+def _batch_first(emitter: Emitter, layer: Layer, x: fx.Node) -> fx.Node:
+    return emitter.call(torch.transpose, x, 0, 1) if layer.swapped else x
+
+
+def _cached(
+    emitter: Emitter,
+    layer: Layer,
+    given: tuple[fx.Node, list[fx.Node], list[Any], Sequence[fx.Node]],
+    replacement: Replacement,
+) -> fx.Node:
+    """The call that reads keys and values of the new sizes."""
+    assert layer.places is not None and replacement.cached is not None
+    x_q, reads, ints, weights = given
+    sizes = replacement.cached
+    old = [ops.value(place) for place in layer.places]
+    for place in layer.places:
+        value = ops.value(place)
+        with emitter.mode, torch.no_grad():
+            shape = (value.shape[0], sizes.heads, value.shape[2], sizes.width)
+            place.meta[emitter.key] = value.new_empty(shape)
+    start: Any = 0
+    try:
+        if layer.update is not None:
+            with emitter.mode:
+                count = torch.empty((), dtype=torch.int64)
+            start = emitter.opaque(operator.getitem, (layer.update, 2), {}, count)
+        options = dict(replacement.options)
+        return emitter.call(sizes.read, x_q, *layer.places, start, reads, ints, *weights, **options)
+    except Exception:
+        for place, value in zip(layer.places, old, strict=True):
+            place.meta[emitter.key] = value
+        raise
+
+
+def _become_write(
+    early: Emitter, layer: Layer, weights: Sequence[fx.Node], replacement: Replacement
+) -> None:
+    """In place: the layers of a model share this graph, and the number of the layer is patched by
+    the name and position that it has here.
+    """
+    update = layer.update
+    assert update is not None and layer.key is not None and layer.value is not None
+    assert replacement.cached is not None and layer.places is not None
+    x_k, x_v = (_batch_first(early, layer, m.x) for m in (layer.key, layer.value))
+    cache, _, _, *rest = update.args
+    update.op, update.target = "call_function", replacement.cached.write
+    update.args = (cache, ((x_k, x_v), list(weights)), dict(replacement.options), *rest)
+    for place in layer.places:
+        for size in [n for n in place.users if ops.name(n) == "size"]:
+            _erase_demand(size)
+
+
+def _erase_demand(size: fx.Node) -> None:
+    """What the trace demanded of the sizes of all keys holds for the old ones."""
+    for same in list(size.users):
+        for check in [n for n in same.users if n.target is require]:
+            size.graph.erase_node(check)
+        if not same.users:
+            size.graph.erase_node(same)
+    if not size.users:
+        size.graph.erase_node(size)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_places(region: Region, places: Sequence[fx.Node], removed: set[fx.Node]) -> None:
+    """What a cache hands over has other sizes now: nobody else may read it."""
+    graph = region.end.graph
+    live = live_nodes(graph, set(region.nodes) | unread_numbers(graph), removed | {region.end})
+    for place in places:
+        for user in place.users:
+            dead = user is region.end or (user in region.nodes and user not in live)
+            if not dead and ops.name(user) not in ("size", "dim", "getattr", "sym_size"):
+                text = "keys or values of the cache are read elsewhere, too"
+                raise NotAttention("piece.read_elsewhere", text, user)
+
+
+def _check_reads(functional: FunctionalRegion, core: Core, piece: Piece) -> None:
+    """The scores may read nothing that the replaced maps make."""
+    stack, seen = list(core.reads), set[fx.Node]()
+    layer: Layer = piece.facts["layer"]
+    maps = {m.node for m in layer.made}
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if functional.read.get(node) in maps:
+            text = "a bias or a mask is made of the layer's own queries or keys"
+            raise NotAttention("piece.read_elsewhere", text, functional.read[node])
+        stack += node.all_input_nodes
+
+
+def _check_unwritten(layer: Layer, end: fx.Node) -> None:
+    """Nobody may write to an input between its map and the end of the attention."""
+    held = {m.x: ops.storages(m.x) for m in layer.made[:-1]}
+    for made in layer.made[:-1]:
+        node = made.node
+        while node is not end:
+            if any(ops.storages(t) & held[made.x] for t in ops.written(node)):
+                text = "an input of the layer is overwritten before its end"
+                raise NotAttention("piece.overwritten", text, node)
+            node = node.next
