@@ -213,7 +213,7 @@ class _Search:
         stack = [self.end]
         while stack:
             for node in given_to(stack.pop()):
-                if node in seen or node in found or is_parameter(node):
+                if node in seen or node in found or is_parameter(node) or is_number(node):
                     continue
                 made = linear(node) if is_tensor(node) else None
                 if made is None:
@@ -225,7 +225,7 @@ class _Search:
         text = "queries, keys and values are made of different tensors"
         if len(sources) == 1:
             (source,) = sources
-            if source not in seen or _only_sized(source, seen):
+            if source not in seen:
                 return tuple(found.values()), source
             text = "the attention reads its input past its linear maps, too"
         elif not sources:
@@ -395,11 +395,6 @@ def _passes(user: fx.Node, node: fx.Node, before: bool) -> bool:
     if called in MOVES or keeps_features(user) or (before and called in CASTS | VIEWS):
         return True
     return not before and (dropout_of(user) is not None or called in CASTS)
-
-
-def _only_sized(source: fx.Node, seen: set[fx.Node]) -> bool:
-    """Is only its size read by what the attention is made of?"""
-    return all(is_number(u) for u in source.users if u in seen)
 
 
 def _numbers(graph: fx.Graph, branches: tuple[Branch, ...]) -> int:

@@ -239,9 +239,9 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     ]
     found = set(stack)
     while stack:
-        node = stack.pop()
-        behind = [node.meta["opaque"]] if "opaque" in node.meta else []
-        for node in (*node.all_input_nodes, *behind):
+        reader = stack.pop()
+        behind = [reader.meta["opaque"]] if "opaque" in reader.meta else []
+        for node in (*reader.all_input_nodes, *behind):
             if node not in found:
                 found.add(node)
                 stack.append(node)
