@@ -11,7 +11,7 @@ from typing import Any, Literal
 from attn_compiler.cost.hardware import Hardware, resolve
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import VARIANTS
-from attn_compiler.variants.base import Fidelity, Variant, VariantSpec
+from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
@@ -47,6 +47,11 @@ class CompileConfig:
         """The same for calls in which there is no cache to change: the same function."""
         to = ((glob, _exactly(target)) for glob, target in self.to)
         return replace(self, to=tuple(to))
+
+    @property
+    def looks_around(self) -> bool:
+        """May something replace more than an attention, with modules beside it?"""
+        return any(variant_of(target).scope is Scope.BLOCK for _, target in self.to)
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""

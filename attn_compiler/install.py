@@ -27,7 +27,7 @@ from attn_compiler.specialise import Plan, specialise
 from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.verify import refused, verify_owner
-from attn_compiler.watch import Example, watch
+from attn_compiler.watch import Example, Recorded, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -39,7 +39,8 @@ _MOST_VARIANTS = 12
 # modules beside an attention that are looked into, because they hold a part of its layer
 _MOST_OPENED = 3
 _MOST_FAILURES = 4
-# ends of the codes of reasons that a wider module may cure
+# codes of reasons that lie in the site, but for these ends, which a wider module may cure
+_INSIDE = ("el.", "switchhead.", "gau.", "feed_forward.")
 _OUTSIDE = (".no_projection", ".no_output", ".hidden")
 
 
@@ -75,7 +76,8 @@ class _Search:
             except CaptureError as error:
                 refusal = refusal or error
                 continue
-            if best is None or self._gain(attempt) > self._gain(best[1]):
+            more = best is None or self._gain(attempt) > self._gain(best[1])
+            if more or attempt.complete:
                 best = level, attempt
             if attempt.complete:
                 break
@@ -125,7 +127,7 @@ class _Search:
         plan = Plan(path, frozenset(spine), self.config)
         call = self.example.calls[path]
         with call.state():
-            variant, report = specialise(owner, base_of(owner), call.values, plan)
+            plan, (variant, report) = _looking_around(owner, call, plan)
             for _ in range(_MOST_OPENED):
                 hidden = {r.inside for s in report.sites for r in s.decision.reasons if r.inside}
                 if hidden <= plan.spine:
@@ -179,12 +181,21 @@ class _Attempt:
         return bool(self.report.sites) and all(map(_settled, self.report.sites))
 
 
+def _looking_around(
+    owner: nn.Module, call: Recorded, plan: Plan
+) -> tuple[Plan, tuple[Variant, Report]]:
+    """A first trace, through all modules where what stands beside an attention matters."""
+    if plan.config.looks_around:
+        whole = replace(plan, spine=frozenset(path for path, _ in owner.named_modules()))
+        with suppress(CaptureError):
+            return whole, specialise(owner, base_of(owner), call.values, whole)
+    return plan, specialise(owner, base_of(owner), call.values, plan)
+
+
 def _settled(site: AttentionSite) -> bool:
     """Is it rewritten, or refused for what it is and not for what lies outside of this module?"""
     reasons = [reason.code for reason in site.decision.reasons]
-    inside = all(
-        code.startswith(("el.", "switchhead.")) and not code.endswith(_OUTSIDE) for code in reasons
-    )
+    inside = all(code.startswith(_INSIDE) and not code.endswith(_OUTSIDE) for code in reasons)
     return site.decision.accepted or (bool(reasons) and inside)
 
 

@@ -19,6 +19,7 @@ import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
+from attn_compiler.ir.block_piece import find_block_piece
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.layer import find_layer
@@ -41,8 +42,9 @@ from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
+from attn_compiler.passes.replace_block import replace_block
 from attn_compiler.passes.replace_layer import replace_layer
-from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
+from attn_compiler.passes.rewrite_site import erase_dead, live_nodes, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
 from attn_compiler.report import Report
@@ -58,7 +60,10 @@ _NEEDS_REWRITE = (
 Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
 Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTensor, ...]]
 # what finds, and what replaces, the piece around a core for a variant with parameters of its own
-WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {Scope.SITE: (find_layer, replace_layer)}
+WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {
+    Scope.SITE: (find_layer, replace_layer),
+    Scope.BLOCK: (find_block_piece, replace_block),
+}
 
 
 @dataclass
@@ -165,8 +170,9 @@ def _run(work: _Work) -> None:
 
 def _settle(work: _Work, expansions: list[Expansion]) -> None:
     """Take back the expansion of a fused module whose attention was not rewritten."""
+    dead = work.touched - live_nodes(work.graph, work.touched, set()) if expansions else set()
     for expansion in expansions:
-        if expansion.rewritten():
+        if expansion.rewritten(dead):
             work.touched |= expansion.replaced()
         else:
             expansion.undo()
@@ -283,6 +289,7 @@ def _replaced(
     reasons = tuple(variant.legality(site, spec))
     if piece is None or variant.replace is None or reasons:
         return replace(site, decision=Decision(False, reasons=reasons))
+    piece = replace(piece, facts={**piece.facts, "calls": work.cache})
     try:
         made = variant.replace(site, piece, spec)
         tensors = carry_out(region, functional, piece, made) if work.change else made.tensors

@@ -43,11 +43,13 @@ class CacheCalls:
         keep: keep(cache, (x, weights, cross), rows, index) -> kept, for `update`.
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
+        hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`.
     """
 
     keep: Callable[..., Any]
     attend: Callable[..., Any]
     shown: Callable[..., Any]
+    hold: Callable[..., Any]
 
 
 def rewrite_states(

@@ -13,7 +13,7 @@ from attn_compiler.variants.flash import FLASH, Flash
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, switchhead.SWITCHHEAD)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, switchhead.SWITCHHEAD, gau.GAU_)
 
 __all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
 
