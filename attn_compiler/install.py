@@ -40,8 +40,8 @@ _MOST_VARIANTS = 12
 _MOST_OPENED = 3
 _MOST_FAILURES = 4
 # codes of reasons that lie in the site, but for these ends, which a wider module may cure
-_INSIDE = ("el.", "switchhead.", "gau.", "feed_forward.")
-_OUTSIDE = (".no_projection", ".no_output", ".hidden")
+_INSIDE = ("el.", "switchhead.", "gau.", "block.", "feed_forward.")
+_OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
 
 
 # ---------------------------------------------------------------- finding owners

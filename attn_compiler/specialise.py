@@ -151,6 +151,7 @@ def _trace(
         with exactly():
             report = compile_graph(gm, plan.config, cache=CALLS)
         demands += _late(recorder.symbols.guards()[traced:])
+        demands = [demand for demand in demands if not symbols.gone(demand)]
     bypassed = _bypassed(gm.graph)
     recorder.inspect(bypassed)
     training = owner.training if any(n.meta.get(MODAL) for n in gm.graph.nodes) else None

@@ -65,9 +65,9 @@ class GauLayer(CacheLayerMixin):
         self._read[number] += x.shape[1]
         return y
 
-    def counted(self) -> Tensor | None:
+    def counted(self, number: int) -> Tensor | None:
         """[B] tokens that are no padding; None before the first."""
-        state, first = self._states[0], self._first[0]
+        state, first = self._states[number], self._first[number]
         if first is not None:
             x, valid = first
             return torch.full_like(x[:, 0, 0], x.shape[1]) if valid is None else valid.sum(1)

@@ -27,6 +27,7 @@ from attn_compiler.ir.token_wise import (
     CASTS,
     MOVES,
     VIEWS,
+    behind,
     dropout_of,
     given_to,
     is_number,
@@ -199,6 +200,8 @@ class _Search:
                 break
             node = user
         called = ops.name(user) or user.op
+        if _leaves(user):
+            raise Blocked(user, ("block.outside", "the attention's result leaves the module"))
         if out is None:
             text = f"{called} comes before a linear map of the attention's result"
             raise Blocked(user, ("block.no_output_map", text))
@@ -285,9 +288,15 @@ class _Search:
                 ends.append((kind, following))
             following = following.next
         if len(ends) != 1:
+            self._check_inside(node)
             text = "there is no norm before the branches, nor one behind each residual"
             raise Blocked(node, ("block.no_norm", text))
         return ends[0]
+
+    def _check_inside(self, node: fx.Node) -> None:
+        if any(_leaves(user) for user in self.readers(node)):
+            text = "the attention's result with its residual leaves the module"
+            raise Blocked(node, ("block.outside", text))
 
     # ------------------------------------------------------------ the feed-forward net
 
@@ -302,6 +311,7 @@ class _Search:
                 text = "there is a norm before one branch, and none before the other"
                 raise Blocked(user, ("block.no_norm", text))
             return user, self._branch(net.given, others[0], norm), net
+        self._check_inside(residual)
         text = "no feed-forward net with a residual follows the attention"
         raise Blocked(residual, ("block.no_feed_forward", text))
 
@@ -328,8 +338,8 @@ class _Search:
         made, rates = undropped(upon)
         nodes, stack = {made}, [made]
         while stack:
-            for node in given_to(stack.pop()):
-                if node is given or node in nodes or is_parameter(node):
+            for node in behind(stack.pop()):
+                if itself(node) is given or node in nodes or is_parameter(node):
                     continue
                 if node.op != "placeholder" or "opaque" in node.meta:
                     nodes.add(node)
@@ -385,6 +395,11 @@ class _Search:
 
 
 # ---------------------------------------------------------------- graph
+
+
+def _leaves(user: fx.Node) -> bool:
+    """Is it the output of the graph, or a container on the way to it?"""
+    return user.op == "output" or (ops.value(user) is None and user.op == "call_function")
 
 
 def _passes(user: fx.Node, node: fx.Node, before: bool) -> bool:

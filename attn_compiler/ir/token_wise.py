@@ -43,11 +43,14 @@ def itself(node: fx.Node) -> fx.Node:
     return node
 
 
-def given_to(node: fx.Node) -> list[fx.Node]:
+def behind(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads; what an opaque object gave reads the call that gave it."""
-    if "opaque" in node.meta:
-        return [node.meta["opaque"]]
-    return list(dict.fromkeys(map(itself, node.all_input_nodes)))
+    return [node.meta["opaque"]] if "opaque" in node.meta else node.all_input_nodes
+
+
+def given_to(node: fx.Node) -> list[fx.Node]:
+    """The same without nodes that only hand on what they read."""
+    return list(dict.fromkeys(map(itself, behind(node))))
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -239,9 +242,7 @@ def live(graph: fx.Graph) -> set[fx.Node]:
     ]
     found = set(stack)
     while stack:
-        reader = stack.pop()
-        behind = [reader.meta["opaque"]] if "opaque" in reader.meta else []
-        for node in (*reader.all_input_nodes, *behind):
+        for node in behind(stack.pop()):
             if node not in found:
                 found.add(node)
                 stack.append(node)
@@ -250,6 +251,8 @@ def live(graph: fx.Graph) -> set[fx.Node]:
 
 def is_number(node: fx.Node) -> bool:
     value = ops.value(node)
+    if value is None and node.op != "placeholder":
+        return ops.name(node) in ("size", "dim", "sym_size")  # of what an opaque object gave
     leaves = value if isinstance(value, tuple | list) else (value,)
     return bool(leaves) and all(isinstance(n, int | torch.SymInt | float) for n in leaves)
 

@@ -38,7 +38,20 @@ class Kept(Protocol):
         seed: Tensor | None,
     ) -> Tensor: ...
 
-    def counted(self) -> Tensor | None: ...
+    def counted(self, number: int) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a cache says of the tokens before.
+
+    Attributes:
+        length: how many there are.
+        counted: [B] how many of them are no padding, None before the first.
+    """
+
+    length: int
+    counted: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,8 @@ def unit(
     """
     weights = GauParameters(**dict.fromkeys(NAMES) | dict(zip(names, rest[reads:], strict=True)))
     chosen, masks = GauForm(**dict(form)), Seen(*seen)
-    valid, documents, causal = _counts(x, kept, rest[:reads], masks, chosen.causal)
+    past = None if kept is None else Past(kept.length, kept.counted(number))
+    valid, documents, causal = _counts(x, past, rest[:reads], masks, chosen.causal)
     if causal != chosen.causal:
         chosen = GauForm(**dict(form) | {"causal": causal})
     seed = None
@@ -101,10 +115,10 @@ def unit(
 
 
 def _counts(
-    x: Tensor, kept: Kept | None, reads: Sequence[Tensor], masks: Seen, causal: bool
+    x: Tensor, past: Past | None, reads: Sequence[Tensor], masks: Seen, causal: bool
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """valid [B, T] and documents [B, T] of the new tokens, and the direction."""
-    start = 0 if kept is None else kept.length
+    start = 0 if past is None else past.length
     keys = torch.arange(start, start + x.shape[1], device=x.device)
     env = {"b": torch.arange(x.shape[0], device=x.device)[:, None], "k": keys}
     valid = documents = None
@@ -113,15 +127,15 @@ def _counts(
     if masks.documents:
         documents = evaluate(parse(masks.documents), env, reads).expand(x.shape[:2])
     if masks.whole:
-        valid, causal = _looked_at(x, kept, reads, masks.whole, causal)
+        valid, causal = _looked_at(x, past, reads, masks.whole, causal)
     return valid, documents, causal
 
 
 def _looked_at(
-    x: Tensor, kept: Kept | None, reads: Sequence[Tensor], text: str, causal: bool
+    x: Tensor, past: Past | None, reads: Sequence[Tensor], text: str, causal: bool
 ) -> tuple[Tensor, bool]:
     """The same of a mask over rows and keys."""
-    start, rows = 0 if kept is None else kept.length, x.shape[1]
+    start, rows = 0 if past is None else past.length, x.shape[1]
     index = torch.arange(start + rows, device=x.device)
     places = torch.arange(x.shape[0], device=x.device)[:, None, None]
     env = {"b": places, "q": torch.arange(rows, device=x.device)[:, None], "k": index}
@@ -132,9 +146,9 @@ def _looked_at(
         return valid, causal
     pairs = valid[:, :, None] & valid[:, None, :]
     new, below = whole[:, :, start:] & valid[:, :, None], pairs.tril()
-    if torch.equal(new, below) and _same_past(whole[:, :, :start], valid, kept):
-        return valid, kept is not None or causal or not torch.equal(below, pairs)
-    if kept is None and torch.equal(new, pairs):
+    if torch.equal(new, below) and _same_past(whole[:, :, :start], valid, past):
+        return valid, past is not None or causal or not torch.equal(below, pairs)
+    if past is None and torch.equal(new, pairs):
         return valid, False
     raise UnsupportedCall(
         "a mask that gated attention units cannot keep to",
@@ -143,9 +157,8 @@ def _looked_at(
     )
 
 
-def _same_past(whole: Tensor, valid: Tensor, kept: Kept | None) -> bool:
+def _same_past(whole: Tensor, valid: Tensor, past: Past | None) -> bool:
     """Do the rows see as many keys of a cache as it counts?"""
-    counted = None if kept is None else kept.counted()
-    if counted is None:
+    if past is None or past.counted is None:
         return True
-    return bool(((whole.sum(-1) == counted[:, None]) | ~valid).all())
+    return bool(((whole.sum(-1) == past.counted[:, None]) | ~valid).all())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attn_compiler.ir.blocks import Block
-from tests.ir.block_models import WIDTH, Net, Parallel, Post, Pre, RmsNorm, found_in
+from tests.ir.block_models import WIDTH, Attend, Net, Parallel, Post, Pre, RmsNorm, found_in
 
 
 def block_of(model: nn.Module, *more: Any) -> Block:
@@ -161,6 +161,14 @@ class NoNet(Pre):
         return x + self.attend(self.first(x))  # type: ignore[no-any-return]
 
 
+class Twice(Pre):
+    """Two attentions, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.first(x))
+        return (x + self.attend(self.second(x))).sin()
+
+
 class NoOutputMap(Pre):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend.mixed(self.first(x))
@@ -205,12 +213,6 @@ class Flat(Pre):
         return y + self.net(self.second(y))  # type: ignore[no-any-return]
 
 
-class Added(Pre):
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.first(x)
-        return (self.attend(normed) + self.net(normed)) + (x + self.net(normed))  # type: ignore[no-any-return]
-
-
 class Routed(Net):
     """The first of two experts by a softmax."""
 
@@ -244,7 +246,9 @@ REFUSED: list[tuple[nn.Module, str]] = [
     (OtherResidual(), "block.no_residual"),
     (NoNorm(), "block.no_norm"),
     (HalfNormed(), "block.no_norm"),
-    (NoNet(), "block.no_feed_forward"),
+    (NoNet(), "block.outside"),
+    (Attend(), "block.outside"),
+    (Twice(), "block.no_feed_forward"),
     (NoOutputMap(), "block.no_output_map"),
     (ReadElsewhere(), "block.read_elsewhere"),
     (HiddenReadElsewhere(), "block.read_elsewhere"),
