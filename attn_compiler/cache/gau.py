@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -94,12 +95,18 @@ class GauLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first tokens make the state."""
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values have no place here.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values have no place here; a call that is analysed is told how many there would
+        be.
 
         Raises:
-            UnsupportedCall: always.
+            UnsupportedCall: there are numbers in them.
         """
+        if isinstance(key_states, FakeTensor):
+            keys, values = (_longer(x, self.length) for x in (key_states, value_states))
+            return keys, values
         raise UnsupportedCall(
             "a cache of gated attention units was given keys and values",
             do="use it with the model that made it",
@@ -172,6 +179,13 @@ class GauLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing, see `offload`."""
+
+
+def _longer(x: Tensor, more: int) -> Tensor:
+    """Something of the shape of all keys or values."""
+    sizes = list(x.shape)
+    sizes[-2] += more
+    return x.new_empty(sizes)
 
 
 def _has_batch(value: Any) -> bool:
