@@ -110,7 +110,9 @@ class Call:
         if self.recorder.symbols.static:
             raise CaptureError("owner.untraceable", f"{text} holds tensors of unknown sizes")
         self.check(f"type({text}) is {self.name(type(value))}")
-        return Opaque(self.recorder, shadow(value, self.recorder.symbols), self._place(text), text)
+        sites = self.recorder.root.__dict__.get("_attn_sites", ())
+        seen = shadow(value, self.recorder.symbols, sites)
+        return Opaque(self.recorder, seen, self._place(text), text)
 
     def _tensor(self, text: str, value: torch.Tensor) -> torch.Tensor:
         if id(value) in self._seen:

@@ -268,7 +268,7 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     except CaptureError as refusal:
         problem = f"{refusal.code}: {refusal.text}"
     else:
-        problem = "" if report.rewritten else "no attention was found in it"
+        problem = "" if report.rewritten else _why(report)
         sites = [s for s in report.sites if s.decision.accepted]
         if list(map(_swapped, sites)) != list(map(_swapped, owner._attn_sites)):
             problem = problem or "it needs other tensors than the module has"
@@ -281,6 +281,13 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     log.info("%s: a call unlike the example was analysed", where)
     owner._attn_variants.append(variant)
     return variant
+
+
+def _why(report: Report) -> str:
+    """Why nothing of a call was rewritten."""
+    kept = (str(reason) for site in report.sites for reason in site.decision.reasons)
+    missed = (f"{m.code}: {m.text}" for m in report.missed)
+    return next(iter((*kept, *missed)), "no attention was found in it")
 
 
 def _swapped(site: AttentionSite) -> Any:

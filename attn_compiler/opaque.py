@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from attn_compiler.errors import require
+from attn_compiler.ir.site import AttentionSite
 from attn_compiler.symbols import CaptureError, Symbols
 
 _DEEPEST = 8
@@ -59,8 +60,14 @@ class Recorder(Protocol):
     def paused(self) -> Any: ...
 
 
-def shadow(value: Any, symbols: Symbols) -> Any:
+def shadow(value: Any, symbols: Symbols, sites: Iterable[AttentionSite] = ()) -> Any:
     """A deep copy whose tensors are fakes.
+
+    Args:
+        value: the object.
+        symbols: of the trace.
+        sites: what stands rewritten in the module that is traced. The original is traced, so a
+            cache has to show keys and values of the original's sizes.
 
     Raises:
         CaptureError: `owner.argument`, the object cannot be copied.
@@ -69,11 +76,34 @@ def shadow(value: Any, symbols: Symbols) -> Any:
     for tensor in _tensors(value, 0):
         memo[id(tensor)] = symbols.fixed(tensor)
     try:
-        return copy.deepcopy(value, memo)
+        found = copy.deepcopy(value, memo)
     except Exception as error:  # runs the object's own code
         raise CaptureError(
             "owner.argument", f"an argument of type {type(value).__name__} cannot be copied"
         ) from error
+    for site in sites:
+        if site.decision.cached is not None:
+            for layer in _layers(found, 0):
+                _resize(layer, site)
+    return found
+
+
+def _layers(value: Any, depth: int) -> Iterator[Any]:
+    """Objects that hold keys and values."""
+    held = getattr(value, "__dict__", {})
+    if isinstance(held.get("keys"), torch.Tensor) and isinstance(held.get("values"), torch.Tensor):
+        yield value
+    elif depth < _DEEPEST and not isinstance(value, type | str | int | float | torch.Tensor):
+        for child in _children(value):
+            yield from _layers(child, depth + 1)
+
+
+def _resize(layer: Any, site: AttentionSite) -> None:
+    for name, width in (("keys", site.head_dim), ("values", site.value_dim)):
+        tensor = getattr(layer, name)
+        if tensor.dim() == 4 and (tensor.shape[1], tensor.shape[3]) == site.decision.cached:
+            shape = (tensor.shape[0], site.kv_heads, tensor.shape[2], width)
+            layer.__dict__[name] = tensor.new_empty(shape)
 
 
 def _children(value: Any) -> Iterator[Any]:

@@ -301,7 +301,7 @@ def _replaced(
     taken = piece.taken if before is None else before.taken
     decision = Decision(
         True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
-        spec=made.spec,
+        spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
     )  # fmt: skip
     return replace(site, decision=decision, facts={**site.facts, variant.name: made.words})
 

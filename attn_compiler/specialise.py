@@ -24,7 +24,7 @@ from attn_compiler.cache.el import CALLS
 from attn_compiler.call import Call
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import Variant, names_of
-from attn_compiler.ir.layer import BEFORE, PREFIX
+from attn_compiler.ir.layer import BEFORE, PREFIX, VOID
 from attn_compiler.opaque import settle
 from attn_compiler.passes.emit import CONSTANT, MODAL
 from attn_compiler.pipeline import compile_graph
@@ -151,7 +151,8 @@ def _trace(
         with exactly():
             report = compile_graph(gm, plan.config, cache=CALLS)
         demands += _late(recorder.symbols.guards()[traced:])
-        demands = [demand for demand in demands if not symbols.gone(demand)]
+        void = gm.meta.get(VOID, set())
+        demands = [d for d in demands if not d.free_symbols & void and not symbols.gone(d)]
     bypassed = _bypassed(gm.graph)
     recorder.inspect(bypassed)
     training = owner.training if any(n.meta.get(MODAL) for n in gm.graph.nodes) else None

@@ -22,15 +22,16 @@ from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.maps import Made, Strange, made_by, read_by
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module
+from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.roles import extent
 from attn_compiler.ir.site import Reason
-from attn_compiler.ir.states import layer_read, updated
+from attn_compiler.ir.states import layer_read, layouts, updated
 from attn_compiler.ir.trace import Region
 
 State = Mapping[fx.Node, tuple[Any, ...]]
-# keys in the meta of a graph's module: the path of the owner, and its decisions so far by path
-PREFIX, BEFORE = "prefix", "before"
+# keys in the meta of a graph's module: the path of the owner, its decisions so far by path, and
+# symbols of sizes that a replacement changes
+PREFIX, BEFORE, VOID = "prefix", "before", "void"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
         "training": owner.training,
         "before": before,
     }
-    nodes = frozenset(node for made in layer.made for node in made.nodes)
+    nodes = frozenset(n for made in layer.made for n in made.nodes if n.op != "placeholder")
     given = tuple(made.x for made in layer.made[:-1])
     home = path[len(prefix) :].lstrip(".") if prefix else path
     return Sought(Piece(layer.out.node, given, nodes, tuple(taken), home, facts))
@@ -133,7 +134,9 @@ def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
     if update is not None or places is None:
         key, value = made_by(starts[0], "keys"), made_by(starts[1], "values")
     out = read_by(region.end)
-    layer = Layer(query, key, value, out, query.turned, places, update, _swapped(query, core))
+    layer = Layer(
+        query, key, value, out, query.turned, places, update, _swapped(query, query.x, core)
+    )
     _check(layer, core)
     return layer
 
@@ -157,22 +160,29 @@ def _check_cache(
     if update is None and (not all(calls) or layer_read(*calls) is None):
         text = "keys and values do not come from one call of `update` or one layer of a cache"
         raise Strange(places[0], "cache_form", text)
-    for place in places:
-        sizes = ops.value(place).shape
-        if len(sizes) != 4 or not ax.equal(ax.size_of(sizes[2]), core.sizes["S"]):
-            text = "the attention reads a part of what the cache holds, or in another order"
-            raise Strange(place, "cache_form", text)
+    for obstacle in layouts(core, list(places)):
+        raise Strange(places[0], "cache_form", obstacle.text)
 
 
-def _swapped(query: Made, core: Core) -> bool:
-    """Are inputs [T, B, D] and not [B, T, D]?"""
-    first, second = (ax.size_of(n) for n in ops.value(query.x).shape[:2])
-    batch, rows = core.sizes["B"], core.sizes["T"]
-    if ax.equal(first, batch) and ax.equal(second, rows):
-        return False
-    if ax.equal(first, rows) and ax.equal(second, batch):
-        return True
-    raise Strange(query.node, "layout", "the inputs of the layer are not [batch, rows, width]")
+def _swapped(made: Made, node: fx.Node, core: Core) -> bool:
+    """Is what a node holds [T, B, D] and not [B, T, D]?"""
+    rows = core.sizes["T"]
+    sizes = [ax.size_of(n) for n in ops.value(node).shape[:2]]
+    first, second = (ax.equal(size, rows) for size in sizes)
+    if first == second:
+        # the same number for both, or written in other symbols: as the example has it
+        wanted = _as_number(core.end.node, rows)
+        first, second = (ax.hint(size) == wanted for size in ops.value(node).shape[:2])
+    if ops.value(node).dim() != 3 or first == second:
+        raise Strange(made.node, "layout", "the layer does not take and give [batch, rows, width]")
+    return first
+
+
+def _as_number(end: fx.Node, size: ax.Size) -> int:
+    """A size in the example."""
+    values = (val(node) for node in end.graph.nodes)
+    shapes = (n for v in values if isinstance(v, torch.Tensor) for n in v.shape)
+    return next((ax.hint(n) for n in shapes if ax.equal(ax.size_of(n), size)), 0)
 
 
 def _check(layer: Layer, core: Core) -> None:
@@ -195,11 +205,5 @@ def _problems(layer: Layer, core: Core) -> Iterator[Strange]:
         ]
         if not all(ax.equal(a, b) for a, b in zip(*sizes, strict=True)):
             yield Strange(layer.key.node, "layout", "keys and values have inputs of two lengths")
-    heads = extent(core.roles.query_heads)
-    inner = [core.sizes["B"], core.sizes["T"], heads]
-    rows = [ax.size_of(n) for n in ops.value(layer.out.node).shape[:2]]
-    wanted = inner[1::-1] if layer.swapped else inner[:2]
-    if not all(ax.equal(a, b) for a, b in zip(rows, wanted, strict=True)):
-        yield Strange(
-            layer.out.node, "layout", "the output of the layer is not [batch, rows, width]"
-        )
+    if _swapped(layer.out, layer.out.node, core) != layer.swapped:
+        yield Strange(layer.out.node, "layout", "the layer turns batch and rows around")

@@ -68,6 +68,8 @@ class Decision:
         tensors: what its module gets, under their final names.
         taken: what leaves the model: paths below the owner of modules and parameters.
         spec: what was asked for, with numbers for every "auto"; None where nothing was open.
+        cached: heads and width of what a cache holds instead of keys and values; None where it
+            holds these.
     """
 
     accepted: bool
@@ -79,6 +81,7 @@ class Decision:
     tensors: tuple[Any, ...] = ()
     taken: tuple[str, ...] = ()
     spec: Any = None
+    cached: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

@@ -93,7 +93,7 @@ def find_states(
     calls = [node.meta.get("opaque") if node is not None else None for node in places]
     if places[0] is None or places[1] is None or calls[0] is None or calls[1] is None:
         return Found(None, tuple(_uncached(region_end, functional, core, state)))
-    obstacles += _layouts(core, places)  # type: ignore[arg-type]
+    obstacles += layouts(core, places)  # type: ignore[arg-type]
     update, layer = updated(calls[0], calls[1]), layer_read(calls[0], calls[1])
     if update is None and layer is None:
         text = "keys and values do not come from one call of `update` or one layer of a cache"
@@ -122,7 +122,7 @@ def _place(functional: FunctionalRegion, operand: Operand) -> fx.Node | None:
     return functional.read.get(operand.node)
 
 
-def _layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
+def layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
     """The attention must read them as they are: [batch, kv heads, keys, features], all of it."""
     roles = core.roles
     for operand, last, place in zip(

@@ -86,6 +86,7 @@ def layer(
     x_v: Tensor,
     reads: Sequence[Tensor],
     ints: Sequence[int],
+    /,
     *weights: Tensor,
     **options: Any,
 ) -> Tensor:
@@ -145,11 +146,12 @@ def write(
 
 def read(
     x_q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
     start: Start,
     reads: Sequence[Tensor],
     ints: Sequence[int],
+    /,
     *weights: Tensor,
     **options: Any,
 ) -> Tensor:
@@ -157,7 +159,7 @@ def read(
 
     Args:
         x_q: [B, T, D].
-        k, v: [B, H, S, c].
+        keys, values: [B, H, S, c].
         start: index of the first query.
         reads, ints, weights, options: as of `layer`.
     """
@@ -166,6 +168,6 @@ def read(
     mixture, scores = chosen.mixture, chosen.scores(reads, ints)
     routes = destination(x_q, own, mixture, chosen.seed(x_q))
     turn = chosen.rotate(start, x_q.shape[1], x_q)
-    written = Written(k.to(x_q.dtype), v.to(x_q.dtype))
+    written = Written(keys.to(x_q.dtype), values.to(x_q.dtype))
     y = attend(x_q, written, own, mixture, scores, rotate=turn, routes=routes)
     return y if bias is None else y + bias

@@ -18,7 +18,7 @@ from torch import fx
 from attn_compiler.errors import require
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
-from attn_compiler.ir.layer import Layer
+from attn_compiler.ir.layer import VOID, Layer
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
@@ -50,6 +50,7 @@ def replace_layer(
     _check_unwritten(layer, region.end)
     if layer.places is not None:
         _check_places(region, layer.places, removed)
+    old = {place: ops.value(place) for place in layer.places or ()}
     emitter = Emitter(region, functional)
     early = Emitter(region, functional, layer.update)
     try:
@@ -75,8 +76,18 @@ def replace_layer(
         raise
     if layer.update is not None:
         _become_write(early, layer, weights, replacement)
+    void = {s for place in layer.places or () for s in _symbols(old[place])}
+    region.end.graph.owning_module.meta.setdefault(VOID, set()).update(void)  # type: ignore[union-attr]
     piece.end.replace_all_uses_with(result)
     return tuple(tensors)
+
+
+def _symbols(value: torch.Tensor) -> set[Any]:
+    """Those of the heads and the width that a cache held for the original, as they were before
+    anything was learnt about them.
+    """
+    sizes = (value.shape[dim] for dim in (1, 3))
+    return {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node._expr.free_symbols}
 
 
 def _batch_first(emitter: Emitter, layer: Layer, x: fx.Node) -> fx.Node:

@@ -200,6 +200,10 @@ class CachedLayer:
     heads: int
     width: int
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.heads, self.width
+
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
