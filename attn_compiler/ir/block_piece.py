@@ -12,7 +12,8 @@ from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
-from attn_compiler.ir.blocks import Block, Branch, find_block
+from attn_compiler.ir.block import Block, Branch
+from attn_compiler.ir.blocks import find_block
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.layer import BEFORE, PREFIX
 from attn_compiler.ir.piece import Piece, Sought
@@ -46,7 +47,6 @@ def find_block_piece(
         "block": block,
         "homes": tuple(_home(b) if known else "" for b in (block.attention, block.feed_forward)),
         "rows": ax.hint(ops.value(block.x).shape[1 if block.batch_first else 0]),
-        "steps": not ax.equal(core.sizes["T"], core.sizes["S"]),
         "dtype": held.dtype,
         "device": held.device,
         "reads": None if None in reads else tuple(reads),

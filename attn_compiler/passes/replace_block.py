@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import ops
-from attn_compiler.ir.blocks import Block, Branch
+from attn_compiler.ir.block import Block, Branch
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion, order
 from attn_compiler.ir.soft import NotAttention

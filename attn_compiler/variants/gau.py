@@ -50,6 +50,8 @@ _S, _EXPANSION, _CHUNK, _LEAST_WIDTH = 128, 2.0, 256, 512
 # with them a pair has s / (6 D) more weights than a block of 12 D^2: 4.2 % at a width of 512
 _PAPER_MATCH, _MATCH = 0.05, 0.02
 _STD = 0.02
+# offsets of a causal mask that lets a row see up to itself
+_DIAGONALS = ("0", "S - T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,9 +231,12 @@ def state_pays_from(width: int, *, s: int = _S, chunk: int = _CHUNK) -> float:
 
 def legality(site: AttentionSite, spec: GAU) -> Iterator[Reason]:
     """Codes: those of `ir.blocks` (block.*) and `ir.feed_forward` (feed_forward.*), and gau.mask,
-    .score.
+    .score, .convert.
     """
     yield from site.obstacles or ()
+    if spec.init == "convert":
+        text = "a start from the block's own weights is made by kernels.gau_convert, not in place"
+        yield Reason("gau.convert", text, site.location)
     problem = _mask_problem(site.mask)
     if problem:
         yield Reason("gau.mask", f"{problem}: {site.mask}", site.location)
@@ -242,6 +247,8 @@ def legality(site: AttentionSite, spec: GAU) -> Iterator[Reason]:
 
 def _mask_problem(mask: Mask) -> str:
     """Why units cannot keep to a mask, "" if they can."""
+    if any(isinstance(t, Causal) and str(t.offset) not in _DIAGONALS for t in mask.terms):
+        return "a row sees up to itself, and not less or more"
     known = (Causal, Padding, Documents)
     if all(isinstance(t, known) for t in mask.terms) and not any(map(_numbered, mask.terms)):
         return ""
@@ -283,7 +290,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
     """Two units for the block that was found; those that it has already stay.
 
     Raises:
-        NotAttention: `gau.sizes`, no pair of units has about the parameters of the block.
+        NotAttention: `gau.sizes`, no pair of units has about the parameters of the block;
+            `gau.mask`, with a cache a row sees what comes after it, or a part of what went by.
     """
     facts, block = piece.facts, piece.facts["block"]
     before, causal, words = facts["before"], _is_causal(site, facts), ""
@@ -309,12 +317,23 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
         ("dropout", site.dropout),
     )
     seen = seen_by(site.mask)
+    _check_steps(site, facts, seen)
     options = (
         ("names", tuple(n for n in gau_unit.NAMES if n != "rel_bias" or made.relative_bias)),
         ("form", form),
         ("seen", (seen.padding, seen.documents, seen.whole)),
     )
     return Replacement(gau_unit.unit, tensors, options, made, words)
+
+
+def _check_steps(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
+    """A cache holds the sum of all tokens before, so new ones see them all."""
+    if facts["block"].update is None:
+        return
+    named = any(isinstance(t, Causal) for t in site.mask.terms)
+    if seen.documents or not (named or seen.whole or facts["rows"] == 1):
+        text = f"with a cache, units see all tokens up to each row: {site.mask}"
+        raise NotAttention("gau.mask", text)
 
 
 def _is_causal(site: AttentionSite, facts: Any) -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from attn_compiler.call import Call
-from attn_compiler.ir.blocks import FoundBlock, find_block
+from attn_compiler.ir.block import FoundBlock
+from attn_compiler.ir.blocks import find_block
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import ambient, cut, functionalise, order
 from attn_compiler.passes.expand_composite import expand_composites

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attn_compiler.ir.blocks import Block
+from attn_compiler.ir.block import Block
 from tests.ir.block_models import WIDTH, Attend, Net, Parallel, Post, Pre, RmsNorm, found_in
 
 
