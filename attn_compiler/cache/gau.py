@@ -142,7 +142,7 @@ class GauLayer(CacheLayerMixin):
         for number, (state, first) in enumerate(zip(self._states, self._first, strict=True)):
             if state is not None:
                 parts = {f.name: getattr(state, f.name) for f in fields(state)}
-                changed = {n: make(t) for n, t in parts.items() if _has_batch(t)}
+                changed: dict[str, Any] = {n: make(t) for n, t in parts.items() if _has_batch(t)}
                 self._states[number] = replace(state, **changed)
             if first is not None:
                 x, valid = first
@@ -196,7 +196,7 @@ def _roomier(state: GauState, rows: int) -> GauState:
     """The same with more rows set aside."""
     more = rows - state.k.shape[1]
     longer = {"k": state.k, "v": state.v}
-    wide = {name: pad(x, (0, 0, 0, more)) for name, x in longer.items()}
+    wide: dict[str, Any] = {name: pad(x, (0, 0, 0, more)) for name, x in longer.items()}
     return replace(state, **wide, valid=pad(state.valid, (0, more)))
 
 

@@ -131,7 +131,9 @@ def _made(x: Any, weight: Any, bias: Any) -> LinearMap | None:
     vector, _ = _parameter(bias)
     if matrix is None or ops.value(matrix).dim() != 2 or (vector is None and bias is not None):
         return None
-    return LinearMap(itself(x), str(matrix.target), vector and str(vector.target), turned, "")
+    return LinearMap(
+        itself(x), str(matrix.target), None if vector is None else str(vector.target), turned, ""
+    )
 
 
 def _turned(found: LinearMap) -> LinearMap:

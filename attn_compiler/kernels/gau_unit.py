@@ -97,7 +97,8 @@ def unit(
     Raises:
         UnsupportedCall: the mask is neither causal nor for both directions, with padding.
     """
-    weights = GauParameters(**dict.fromkeys(NAMES) | dict(zip(names, rest[reads:], strict=True)))
+    given: dict[str, Any] = dict.fromkeys(NAMES)
+    weights = GauParameters(**given | dict(zip(names, rest[reads:], strict=True)))
     chosen, masks = GauForm(**dict(form)), Seen(*seen)
     past = None if kept is None else Past(kept.length, kept.counted(number))
     valid, documents, causal = _counts(x, past, rest[:reads], masks, chosen.causal)
