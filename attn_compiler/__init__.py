@@ -31,6 +31,7 @@ _HOMES = {
     "UnsupportedCall": "attn_compiler.errors",
     "VerificationFailed": "attn_compiler.errors",
     "distill": "attn_compiler.train.distill",
+    "expert_usage": "attn_compiler.train.switchhead",
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
     "last_report": "attn_compiler.backend",

@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
-from attn_compiler.config import CompileConfig, make_config
+from attn_compiler.config import CompileConfig, has_parameters, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
 from attn_compiler.install import rewrite_module
@@ -104,6 +104,11 @@ def explain(
         report = compile_graph(copy.deepcopy(model.graph_module), config)
     elif isinstance(model, fx.GraphModule):
         report = _rewritten_copy(model, args, config)[1]
+    elif installs and any(has_parameters(target) for _, target in config.to):
+        # its layers are found among living modules: rewrite a copy, and tell
+        _check_call(model, args, kwargs)
+        trial = copy.deepcopy(model)
+        report = rewrite_module(trial, args, kwargs, config, False, lambda found: found)
     elif callable(model):
         report = _explain_calls(model, args, kwargs, config)
     else:

@@ -14,6 +14,13 @@ from attn_compiler.variants import VARIANTS
 from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
+# what specs may ask for and no door can give yet: field, its usual value, why not
+_UNBUILT = {
+    "SwitchHead": (
+        ("feed_forward", None, "only the attention of a block is replaced in this version"),
+        ("init", "fresh", "layers are converted by variants.switchhead_convert, not by rewrite"),
+    ),
+}
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
 
 
@@ -116,8 +123,20 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
             )
+        _refuse_unbuilt_spec(target)
         found.append((glob, target))
     return tuple(found)
+
+
+def _refuse_unbuilt_spec(target: Target) -> None:
+    for field, usual, why in _UNBUILT.get(type(target).__name__, ()):
+        if getattr(target, field) != usual:
+            raise BadOption(
+                f"{type(target).__name__} has {field}={getattr(target, field)!r}",
+                where=f"option {field}",
+                why=[why],
+                do=f"leave it {usual!r}",
+            )
 
 
 def _exactly(target: Target) -> Target:
@@ -130,3 +149,8 @@ def variant_of(target: Target) -> Variant:
     if target == "fastest":
         return VARIANTS[0]
     return next(v for v in VARIANTS if isinstance(target, v.spec))
+
+
+def has_parameters(target: Target) -> bool:
+    """Does a module get parameters in the place of its own?"""
+    return variant_of(target).replace is not None

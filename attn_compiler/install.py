@@ -27,7 +27,7 @@ from attn_compiler.specialise import Plan, specialise
 from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.verify import refused, verify_owner
-from attn_compiler.watch import Example, Recorded, watch
+from attn_compiler.watch import Example, Recorded, copied, untouched, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -160,6 +160,23 @@ class _Search:
             self.owners.append(path)
         self.reports.append(report)
 
+    def whole(self, report: Report, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+        """Does the model still run, where modules have lost parameters? Its own code may read
+        what only an owner was thought to.
+        """
+        if not any(site.decision.taken for site in report.sites):
+            return report
+        try:
+            with untouched(self.model):
+                self.model(*copied(args), **copied(kwargs))
+        except Exception as error:  # runs the user's code
+            for path in reversed(self.owners):
+                restore(self.model.get_submodule(path))
+            self.owners.clear()
+            text = f"the model needs what would be replaced: {type(error).__name__}: {error}"
+            return refused(report, text, "rewrite.read_outside")
+        return report
+
     def _blocked(
         self, owner: nn.Module, sites: tuple[AttentionSite, ...]
     ) -> tuple[str, str] | None:
@@ -215,7 +232,7 @@ def rewrite_module(
     # a refusal at one module is no refusal: its parent may do
     search = _Search(model, replace(config, on_reject="keep"), verify, watch(model, args, kwargs))
     try:
-        report = finish(search.run())
+        report = finish(search.whole(search.run(), args, kwargs))
     except Exception:
         for path in reversed(search.owners):
             restore(model.get_submodule(path))

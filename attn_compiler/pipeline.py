@@ -19,6 +19,7 @@ import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig, variant_of
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
+from attn_compiler.ir.axes import hint
 from attn_compiler.ir.block_piece import find_block_piece
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
@@ -47,8 +48,9 @@ from attn_compiler.passes.replace_layer import replace_layer
 from attn_compiler.passes.rewrite_site import erase_dead, live_nodes, rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
 from attn_compiler.passes.show_kernels import show_kernels
+from attn_compiler.planning import advice
 from attn_compiler.report import Report
-from attn_compiler.variants.base import Lowering, NewTensor, Replacement, Scope, VariantSpec
+from attn_compiler.variants.base import Lowering, NewTensor, Replacement, Scope, Shape, VariantSpec
 
 log = logging.getLogger("attn_compiler")
 _NEEDS_REWRITE = (
@@ -303,7 +305,27 @@ def _replaced(
         True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
         spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
     )  # fmt: skip
-    return replace(site, decision=decision, facts={**site.facts, variant.name: made.words})
+    facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
+    return replace(site, decision=decision, facts={**site.facts, **facts})
+
+
+def _advice(work: _Work, piece: Piece, site: AttentionSite, spec: VariantSpec) -> str:
+    """What the planner says about a piece at the sizes of the example."""
+    x, y = (ops.value(node) for node in (piece.given[0], piece.given[-1]))
+    if site.query_heads is None or site.head_dim is None:
+        return ""
+    batch, rows = (0, 1) if piece.facts.get("batch_first", True) else (1, 0)
+    shape = Shape(
+        hint(x.shape[batch]),
+        hint(x.shape[rows]),
+        hint(y.shape[rows]),
+        site.query_heads,
+        site.head_dim,
+        kv_heads=site.kv_heads,
+        width=hint(x.shape[-1]),
+        causal="causal" in str(site.mask),
+    )
+    return advice(spec, shape, work.config.hardware, x.dtype)
 
 
 def _named(seen: Shown) -> str:

@@ -246,3 +246,14 @@ def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost
         "L": shape.layers, "K": shape.beams, "n": dtype.itemsize,
     }  # fmt: skip
     return cost.numbers(**(sizes | extra))
+
+
+def advice(spec: VariantSpec, shape: Shape, hardware: Hardware | None, dtype: torch.dtype) -> str:
+    """Whether a variant pays at a shape, in words; "" where nothing is known."""
+    try:
+        found = plan(spec, shape, hardware=hardware, dtype=dtype)
+    except BadOption:
+        return ""
+    if not found.keep:
+        return f"{found.seconds * 1e6:,.0f} us predicted on {found.hardware}"
+    return f"does not pay at {shape.key} tokens on {found.hardware}: ordinary attention is faster"

@@ -103,6 +103,8 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
         lines.append(f"      dropout {first.dropout}")
     if "kernel" in first.facts:
         lines.append(f"      runs on {first.facts['kernel']}{_seconds(first.decision)}")
+    if first.facts.get("plan"):
+        lines.append(f"      plan {first.facts['plan']}")
     done = first.facts.get(first.decision.variant)
     lines.append(f"      {first.decision}{f': {done}' if done else ''}")
     return lines

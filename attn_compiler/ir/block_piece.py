@@ -29,7 +29,7 @@ def find_block_piece(
     region: Region, functional: FunctionalRegion, core: Core, state: State
 ) -> Sought:
     """The block around an attention, or what stands in the way. Facts: the `block`, `homes` of what
-    replaces its two branches, the `rows` of the example, `dtype` and `device` of its parameters,
+    replaces its two branches, whether it is `batch_first`, the `rows` of the example, `dtype` and `device` of its parameters,
     host nodes that the mask `reads` (None where one is computed on the way), and the decision of
     `before`, if the module has been rewritten.
     """
@@ -46,6 +46,7 @@ def find_block_piece(
     facts = {
         "block": block,
         "homes": tuple(_home(b) if known else "" for b in (block.attention, block.feed_forward)),
+        "batch_first": block.batch_first,
         "rows": ax.hint(ops.value(block.x).shape[1 if block.batch_first else 0]),
         "dtype": held.dtype,
         "device": held.device,

@@ -19,6 +19,7 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core, Operand
+from attn_compiler.ir.expr import Var, walk
 from attn_compiler.ir.maps import Made, Strange, made_by, read_by
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module
@@ -134,9 +135,9 @@ def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
     if update is not None or places is None:
         key, value = made_by(starts[0], "keys"), made_by(starts[1], "values")
     out = read_by(region.end)
-    layer = Layer(
-        query, key, value, out, query.turned, places, update, _swapped(query, query.x, core)
-    )
+    swapped = _swapped(query, query.x, core)
+    _check_rows(query, swapped, core)
+    layer = Layer(query, key, value, out, query.turned, places, update, swapped)
     _check(layer, core)
     return layer
 
@@ -166,16 +167,35 @@ def _check_cache(
 
 def _swapped(made: Made, node: fx.Node, core: Core) -> bool:
     """Is what a node holds [T, B, D] and not [B, T, D]?"""
-    rows = core.sizes["T"]
+    text = "the layer does not take and give [batch, rows, width]"
+    if ops.value(node).dim() != 3:
+        raise Strange(made.node, "layout", text)
     sizes = [ax.size_of(n) for n in ops.value(node).shape[:2]]
-    first, second = (ax.equal(size, rows) for size in sizes)
-    if first == second:
-        # the same number for both, or written in other symbols: as the example has it
-        wanted = _as_number(core.end.node, rows)
-        first, second = (ax.hint(size) == wanted for size in ops.value(node).shape[:2])
-    if ops.value(node).dim() != 3 or first == second:
-        raise Strange(made.node, "layout", "the layer does not take and give [batch, rows, width]")
-    return first
+    if sizes == [1, 1]:
+        return False
+    for name, here in (("B", 0), ("T", 1)):
+        found = [ax.equal(size, core.sizes[name]) for size in sizes]
+        if found[0] == found[1]:
+            # written in other symbols: as the example has it
+            wanted = _as_number(core.end.node, core.sizes[name])
+            found = [ax.hint(size) == wanted for size in ops.value(node).shape[:2]]
+        if found[0] != found[1]:
+            return found.index(True) != here
+    raise Strange(made.node, "layout", text)
+
+
+def _check_rows(query: Made, swapped: bool, core: Core) -> None:
+    """Heads that share a key may have been taken for rows, where there is one row."""
+    rows = ax.size_of(ops.value(query.x).shape[0 if swapped else 1])
+    named = {
+        p.name
+        for e in (core.program.score, core.program.mask)
+        for p in walk(e)
+        if isinstance(p, Var)
+    }
+    if rows == 1 != core.sizes["T"] and named & {"q", "T"}:
+        text = "the scores depend on heads that share keys"
+        raise Strange(query.node, "layout", text)
 
 
 def _as_number(end: fx.Node, size: ax.Size) -> int:

@@ -11,6 +11,8 @@ sigmoids of logits above 17 are all 1 in float32. Entropies: sigma-MoE (arXiv 23
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,18 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import accumulator
+
+_observers: list[Callable[[Tensor, Routes], None]] = []
+
+
+@contextmanager
+def observed(observe: Callable[[Tensor, Routes], None]) -> Iterator[None]:
+    """Show every choice, with the router that made it, while the context lasts."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,10 @@ def route(
         scores = logits.masked_fill(dropped.transpose(1, 2), -torch.inf)
     index = scores.detach().topk(k, dim=-1).indices
     gate = (scores if silent else logits).gather(-1, index).sigmoid()
-    return Routes(index.to(torch.int32), gate, logits)
+    found = Routes(index.to(torch.int32), gate, logits)
+    for observe in _observers:
+        observe(w, found)
+    return found
 
 
 def _check(w: Tensor, heads: int, k: int, dropout: float, seed: Tensor | None) -> None:

@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 from attn_compiler.ir import ops
 from attn_compiler.ir.trace import Region, RegionError, trace_region
 
+# key in the meta of a node that stands for a whole layer or block
+WHOLE = "whole"
+
 
 @dataclass
 class Expansion:
@@ -35,7 +38,7 @@ class Expansion:
     inserted: list[fx.Node]
 
     def rewritten(self, dead: Set[fx.Node]) -> bool:
-        """Was an attention inside replaced by the operator, or by something wider?
+        """Was an attention inside replaced, by the operator or with all that is around it?
 
         Args:
             dead: nodes that nothing needs any more.
@@ -49,7 +52,8 @@ class Expansion:
             if not node._erased
             for argument in node.all_input_nodes
         ]
-        return any(_made_by(argument, target) for argument in before)
+        unread = any(not piece.users for _, piece in self.users)
+        return unread or any(_made_by(argument, target) for argument in before)
 
     def undo(self) -> None:
         for piece, replacement in self.users:
@@ -62,10 +66,10 @@ class Expansion:
 
 
 def _made_by(node: fx.Node, target: Any) -> bool:
-    """Is this a view of a result of `target`?"""
+    """Is this a view of a result of `target`, or of what replaced a whole layer?"""
     while node.target is not target and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return node.target is target
+    return node.target is target or WHOLE in node.meta
 
 
 def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:

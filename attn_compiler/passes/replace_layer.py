@@ -23,8 +23,8 @@ from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
-from attn_compiler.passes.emit import MODAL, Emitter
-from attn_compiler.passes.replace_piece import check_unread, in_dtype
+from attn_compiler.passes.emit import Emitter
+from attn_compiler.passes.replace_piece import check_unread, in_dtype, mark
 from attn_compiler.passes.rewrite_site import live_nodes, reads_of, unread_numbers
 from attn_compiler.variants.base import NewTensor, Replacement
 
@@ -67,8 +67,7 @@ def replace_layer(
             )
         else:
             call = _cached(emitter, layer, (x_q, reads, ints, weights), replacement)
-        if replacement.training:
-            call.meta[MODAL] = True
+        mark(call, replacement)
         result = in_dtype(emitter, _batch_first(emitter, layer, call), ops.value(piece.end).dtype)
     except Exception:
         emitter.undo()
@@ -86,7 +85,7 @@ def _symbols(value: torch.Tensor) -> set[Any]:
     """Those of the heads and the width that a cache held for the original, as they were before
     anything was learnt about them.
     """
-    sizes = (value.shape[dim] for dim in (1, 3))
+    sizes: list[Any] = [value.shape[dim] for dim in (1, 3)]
     return {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node._expr.free_symbols}
 
 

@@ -21,6 +21,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import MODAL, Emitter
+from attn_compiler.passes.expand_composite import WHOLE
 from attn_compiler.passes.rewrite_site import live_nodes, unread_numbers
 from attn_compiler.variants.base import NewTensor, Replacement
 
@@ -55,10 +56,16 @@ def call_of(
     made = emitter.attributes(replacement.tensors, piece.taken)
     nodes = [node for _, node in made]
     call = emitter.call(replacement.function, *given, *nodes, **dict(replacement.options))
-    if replacement.training:
-        call.meta[MODAL] = True
+    mark(call, replacement)
     call = in_dtype(emitter, call, ops.value(piece.end).dtype)
     return tuple(tensor for tensor, _ in made), call
+
+
+def mark(call: fx.Node, replacement: Replacement) -> None:
+    """Say what this call is."""
+    call.meta[WHOLE] = True
+    if replacement.training:
+        call.meta[MODAL] = True
 
 
 def in_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -75,7 +82,12 @@ def check_unread(region: Region, piece: Piece, removed: set[fx.Node]) -> None:
         NotAttention: `piece.read_elsewhere`.
     """
     graph = piece.end.graph
-    candidates = set(region.nodes) | piece.nodes | unread_numbers(graph)
+    candidates = set(region.nodes) | piece.nodes
+    candidates |= unread_numbers(graph, candidates)
+    # a fused function whose operations stand in its place
+    for node in graph.nodes:
+        if ops.name(node) in ops.MHA and not any(user.users for user in node.users):
+            candidates |= {node, *node.users}
     live = live_nodes(graph, candidates, removed)
     for node in graph.nodes:
         leaves = node.op in ("call_module", "get_attr") and str(node.target) in piece.taken

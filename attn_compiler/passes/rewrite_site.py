@@ -7,7 +7,7 @@ program=..., ...)
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +31,20 @@ _LAYOUT_FREE = frozenset({"contiguous", "reshape", "flatten", "linear", "matmul"
 _LAYOUT_KEPT = frozenset({"transpose", "permute", "swapaxes", "movedim"})
 # what gives numbers and has no effect
 _NUMBERS = frozenset(
-    {"size", "dim", "numel", "stride", "getattr", "getitem", "add", "sub", "mul", "truediv", "pow"}
+    {
+        "size",
+        "sym_size",
+        "dim",
+        "numel",
+        "stride",
+        "getattr",
+        "getitem",
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "pow",
+    }
     | {"floordiv", "mod", "neg", "sym_int", "sym_float", "sym_sqrt", "sqrt", "rsub", "max", "min"}
 )
 
@@ -296,11 +309,12 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     return {identity for node in nodes for identity in ops.storages(node)}
 
 
-def unread_numbers(graph: fx.Graph) -> set[fx.Node]:
-    """Sizes, and arithmetic on them, that nobody reads: tracers leave them behind."""
+def unread_numbers(graph: fx.Graph, readers: Container[fx.Node] = frozenset()) -> set[fx.Node]:
+    """Sizes, and arithmetic on them, that nobody reads but `readers`: tracers leave them behind."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if ops.name(node) in _NUMBERS and found.issuperset(node.users) and _is_number(node):
+        unread = all(user in found or user in readers for user in node.users)
+        if ops.name(node) in _NUMBERS and unread and _is_number(node):
             found.add(node)
     return found
 
@@ -314,7 +328,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> None:
     """Erase those of `candidates`, and of the numbers, that nothing needs any more."""
-    candidates = candidates | unread_numbers(graph)
+    candidates = candidates | unread_numbers(graph, candidates)
     dead = candidates - live_nodes(graph, candidates, set())
     for node in reversed(list(graph.nodes)):
         if node in dead:

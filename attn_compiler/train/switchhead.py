@@ -1,0 +1,115 @@
+"""What the experts of a rewritten model do: how often each is chosen, and how evenly.
+
+    expert_usage(model, batches)["layers.3"]["w_s"]   ->   shares [H, E], entropy [H]
+
+An expert that is never chosen learns nothing; an entropy far below log E says that there are such.
+
+Source: SwitchHead (arXiv 2312.07987v3), section 5, looks at the same shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_compiler.errors import BadOption
+from attn_compiler.installed import rewritten
+from attn_compiler.kernels.routing import Routes, entropy, observed
+
+ROUTERS = ("w_s", "w_d")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Of one router.
+
+    Attributes:
+        shares: [H, E], of the routes of a head; rows sum to 1.
+        entropy: [H] of the shares, in nats: log E where all experts are used alike.
+        chance: [H] entropy of the mean of softmax(logits), which a regulariser sees.
+    """
+
+    shares: Tensor
+    entropy: Tensor
+    chance: Tensor
+
+    def __str__(self) -> str:
+        most = torch.tensor(float(self.shares.shape[1])).log()
+        least = self.shares.min()
+        return f"{float(self.entropy.mean() / most):.0%} of an even choice, least used {least:.1%}"
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Routes by expert, and softmax(logits), summed over tokens."""
+
+    counts: Tensor
+    choice: Tensor
+    tokens: int = 0
+
+    def add(self, routes: Routes) -> None:
+        experts = self.counts.shape[1]
+        chosen = nn.functional.one_hot(routes.index.long(), experts)
+        self.counts += chosen.sum((0, 1, 3))
+        self.choice += routes.logits.softmax(-1).double().sum((0, 1))
+        self.tokens += routes.index.shape[0] * routes.index.shape[1]
+
+    def usage(self) -> Usage:
+        shares = self.counts / self.counts.sum(1, keepdim=True)
+        return Usage(shares, entropy(shares), entropy(self.choice / self.tokens))
+
+
+def expert_usage(
+    model: nn.Module, batches: Iterable[tuple[Sequence[Any], Mapping[str, Any] | None]]
+) -> dict[str, dict[str, Usage]]:
+    """Run a model on data, in evaluation mode and without gradients, and look at its routers.
+
+    Args:
+        model: rewritten to SwitchHead.
+        batches: (args, kwargs) of a call.
+
+    Returns:
+        For the path of each attention, by the name of the router: `w_s` of the keys' side, `w_d`
+        of the queries' side, or of both where the choice is shared.
+
+    Raises:
+        BadOption: the model has no router, or no batch ran through one.
+    """
+    sums: dict[int, _Sum] = {}
+    places: dict[str, dict[str, int]] = {}
+    for _, owner, site in rewritten(model):
+        for tensor in site.decision.tensors:
+            name = next((n for n in ROUTERS if tensor.name.startswith(n)), None)
+            if name is not None:
+                router = owner.get_parameter(tensor.path)
+                heads = int(site.decision.spec.heads)
+                empty = torch.zeros(heads, len(router) // heads, device=router.device)
+                sums[router.data_ptr()] = _Sum(empty.double(), empty.double())
+                places.setdefault(site.path, {})[name] = router.data_ptr()
+
+    def observe(router: Tensor, routes: Routes) -> None:
+        if router.data_ptr() in sums:
+            sums[router.data_ptr()].add(routes)
+
+    mode = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), observed(observe):
+            for args, kwargs in batches:
+                model(*args, **dict(kwargs or {}))
+    finally:
+        model.train(mode)
+    if not any(found.tokens for found in sums.values()):
+        raise BadOption(
+            "no router chose anything" if sums else "the model has no routers",
+            where="option batches" if sums else "",
+            do="rewrite the model to SwitchHead, and give batches as pairs (args, kwargs)",
+        )
+    return {
+        path: {name: sums[at].usage() for name, at in routers.items() if sums[at].tokens}
+        for path, routers in places.items()
+    }

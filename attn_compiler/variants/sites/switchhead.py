@@ -1,0 +1,193 @@
+"""SwitchHead in the place of a layer of a living model: where it may stand, sizes, parameters.
+
+    q_proj, k_proj, v_proj, o_proj   ->   w_q, w_k, w_v, w_o, w_s, w_d, as many numbers
+
+Source: SwitchHead (arXiv 2312.07987v3), sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from attn_compiler.ir.expr import Expr, Var, walk
+from attn_compiler.ir.piece import Piece
+from attn_compiler.ir.site import AttentionSite, Reason
+from attn_compiler.kernels import switchhead_call
+from attn_compiler.variants.base import (
+    CachedLayer,
+    Fidelity,
+    NewTensor,
+    Replacement,
+    Scope,
+    Start,
+    Variant,
+    normal,
+    rows_of_length,
+)
+from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
+
+# how far the parameters may be from those that are replaced; the widths that are tried for it, the
+# best for kernels first
+_TOLERANCE = 0.01
+_MULTIPLES = (16, 8, 4, 2, 1)
+# share of the channels that turn, and the base of their angles
+_TURNED = (0.5, 10000.0)
+
+
+def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
+    """Codes: one for each obstacle that `ir.layer` names (switchhead.no_projection, .no_output,
+    .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .hidden, .nested), and
+    switchhead.per_head, .sink, .scale, .sizes.
+    """
+    for obstacle in site.obstacles or ():
+        yield replace(obstacle, code=f"switchhead.{obstacle.code}")
+    program = site.program
+    if _names_head(program.score) or _names_head(program.mask):
+        text = "the scores depend on the head, and there are going to be other heads"
+        yield Reason("switchhead.per_head", text, site.location)
+    if program.sink is not None:
+        text = "the softmax has a sink, which belongs to heads that are going to be others"
+        yield Reason("switchhead.sink", text, site.location)
+    if site.scale is None:
+        text = "the scores are multiplied by a number that is known only when the model runs"
+        yield Reason("switchhead.scale", text, site.location)
+    if site.query_heads is None or site.head_dim is None:
+        text = "heads and their width are known only when the model runs"
+        yield Reason("switchhead.sizes", text, site.location)
+
+
+def _names_head(expr: Expr) -> bool:
+    return any(isinstance(part, Var) and part.name == "h" for part in walk(expr))
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Channels that queries, keys and values are made of, and that come out."""
+
+    q: int
+    k: int
+    v: int
+    o: int
+
+    def parameters(self, spec: SwitchHead) -> tuple[int, int]:
+        """Weights for each channel of a head, and those of routers."""
+        heads, experts = int(spec.heads), int(spec.experts)
+        each = sum(getattr(self, n) * (experts if n in spec.experts_on else 1) for n in "qkvo")
+        routers = sum(self.k if name == "w_s" else self.q for name in routers_of(spec))
+        return heads * each, heads * experts * routers
+
+
+def routers_of(spec: SwitchHead) -> tuple[str, ...]:
+    """Names of the routers that a layer has."""
+    if spec.shared_selection:
+        return ("w_d",)
+    source = ("w_s",) if {"k", "v"} & set(spec.experts_on) else ()
+    return (*source, *(("w_d",) if {"q", "o"} & set(spec.experts_on) else ()))
+
+
+def sized(
+    spec: SwitchHead, site: AttentionSite, widths: Widths, budget: int
+) -> tuple[SwitchHead, int]:
+    """The spec with all numbers for a layer, and its parameters: within 1 % of the budget where
+    whole widths allow it, in the largest steps that do.
+
+    Raises:
+        BadOption: a head would have no channel.
+    """
+    assert site.query_heads is not None and site.head_dim is not None
+    width = 1 if spec.head_dim == "auto" else spec.head_dim
+    found = filled(
+        replace(spec, head_dim=width),
+        width=widths.q, heads=site.query_heads, head_dim=site.head_dim, kv_heads=site.kv_heads,
+    )  # fmt: skip
+    each, routers = widths.parameters(found)
+    if spec.head_dim == "auto":
+        limit = (budget - routers) / each
+        width = next(
+            (
+                near
+                for step in _MULTIPLES
+                if (near := step * round(limit / step))
+                and abs(near * each + routers - budget) <= _TOLERANCE * budget
+            ),
+            round(limit) or whole_width(limit),
+        )
+    return replace(found, head_dim=width), width * each + routers
+
+
+def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacement:
+    """The layer of experts for a layer that was found; what the module has already stays.
+
+    Raises:
+        BadOption: the parameters of the layer are too few for a head of one channel.
+    """
+    before, facts, words = piece.facts["before"], piece.facts, ""
+    if before is not None:
+        made = before.spec
+        fresh = {"dtype": facts["dtype"], "device": facts["device"]}
+        tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
+    else:
+        widths = Widths(**facts["widths"])
+        made, count = sized(spec, site, widths, facts["parameters"])
+        tensors = _tensors(made, widths, piece)
+        words = (
+            f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
+            f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
+        )
+    options = (
+        ("names", tuple(_bare(t) for t in tensors)),
+        ("heads", made.heads),
+        ("experts", made.experts),
+        ("k", made.k),
+        ("experts_on", made.experts_on),
+        ("shared", made.shared_selection),
+        ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
+        ("program", str(site.program)),
+        ("dropout", site.dropout),
+        ("turned", _TURNED if facts["layer"].turned else None),
+    )
+    return Replacement(
+        switchhead_call.layer,
+        tensors,
+        options,
+        made,
+        words,
+        bool(made.expert_dropout),
+        CachedLayer(switchhead_call.write, switchhead_call.read, made.heads, made.head_dim),
+    )
+
+
+def _bare(tensor: NewTensor) -> str:
+    """w_q of w_q and of w_q_1."""
+    return "_".join(tensor.name.split("_")[:2])
+
+
+def _tensors(spec: SwitchHead, widths: Widths, piece: Piece) -> tuple[NewTensor, ...]:
+    """Shapes as the paper has them, and how they start: see `switchhead_fresh`."""
+    heads, experts, inner = int(spec.heads), int(spec.heads) * int(spec.experts), int(spec.head_dim)
+    shapes: dict[str, tuple[int, ...]] = {}
+    starts: dict[str, Start] = {}
+    for name in "qkvo":
+        rows, width = experts if name in spec.experts_on else heads, getattr(widths, name)
+        shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
+        deviation = (heads * inner if name == "o" else width) ** -0.5
+        starts[f"w_{name}"] = Start(normal, (deviation,))
+    for name in routers_of(spec):
+        shapes[name] = (experts, widths.k if name == "w_s" else widths.q)
+        starts[name] = Start(rows_of_length, (1.0,))
+    facts = piece.facts
+    return tuple(
+        NewTensor(name, shape, facts["dtype"], starts[name], True, piece.home, facts["device"])
+        for name, shape in shapes.items()
+    )
+
+
+SWITCHHEAD = Variant(
+    name="switchhead",
+    spec=SwitchHead,
+    scope=Scope.SITE,
+    fidelity=Fidelity.RETRAINED,
+    legality=legality,
+    replace=replacement,
+)

@@ -1,0 +1,49 @@
+"""What the experts of a rewritten model do."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import attn_compiler as ac
+from tests.doors.switched import Separate, Stack, draw
+
+BATCHES = [((draw(seed),), {}) for seed in (2, 3)]
+
+
+def test_shares_and_entropies_of_each_router() -> None:
+    torch.manual_seed(0)
+    spec = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
+    model = ac.rewrite(Stack(Separate), (draw(),), to=spec).train()
+    found = ac.expert_usage(model, BATCHES)
+    assert model.training and set(found) == {"layers.0", "layers.1"}
+    x = torch.cat([args[0] for args, _ in BATCHES])
+    usage = found["layers.0"]["w_s"]
+    logits = (x @ model.layers[0].w_s.mT).unflatten(-1, (2, 3))
+    chosen = torch.zeros_like(logits).scatter(-1, logits.topk(2).indices, 0.5)
+    shares = chosen.mean((0, 1)).double()
+    torch.testing.assert_close(usage.shares, shares)
+    torch.testing.assert_close(usage.entropy, -(shares * shares.log()).sum(-1))
+    mean = logits.softmax(-1).mean((0, 1)).double()
+    torch.testing.assert_close(usage.chance, -(mean * mean.log()).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_router_that_has_collapsed_is_seen() -> None:
+    spec = ac.SwitchHead(heads=2, experts=3, k=1, head_dim=11, shared_selection=True)
+    model = ac.rewrite(Separate(), (draw(),), to=spec)
+    with torch.no_grad():
+        model.w_d.zero_()[::3] = 1.0
+    (usage,) = ac.expert_usage(model, [((draw().abs(),), {})])[""].values()
+    assert usage.shares[:, 0].eq(1).all() and usage.entropy.eq(0).all()
+    assert "0% of an even choice" in str(usage)
+    assert float(usage.chance.max()) < math.log(3)
+
+
+def test_there_is_nothing_to_see() -> None:
+    with pytest.raises(ac.BadOption, match="no routers"):
+        ac.expert_usage(Separate(), BATCHES)
+    spec = ac.SwitchHead(heads=2, experts=3, k=1, head_dim=11)
+    with pytest.raises(ac.BadOption, match="chose anything"):
+        ac.expert_usage(ac.rewrite(Separate(), (draw(),), to=spec), [])
