@@ -29,9 +29,9 @@ def find_block_piece(
     region: Region, functional: FunctionalRegion, core: Core, state: State
 ) -> Sought:
     """The block around an attention, or what stands in the way. Facts: the `block`, `homes` of what
-    replaces its two branches, whether it is `batch_first`, the `rows` of the example, `dtype` and `device` of its parameters,
-    host nodes that the mask `reads` (None where one is computed on the way), and the decision of
-    `before`, if the module has been rewritten.
+    replaces its two branches, whether it is `batch_first`, the `rows` of the example, `dtype` and
+    `device` of its parameters, host nodes that the mask `reads` (None where one is computed on the
+    way), and the decision of `before`, if the module has been rewritten.
     """
     found = find_block(region.end, core)
     if found.block is None:

@@ -38,14 +38,12 @@ def replace_block(
         The tensors that the module has to get, under the names that the graph reads.
 
     Raises:
-        NotAttention: `block.order`, `block.cache`; the graph is as before.
+        NotAttention: `block.order`, a branch comes before what its unit reads; the graph is as
+            before.
     """
     block: Block = piece.facts["block"]
     reads: tuple[fx.Node, ...] = piece.facts["reads"] or ()
     _check_order(block, reads)
-    calls = piece.facts["calls"]
-    if block.update is not None and calls is None:
-        raise NotAttention("block.cache", "its cache cannot hold anything else here", region.end)
     branches, half = (block.attention, block.feed_forward), len(replacement.tensors) // 2
     emitters, tensors, results = [], list[NewTensor](), []
     try:
@@ -69,7 +67,7 @@ def replace_block(
             emitter.undo()
         raise
     if block.update is not None:
-        _become_hold(block.update, block.attention, calls.hold)
+        _become_hold(block.update, block.attention, piece.facts["calls"].hold)
     for branch, result in zip(branches, results, strict=True):
         branch.made.replace_all_uses_with(result)
     return tuple(tensors)

@@ -46,6 +46,12 @@ def close(ours: Tensor, exact: Tensor) -> bool:
     return bool(((ours.double() - exact.double()).abs() <= 1e-4 * exact.abs().max()).all())
 
 
+def heads(block: Pre, x: Tensor) -> tuple[Tensor, ...]:
+    """Its queries, keys and values."""
+    parts = block.attend.qkv(x).chunk(3, -1)
+    return tuple(t.unflatten(-1, (3, -1)).transpose(1, 2) for t in parts)
+
+
 X = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
 FORM = GauForm(chunk=4, causal=True)
 
@@ -137,10 +143,7 @@ class Packed(Pre):
     """Tokens see those of their own document."""
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
-        q, k, v = (
-            t.unflatten(-1, (3, -1)).transpose(1, 2)
-            for t in self.attend.qkv(self.first(x)).chunk(3, -1)
-        )
+        q, k, v = heads(self, self.first(x))
         same = (ids[:, None, :] == ids[:, :, None])[:, None]
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=same)
         x = x + self.attend.out(mixed.transpose(1, 2).flatten(2))
@@ -159,10 +162,7 @@ def test_packed_documents() -> None:
 
 class Windowed(Pre):
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (3, -1)).transpose(1, 2)
-            for t in self.attend.qkv(self.first(x)).chunk(3, -1)
-        )
+        q, k, v = heads(self, self.first(x))
         i = torch.arange(x.shape[1])
         near = (i[:, None] - i).abs() < 2
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
@@ -172,10 +172,7 @@ class Windowed(Pre):
 
 class Biased(Pre):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        q, k, v = (
-            t.unflatten(-1, (3, -1)).transpose(1, 2)
-            for t in self.attend.qkv(self.first(x)).chunk(3, -1)
-        )
+        q, k, v = heads(self, self.first(x))
         weights = (q @ k.transpose(-1, -2) + bias[:, None].sigmoid()).softmax(-1)
         x = x + self.attend.out((weights @ v).transpose(1, 2).flatten(2))
         return x + self.net(self.second(x))  # type: ignore[no-any-return]
@@ -232,14 +229,18 @@ def test_units_learn_what_the_blocks_computed() -> None:
 # ---------------------------------------------------------------- generation
 
 
-def language_model(kind: str) -> Any:
+def language_model(kind: str, layers: int = 1) -> Any:
     torch.manual_seed(0)
     none = {"bos_token_id": None, "eos_token_id": None, "vocab_size": 61}
     if kind == "gpt2":
-        config = tf.GPT2Config(n_embd=12, n_layer=2, n_head=2, n_positions=64, **none)
+        config = tf.GPT2Config(n_embd=12, n_layer=layers, n_head=2, n_positions=64, **none)
         return tf.GPT2LMHeadModel(config).eval()
     config = tf.LlamaConfig(
-        hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, **none
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        **none,
     )
     return tf.LlamaForCausalLM(config).eval()
 
@@ -249,14 +250,14 @@ IDS = torch.randint(1, 61, (2, 7), generator=torch.Generator().manual_seed(2))
 
 @pytest.mark.parametrize(("kind", "chunk"), [("gpt2", None), ("llama", 4)])
 def test_generation_is_the_full_pass(kind: str, chunk: int | None) -> None:
-    new: Any = rewritten(language_model(kind), IDS, to=ac.GAU(s=6, expansion=1.5, chunk=chunk))
+    new: Any = rewritten(language_model(kind, 2), IDS, to=ac.GAU(s=6, expansion=1.5, chunk=chunk))
     options = {"do_sample": False, "pad_token_id": 0}
     out = new.generate(
         IDS, max_new_tokens=6, output_logits=True, return_dict_in_generate=True, **options
     )
     full = new(out.sequences, use_cache=False).logits[:, 6:-1]
     assert close(torch.stack(out.logits, 1), full)
-    (layer, _) = out.past_key_values.layers
+    layer, _ = out.past_key_values.layers
     assert layer.get_seq_length() == 12
     beams = {"max_new_tokens": 3, "num_beams": 3, **options}
     assert torch.equal(new.generate(IDS, **beams), new.generate(IDS, use_cache=False, **beams))
@@ -286,6 +287,22 @@ def test_the_state_does_not_grow() -> None:
     assert sizes[0] == sizes[1] > 0
 
 
+class NetFirst(Parallel):
+    def forward(self, x: Tensor, past: Any) -> Tensor:  # type: ignore[override]
+        normed = self.first(x)
+        made = self.net(normed)
+        q, k, v = heads(self, normed)
+        k, v = past.update(k, v, 0)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return made + self.attend.out(mixed.transpose(1, 2).flatten(2)) + x  # type: ignore[no-any-return]
+
+
+def test_a_net_that_comes_before_the_cache() -> None:
+    ac.rewrite(NetFirst(), (X, tf.DynamicCache()), to=SMALL)
+    (site,) = ac.last_report().sites
+    assert [r.code for r in site.decision.reasons] == ["block.order"]
+
+
 def test_a_cache_that_cannot_hold_states() -> None:
     new: Any = rewritten(language_model("llama"), IDS, to=SMALL)
     cache = tf.StaticCache(new.config, max_cache_len=16)
@@ -296,6 +313,7 @@ def test_a_cache_that_cannot_hold_states() -> None:
 # ---------------------------------------------------------------- a library's encoders
 
 
+@pytest.mark.slow
 def test_encoders_of_a_library() -> None:
     small = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
     one = {"num_hidden_layers": 1}

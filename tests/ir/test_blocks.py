@@ -204,6 +204,26 @@ class Written(Pre):
         return total + self.net(self.second(total)) + kept  # type: ignore[no-any-return]
 
 
+class WritesInput(Pre):
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.attend(self.first(x))
+        return x + self.net(self.second(x))  # type: ignore[no-any-return]
+
+
+class Past(Pre):
+    """Keys that somebody else has made stand before those of the tokens."""
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = (
+            t.unflatten(-1, (3, -1)).transpose(1, 2)
+            for t in self.attend.qkv(self.first(x)).chunk(3, -1)
+        )
+        k, v = torch.cat((past, k), 2), torch.cat((past, v), 2)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.attend.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.net(self.second(x))  # type: ignore[no-any-return]
+
+
 class Flat(Pre):
     """Tokens of one sequence, without a batch."""
 
@@ -254,6 +274,7 @@ REFUSED: list[tuple[nn.Module, str]] = [
     (HiddenReadElsewhere(), "block.read_elsewhere"),
     (Written(), "block.read_elsewhere"),
     (Flat(), "block.layout"),
+    (WritesInput(), "block.written"),
     (Pre(net=Routed()), "feed_forward.routes"),
     (Pre(net=Mixing()), "feed_forward.unlike"),
     (Pre(net=Picked()), "feed_forward.unlike"),
@@ -272,3 +293,4 @@ def test_what_is_no_such_block(model: nn.Module, code: str) -> None:
 
 def test_keys_of_another_tensor() -> None:
     assert refused(Cross(), torch.randn(2, 7, WIDTH)) == "block.sources"
+    assert refused(Past(), torch.randn(2, 3, 5, 4)) == "block.other_keys"

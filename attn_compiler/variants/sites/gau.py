@@ -97,7 +97,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
 
     Raises:
         NotAttention: `gau.sizes`, no pair of units has about the parameters of the block;
-            `gau.mask`, with a cache a row sees what comes after it, or a part of what went by.
+            `gau.mask`, with a cache a row sees what comes after it, or a part of what went by, or
+            the mask reads what is made on the way.
     """
     facts, block = piece.facts, piece.facts["block"]
     before, causal, words = facts["before"], _is_causal(site, facts), ""
@@ -123,7 +124,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
         ("dropout", site.dropout),
     )
     seen = seen_by(site.mask)
-    _check_steps(site, facts, seen)
+    _check_seen(site, facts, seen)
     options = (
         ("names", tuple(n for n in gau_unit.NAMES if n != "rel_bias" or made.relative_bias)),
         ("form", form),
@@ -132,8 +133,10 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
     return Replacement(gau_unit.unit, tensors, options, made, words)
 
 
-def _check_steps(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
-    """A cache holds the sum of all tokens before, so new ones see them all."""
+def _check_seen(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
+    """The mask can be read, and a cache holds the sum of all tokens before: new ones see them."""
+    if facts["reads"] is None and seen != gau_unit.Seen():
+        raise NotAttention("gau.mask", f"the mask reads what is made on the way: {site.mask}")
     if facts["block"].update is None:
         return
     named = any(isinstance(t, Causal) for t in site.mask.terms)
