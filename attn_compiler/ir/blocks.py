@@ -87,7 +87,7 @@ class _Search:
             form, norms = "post", (kind, self._norm_after(y)[0])
             y = self._norm_after(y)[1]
         width, batch_first = self._layout(x, attention, feed_forward)
-        self._check_writes((attention, feed_forward))
+        self._check_writes((attention, feed_forward), (x, y))
         return Block(
             x=x,
             y=y,
@@ -308,10 +308,11 @@ class _Search:
         text = "it is not [batch, tokens, features], or which of these are tokens is not known"
         raise Blocked(x, ("block.layout", text))
 
-    def _check_writes(self, branches: tuple[Branch, ...]) -> None:
+    def _check_writes(self, branches: tuple[Branch, ...], residuals: tuple[fx.Node, ...]) -> None:
         """A write in place is harmless where nobody reads the old value afterwards."""
         position = {n: i for i, n in enumerate(self.end.graph.nodes)}
         nodes = {n for b in branches for n in (*b.nodes, b.given) if is_tensor(n)}
+        nodes.update(residuals)
         touched = {s for n in nodes for s in ops.storages(n)}
         for writer in (n for n in position if n in self.live):
             for target in ops.written(writer):

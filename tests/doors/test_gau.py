@@ -248,7 +248,9 @@ def language_model(kind: str, layers: int = 1) -> Any:
 IDS = torch.randint(1, 61, (2, 7), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize(("kind", "chunk"), [("gpt2", None), ("llama", 4)])
+@pytest.mark.parametrize(
+    ("kind", "chunk"), [pytest.param("gpt2", None, marks=pytest.mark.slow), ("llama", 4)]
+)
 def test_generation_is_the_full_pass(kind: str, chunk: int | None) -> None:
     new: Any = rewritten(language_model(kind, 2), IDS, to=ac.GAU(s=6, expansion=1.5, chunk=chunk))
     options = {"do_sample": False, "pad_token_id": 0}

@@ -161,6 +161,12 @@ class NoNet(Pre):
         return x + self.attend(self.first(x))  # type: ignore[no-any-return]
 
 
+class NoSecondResidual(Pre):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self.first(x))
+        return self.net(self.second(x))  # type: ignore[no-any-return]
+
+
 class Twice(Pre):
     """Two attentions, one after the other."""
 
@@ -268,7 +274,8 @@ REFUSED: list[tuple[nn.Module, str]] = [
     (HalfNormed(), "block.no_norm"),
     (NoNet(), "block.outside"),
     (Attend(), "block.outside"),
-    (Twice(), "block.no_feed_forward"),
+    (Twice(), "feed_forward.unlike"),
+    (NoSecondResidual(), "block.no_feed_forward"),
     (NoOutputMap(), "block.no_output_map"),
     (ReadElsewhere(), "block.read_elsewhere"),
     (HiddenReadElsewhere(), "block.read_elsewhere"),
