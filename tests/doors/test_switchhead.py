@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import attn_compiler as ac
 from attn_compiler.train.distill import Recipe
 from tests.doors import switched
-from tests.doors.switched import D, below, draw, expected
+from tests.doors.switched import D, below, causal, draw, expected
 
 SPEC = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
 NAMES = {"w_q", "w_k", "w_v", "w_o", "w_s", "w_d"}
@@ -105,8 +105,10 @@ def test_the_mask_stays() -> None:
     assert str(ac.last_report().sites[0].mask) == "padding(mask)"
 
 
-@pytest.mark.parametrize("on", [("o",), ("v",), ("q", "k"), ("q", "k", "v", "o")])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("on", "shared"),
+    [(("o",), False), (("v",), True), (("q", "k"), False), (("q", "k", "v", "o"), True)],
+)
 def test_experts_where_they_are_wanted(on: tuple[str, ...], shared: bool) -> None:
     spec = ac.SwitchHead(
         heads=2, experts=3, k=2, head_dim=11, experts_on=on, shared_selection=shared
@@ -131,6 +133,27 @@ def test_experts_are_dropped_in_training_alone() -> None:
     first = new(x)
     torch.manual_seed(0)
     assert torch.equal(first, new(x))
+
+
+class Dropping(switched.Separate):
+    def scores(self, dot: Tensor) -> Tensor:
+        return nn.functional.dropout(causal(dot).softmax(-1), 0.5, self.training)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        q, k, v = self.sides(x, x)
+        return self.result(self.scores(q @ k.mT) @ v)
+
+
+def test_dropout_of_the_weights_stays() -> None:
+    new = rewritten(Dropping().eval())
+    x = draw(2)
+    close(new(x), expected(new, x, x, SPEC, below(11)))
+    new.train()
+    torch.manual_seed(0)
+    first, second = new(x), new(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(new(x), first)
 
 
 # ---------------------------------------------------------------- the model around it

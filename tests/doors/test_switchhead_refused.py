@@ -189,7 +189,13 @@ def reasons(model: nn.Module, *args: Any) -> set[str]:
     return codes | {m.code for m in found.missed}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+# other ways to the same reason
+SLOW = ("a module that normalises", "hooks", "four dimensions", "no output projection")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in REFUSED]
+)
 def test_it_is_refused_with_a_reason(name: str) -> None:
     kind, code = REFUSED[name]
     assert code in reasons(kind())
