@@ -24,7 +24,7 @@ from attn_compiler.backend import reports, source_hash
 from attn_compiler.cache.expansion import keep_unexpanded
 from attn_compiler.cache.masked import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
-from attn_compiler.config import CompileConfig, has_parameters, make_config
+from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
 from attn_compiler.exported import rewrite_program
 from attn_compiler.install import explain_module, rewrite_module
@@ -117,8 +117,7 @@ def _explain_calls(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], config: CompileConfig
 ) -> Report:
     _check_call(model, args, kwargs)
-    wider = config.changes_caches() or any(has_parameters(target) for _, target in config.to)
-    if config.installs and isinstance(model, nn.Module) and wider:
+    if config.installs and isinstance(model, nn.Module) and config.beyond_cores:
         return explain_module(model, args, kwargs, config)
     reports: list[Report] = []
     memory = MEMORY if config.installs else None

@@ -147,11 +147,14 @@ class Call:
         graph reads, and the ambient state; nothing that was taken out.
         """
         recorder, gone = self.recorder, frozenset(taken)
-        homes = {path: self._module(path) for path in recorder.kinds}
-        for path, kind in recorder.kinds.items():
+        there = [path for path in recorder.kinds if not _within(path, gone)]
+        homes = {path: self._module(path) for path in there}
+        for path in there:
+            kind = recorder.kinds[path]
             if path:
                 self.check(f"intact({homes[path]}, {self.name(kind)})")
-        for (path, name), value in recorder.reads.items():
+        reads = ((at, v) for at, v in recorder.reads.items() if not _within(at[0], gone))
+        for (path, name), value in reads:
             same = "is" if isinstance(value, bool | None) else "=="
             self.check(f"{homes[path]}.{name} {same} {self.name(value)}")
         for path in dict.fromkeys(p for p in recorder.leaves if p not in gone):
@@ -222,3 +225,8 @@ class Call:
             with graph.inserting_after(found):
                 text = f"{assumption.text or assumption.node} is {assumption.value!r}"
                 graph.call_function(require, (found, text))
+
+
+def _within(path: str, gone: frozenset[str]) -> bool:
+    """Is it a module that was taken out, or inside of one?"""
+    return any(path == other or path.startswith(f"{other}.") for other in gone)

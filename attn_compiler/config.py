@@ -57,9 +57,15 @@ class CompileConfig:
         to = ((glob, _exactly(target)) for glob, target in self.to)
         return replace(self, to=tuple(to))
 
-    def changes_caches(self) -> bool:
-        """Is a variant wanted that keeps something else than keys and values?"""
-        return any(variant_of(target).scope is Scope.SITE for _, target in self.to)
+    @property
+    def beyond_cores(self) -> bool:
+        """Is a variant wanted that replaces more than softmax and its products, such as a cache?"""
+        return any(variant_of(target).scope is not Scope.CORE for _, target in self.to)
+
+    @property
+    def looks_around(self) -> bool:
+        """May something replace more than an attention, with modules beside it?"""
+        return any(variant_of(target).scope is Scope.BLOCK for _, target in self.to)
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""
@@ -155,8 +161,3 @@ def _served(target: Any) -> Variant | None:
     """A variant of this package, or the one that a spec of another package names."""
     own = next((v for v in VARIANTS if isinstance(target, v.spec)), None)
     return own or (target.variant() if isinstance(target, VariantSpec) else None)
-
-
-def has_parameters(target: Target) -> bool:
-    """Does a module get parameters in the place of its own?"""
-    return variant_of(target).replace is not None

@@ -53,8 +53,9 @@ _MOST_OPENED = 3
 _MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
-# ends of the codes of reasons that a wider module may cure
-_OUTSIDE = (".no_projection", ".no_output", ".hidden")
+# codes of reasons that lie in the site, but for these ends, which a wider module may cure
+_INSIDE = ("el.", "switchhead.", "gau.", "block.", "feed_forward.")
+_OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
 
 
 # ---------------------------------------------------------------- finding owners
@@ -90,7 +91,8 @@ class _Search:
             except CaptureError as error:
                 refusal = refusal or error
                 continue
-            if best is None or self._gain(attempt) > self._gain(best[1]):
+            more = best is None or self._gain(attempt) > self._gain(best[1])
+            if more or attempt.complete:
                 best = level, attempt
             if attempt.complete:
                 break
@@ -141,15 +143,14 @@ class _Search:
         call = self.example.calls[path]
         try:
             with call.state():
-                variant, report = specialise(owner, base_of(owner), call.values, plan)
+                plan, (variant, report) = _looking_around(owner, call, plan)
         except CaptureError as refusal:
             given = _with_a_cache(owner, call) if refusal.code == "owner.value" else None
-            if given is None or not self.config.changes_caches():
+            if given is None or not self.config.beyond_cores:
                 raise
-            self.example.calls[path] = given
-            with given.state():
-                variant, report = specialise(owner, base_of(owner), given.values, plan)
-        call = self.example.calls[path]
+            self.example.calls[path] = call = given
+            with call.state():
+                plan, (variant, report) = _looking_around(owner, call, plan)
         with call.state():
             for _ in range(_MOST_OPENED):
                 hidden = {r.inside for s in report.sites for r in s.decision.reasons if r.inside}
@@ -243,12 +244,21 @@ class _Attempt:
         return bool(self.report.sites) and all(map(_settled, self.report.sites))
 
 
+def _looking_around(
+    owner: nn.Module, call: Recorded, plan: Plan
+) -> tuple[Plan, tuple[Variant, Report]]:
+    """A first trace, through all modules where what stands beside an attention matters."""
+    if plan.config.looks_around:
+        whole = replace(plan, spine=frozenset(path for path, _ in owner.named_modules()))
+        with suppress(CaptureError):
+            return whole, specialise(owner, base_of(owner), call.values, whole)
+    return plan, specialise(owner, base_of(owner), call.values, plan)
+
+
 def _settled(site: AttentionSite) -> bool:
     """Is it rewritten, or refused for what it is and not for what lies outside of this module?"""
     reasons = [reason.code for reason in site.decision.reasons]
-    inside = all(
-        code.startswith(("el.", "switchhead.")) and not code.endswith(_OUTSIDE) for code in reasons
-    )
+    inside = all(code.startswith(_INSIDE) and not code.endswith(_OUTSIDE) for code in reasons)
     return site.decision.accepted or (bool(reasons) and inside)
 
 

@@ -9,91 +9,39 @@ host graph --find_candidates--> candidates --cut, functionalise--> regions --rec
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import fx
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
-from attn_compiler.config import CompileConfig, variant_of
+from attn_compiler.config import CompileConfig
 from attn_compiler.cost.points import Roofline, roofline
+from attn_compiler.decide import Work, decide
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
-from attn_compiler.ir.axes import hint
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
-from attn_compiler.ir.layer import find_layer
 from attn_compiler.ir.listing import Line, Listing, lines
-from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
     FunctionalRegion,
-    Memo,
     ambient,
     cut,
     functionalise,
     order,
 )
-from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
+from attn_compiler.ir.site import AttentionSite, Missed, Reason
 from attn_compiler.ir.soft import NotAttention
-from attn_compiler.ir.states import Kept, State, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
-from attn_compiler.kernels.shown import Shown
-from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
-from attn_compiler.passes.replace_layer import replace_layer
-from attn_compiler.passes.rewrite_memory import rewrite_memory
-from attn_compiler.passes.rewrite_site import erase_dead, rewrite_site
-from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
-from attn_compiler.passes.show_kernels import show_kernels
-from attn_compiler.passes.show_states import show_states
-from attn_compiler.planning import advice
+from attn_compiler.passes.rewrite_site import erase_dead, live_nodes
+from attn_compiler.passes.rewrite_states import CacheCalls
 from attn_compiler.report import Report
-from attn_compiler.variants import ELAttention
-from attn_compiler.variants.base import (
-    Lowering,
-    NewModule,
-    NewTensor,
-    Replacement,
-    Scope,
-    Shape,
-    Variant,
-    VariantSpec,
-)
 
 log = logging.getLogger("attn_compiler")
-_NEEDS_REWRITE = (
-    Reason(
-        "needs_rewrite",
-        "it needs new tensors in the module: use attn_compiler.rewrite on the model",
-    ),
-)
-Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
-Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTensor, ...]]
-# what finds, and what replaces, the piece around a core for a variant with parameters of its own
-WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {Scope.SITE: (find_layer, replace_layer)}
-
-
-@dataclass
-class _Work:
-    """What is known about one graph while it is worked on."""
-
-    graph: fx.Graph
-    config: CompileConfig
-    state: dict[fx.Node, tuple[Any, ...]]
-    change: bool
-    name: str = ""
-    sites: list[AttentionSite] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
-    touched: set[fx.Node] = field(default_factory=set)
-    done: set[fx.Node] = field(default_factory=set)
-    memo: Memo = field(default_factory=dict)
-    kernels: dict[str, str] = field(default_factory=dict)
-    cache: CacheCalls | None = None
-    memory: CacheCalls | None = None
 
 
 def compile_graph(
@@ -154,14 +102,14 @@ def _roofline(config: CompileConfig, sites: Sequence[AttentionSite]) -> Roofline
     return found
 
 
-def _listing(work: _Work, before: tuple[Line, ...]) -> Listing:
+def _listing(work: Work, before: tuple[Line, ...]) -> Listing:
     return Listing(work.name, before, lines(work.graph))
 
 
-def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator[_Work]:
+def _graphs(gm: fx.GraphModule, config: CompileConfig, change: bool) -> Iterator[Work]:
     """The graph itself and the bodies of checkpoint, cond and nested regions, each once."""
     outer = ambient(gm.graph)
-    yield _Work(gm.graph, config, outer, change)
+    yield Work(gm.graph, config, outer, change)
     for name, child in gm.named_children():
         if not isinstance(child, fx.GraphModule):
             continue
@@ -186,7 +134,7 @@ def _around(graph: fx.Graph, name: str, state: dict[fx.Node, tuple[Any, ...]]) -
     return ()
 
 
-def _run(work: _Work) -> None:
+def _run(work: Work) -> None:
     expansions = expand_composites(work.graph, work.state)
     position = order(work.graph)
     writers = [n for n in work.graph.nodes if ops.written(n)]
@@ -205,10 +153,11 @@ def _run(work: _Work) -> None:
         erase_dead(work.graph, work.touched)
 
 
-def _settle(work: _Work, expansions: list[Expansion]) -> None:
+def _settle(work: Work, expansions: list[Expansion]) -> None:
     """Take back the expansion of a fused module whose attention was not rewritten."""
+    dead = work.touched - live_nodes(work.graph, work.touched, set()) if expansions else set()
     for expansion in expansions:
-        if expansion.rewritten():
+        if expansion.rewritten(dead):
             work.touched |= expansion.replaced()
         else:
             expansion.undo()
@@ -216,7 +165,7 @@ def _settle(work: _Work, expansions: list[Expansion]) -> None:
 
 
 def _visit(
-    work: _Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]
+    work: Work, candidate: Candidate, position: dict[fx.Node, int], writers: list[fx.Node]
 ) -> None:
     """Try the nodes that may end this candidate, the first that works is taken."""
     refusals: list[tuple[Reason, fx.Node | None]] = []
@@ -239,14 +188,14 @@ def _visit(
             text = f"an error of attn_compiler, please report it: {type(error).__name__}: {error}"
             refusals.append((Reason("internal.error", text, where), None))
         else:
-            _decide(work, *found)
+            decide(work, *found)
             work.done.add(end)
             return
     _miss(work, candidate.anchor, *refusals[0])
 
 
 def _raise(
-    work: _Work, end: fx.Node, position: dict[fx.Node, int], writers: list[fx.Node]
+    work: Work, end: fx.Node, position: dict[fx.Node, int], writers: list[fx.Node]
 ) -> tuple[Region, FunctionalRegion, Core]:
     if ops.name(end) in ops.FLEX:
         return recognise_flex(end)
@@ -270,7 +219,7 @@ def _in_host(functional: FunctionalRegion, node: fx.Node | None) -> fx.Node | No
     return None
 
 
-def _miss(work: _Work, node: fx.Node, reason: Reason, misfit: fx.Node | None = None) -> None:
+def _miss(work: Work, node: fx.Node, reason: Reason, misfit: fx.Node | None = None) -> None:
     path, _ = module(node)
     log.info("%s: %s", path or location(node), reason)
     operation = ""
@@ -278,168 +227,6 @@ def _miss(work: _Work, node: fx.Node, reason: Reason, misfit: fx.Node | None = N
         operation = f"{ops.name(misfit)} at {location(misfit)}: {source_line(misfit)}"
     line = source_line(node)
     work.missed.append(Missed(location(node), reason.code, reason.text, path, line, operation))
-
-
-def _decide(work: _Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
-    site = describe(region, functional, core)
-    target = work.config.wanted(site.path)
-    if target is None:
-        reason = Reason("config.not_selected", "no pattern of `to` names this module")
-        site = replace(site, decision=Decision(False, reasons=(reason,)))
-    else:
-        site = _chosen(work, (region, functional, core), site, target)
-    log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
-    work.sites.append(site)
-
-
-def _chosen(
-    work: _Work,
-    raised: tuple[Region, FunctionalRegion, Core],
-    site: AttentionSite,
-    target: VariantSpec | Literal["fastest"],
-) -> AttentionSite:
-    """The site with the decision about what is wanted for it, carried out."""
-    variant, lowering = variant_of(target), None
-    spec = variant.spec() if target == "fastest" else target
-    region, _, core = raised
-    if variant.replace is not None:
-        return _replaced(work, raised, site, spec)
-    site, kept = _with_cache(work, variant, raised, site)
-    reasons = tuple(variant.legality(site, spec))
-    new: tuple[NewTensor | NewModule, ...] = ()
-    if variant.lower is not None and not reasons:
-        lowering = variant.lower(site, spec, site.length or 0, len(core.reads))
-        reasons = _not_installable(lowering, work)
-    if not reasons and work.change:
-        try:
-            new = _carry_out(work, raised, _Way(spec, kept, lowering))
-        except (NotAttention, RegionError) as refusal:
-            reasons = (Reason(refusal.code, refusal.text, site.location),)
-    name, fidelity = "" if reasons else variant.name, variant.fidelity.value
-    decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=new)
-    if lowering is None and kept is None and not reasons:
-        seen = show_kernels(region, core, work.config.hardware, work.config.measure_top)
-        if seen is not None:
-            decision = replace(
-                decision, tile=seen.tile, predicted_seconds=seen.seconds, limit=seen.limit,
-                work=seen.work,
-            )  # fmt: skip
-            site = replace(site, facts={**site.facts, "kernel": _named(seen)})
-            work.kernels |= {f"{name}: {site.program}": s for name, s in seen.sources.items()}
-            decision = replace(decision, call=seen.call)
-    return replace(site, decision=decision)
-
-
-def _with_cache(
-    work: _Work,
-    variant: Variant,
-    raised: tuple[Region, FunctionalRegion, Core],
-    site: AttentionSite,
-) -> tuple[AttentionSite, Kept | None]:
-    """The call of a cache that the variant would replace, and what is in its way."""
-    region, functional, core = raised
-    if variant.scope is Scope.SITE and work.cache is not None:
-        found = find_states(region.end, functional, core, work.state)
-        kept, site = found.kept, replace(site, obstacles=found.obstacles)
-        told = show_states(region, core, kept, work.config.hardware) if kept is not None else None
-        return replace(
-            site, facts=site.facts | ({} if told is None else {variant.name: told})
-        ), kept
-    if variant.remembers and work.memory is not None:
-        kept, obstacles = find_update(functional, core, region.end)
-        return replace(site, obstacles=obstacles, cached=kept is not None), kept
-    return site, None
-
-
-def _replaced(
-    work: _Work,
-    raised: tuple[Region, FunctionalRegion, Core],
-    site: AttentionSite,
-    spec: VariantSpec,
-) -> AttentionSite:
-    """The same for a variant that replaces more than the core, with parameters of its own."""
-    region, functional, core = raised
-    variant = variant_of(spec)
-    if not work.config.installs:
-        return replace(site, decision=Decision(False, reasons=_NEEDS_REWRITE))
-    find, carry_out = WIDER[variant.scope]
-    sought = find(region, functional, core, work.state)
-    piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
-    reasons = tuple(variant.legality(site, spec))
-    if piece is None or variant.replace is None or reasons:
-        return replace(site, decision=Decision(False, reasons=reasons))
-    try:
-        made = variant.replace(site, piece, spec)
-        tensors = carry_out(region, functional, piece, made) if work.change else made.tensors
-    except (NotAttention, RegionError) as refusal:
-        reason = Reason(refusal.code, refusal.text, site.location)
-        return replace(site, decision=Decision(False, reasons=(reason,)))
-    work.touched |= set(region.nodes) | piece.nodes | {piece.end}
-    before = piece.facts.get("before")
-    taken = piece.taken if before is None else before.taken
-    decision = Decision(
-        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
-        spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
-    )  # fmt: skip
-    facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
-    return replace(site, decision=decision, facts={**site.facts, **facts})
-
-
-def _advice(work: _Work, piece: Piece, site: AttentionSite, spec: VariantSpec) -> str:
-    """What the planner says about a piece at the sizes of the example."""
-    x, y = (ops.value(node) for node in (piece.given[0], piece.given[-1]))
-    if site.query_heads is None or site.head_dim is None:
-        return ""
-    shape = Shape(
-        hint(x.shape[0]),
-        hint(x.shape[1]),
-        hint(y.shape[1]),
-        site.query_heads,
-        site.head_dim,
-        kv_heads=site.kv_heads,
-        width=hint(x.shape[-1]),
-        causal="causal" in str(site.mask),
-    )
-    return advice(spec, shape, work.config.hardware, x.dtype)
-
-
-def _named(seen: Shown) -> str:
-    return f"{seen.name}: {seen.why}" if seen.why else seen.name
-
-
-def _not_installable(lowering: Lowering, work: _Work) -> tuple[Reason, ...]:
-    """New tensors need a module that they can be put into, and a memory needs a living one."""
-    living = work.memory is not None or not (lowering.own or lowering.remembers)
-    if living and (work.config.installs or not lowering.tensors):
-        return ()
-    return _NEEDS_REWRITE
-
-
-@dataclass(frozen=True)
-class _Way:
-    """How a site is to be replaced: with a cache of hidden states, or by another operator."""
-
-    spec: VariantSpec
-    kept: Kept | None
-    lowering: Lowering | None
-
-
-def _carry_out(
-    work: _Work, raised: tuple[Region, FunctionalRegion, Core], way: _Way
-) -> tuple[NewTensor | NewModule, ...]:
-    """Rewrite, and note the nodes that may be dead now; what the module has to get."""
-    region, functional, core = raised
-    new: tuple[NewTensor | NewModule, ...] = ()
-    lowering = way.lowering
-    if work.memory is not None and lowering is not None and lowering.memory is not None:
-        new = rewrite_memory(region, functional, core, lowering, way.kept, work.memory)
-    elif way.kept is None or work.cache is None:
-        new = rewrite_site(region, functional, core, lowering)
-    else:
-        assert isinstance(way.spec, ELAttention)
-        work.touched |= rewrite_states(region, functional, core, way.kept, work.cache, way.spec)
-    work.touched |= set(region.nodes)
-    return new
 
 
 def _raise_rejected(report: Report, config: CompileConfig) -> None:

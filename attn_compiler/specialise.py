@@ -153,7 +153,7 @@ def _trace(
             report = compile_graph(gm, plan.config, cache=CALLS, memory=MEMORY)
         demands += _late(recorder.symbols.guards()[traced:])
         void = gm.meta.get(VOID, set())
-        demands = [d for d in demands if not d.free_symbols & void]
+        demands = [d for d in demands if not d.free_symbols & void and not symbols.gone(d)]
     bypassed = _bypassed(gm.graph)
     recorder.inspect(bypassed)
     training = owner.training if any(n.meta.get(MODAL) for n in gm.graph.nodes) else None

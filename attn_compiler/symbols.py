@@ -282,6 +282,11 @@ class Symbols:
             self._nodes[symbol] = node
         return self._nodes[symbol]
 
+    def gone(self, expr: sympy.Basic) -> bool:
+        """Is it about a size of something that is made no more?"""
+        origins = (self.origins.get(symbol) for symbol in expr.free_symbols)
+        return any(origin is not None and origin.node._erased for origin in origins)
+
     def guards(self) -> list[sympy.Basic]:
         """What was demanded of the symbols so far."""
         return [plainer(g.expr) for g in self.env.guards if g.expr is not sympy.true]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attn_compiler.cache.choice import choice
 from attn_compiler.cache.states import Maps, Rows, States
+from attn_compiler.errors import require
 from attn_compiler.kernels.el import built, el_attention
 from attn_compiler.kernels.schema import attention
 from attn_compiler.passes.rewrite_states import CacheCalls
@@ -129,7 +130,15 @@ def shown(kept: Any, position: int) -> Tensor:
     return found
 
 
-CALLS = CacheCalls(keep=keep, attend=attend, shown=shown)
+def hold(cache: Any, *given: Any) -> Any:
+    """See `cache.gau`, which needs the library whose caches it serves."""
+    require("transformers" in sys.modules, "a cache of transformers for gated attention units")
+    from attn_compiler.cache import gau
+
+    return gau.hold(cache, *given)
+
+
+CALLS = CacheCalls(keep=keep, attend=attend, shown=shown, hold=hold)
 
 
 def nbytes(*caches: Any) -> int:

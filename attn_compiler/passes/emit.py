@@ -23,10 +23,10 @@ from attn_compiler.ir.axes import Axis, Index
 from attn_compiler.ir.core import Operand
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.trace import Region, RegionError, fake_mode
+from attn_compiler.passes.runs import Groups, atoms_of, covers, extent, real, runs_of
 from attn_compiler.variants.base import NewTensor
 
 aten = torch.ops.aten
-Groups = tuple[tuple[Axis, ...], ...]
 # name of a constant that the rewriting registers
 CONSTANT = "_attn_constant"
 # key in the meta of a node that is right for the mode (training or not) of its module alone
@@ -216,24 +216,24 @@ class Emitter:
         expanded.
         """
         node, where = self._source(operand)
-        dims = [_runs(w.resolved(), groups) for w in where]
+        dims = [runs_of(w.resolved(), groups) for w in where]
         present = [axis for runs in dims for run in runs for axis in run]
         x = self._sliced(self.host(node), where)
         x, atoms = self._unflatten(x, dims)
         fixed = [w.const for w, runs in zip(where, dims, strict=True) if not runs]
         x, atoms = self._drop_units(x, atoms, fixed)
-        target = [run for group in groups for run in _atoms_of(group, atoms)]
+        target = [run for group in groups for run in atoms_of(group, atoms)]
         x = self._permute(x, [atoms.index(run) for run in target])
         return self._grouped(x, target, groups, present)
 
     def _source(self, operand: Operand) -> tuple[fx.Node, tuple[Index, ...]]:
         """The outermost view of the operand along no more axes than its innermost source."""
-        wanted = _real(operand.where)
+        wanted = real(operand.where)
         for node, where in reversed(operand.chain):
             if not all(isinstance(w, Index) for w in where):
                 continue
             indices = tuple(w.resolved() for w in where if isinstance(w, Index))
-            if _real(indices) == wanted and _covers(indices, node):
+            if real(indices) == wanted and covers(indices, node):
                 return node, indices
         raise RegionError(
             "region.layout", "no view of an operand holds exactly what the attention reads of it"
@@ -246,7 +246,7 @@ class Emitter:
         for runs in dims:
             if len(runs) > 1:
                 x = self.call(
-                    aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs])
+                    aten.unflatten.int, x, len(atoms), self._shape([extent(run) for run in runs])
                 )
             atoms += runs if runs else [()]
         return x, atoms
@@ -261,7 +261,7 @@ class Emitter:
     def _sliced(self, x: fx.Node, where: Sequence[Index]) -> fx.Node:
         """Keep of each dimension the part that is read."""
         for dimension, (index, size) in enumerate(zip(where, ops.value(x).shape, strict=True)):
-            length = _extent(axis for axis, _ in index.terms)
+            length = extent(axis for axis, _ in index.terms)
             if index.terms and not ax.equal(length, ax.size_of(size)):
                 start, stop = self.size(index.const), self.size(ax.simple(index.const + length))
                 x = self.call(aten.slice.Tensor, x, dimension, start, stop)
@@ -289,7 +289,7 @@ class Emitter:
             if missing and len(missing) == len(group):
                 x = self.call(aten.unsqueeze.default, x, position)
                 if any(axis.extent != 1 for axis in group):
-                    x = self._expand(x, position, _extent(group))
+                    x = self._expand(x, position, extent(group))
                 continue
             x = self._united(x, position, group, atoms, held)
         return x
@@ -330,14 +330,14 @@ class Emitter:
 
     def restore(self, x: fx.Node, end: Operand, groups: Groups) -> fx.Node:
         """The result, one dimension per group, in the dimensions of the original output."""
-        dims = [_runs(w.resolved(), groups) for w in end.where]
+        dims = [runs_of(w.resolved(), groups) for w in end.where]
         wanted = [run for runs in dims for run in runs]
         atoms: list[tuple[Axis, ...]] = []
         for group in groups:
-            runs = _atoms_of(group, wanted)
+            runs = atoms_of(group, wanted)
             if len(runs) > 1:
                 x = self.call(
-                    aten.unflatten.int, x, len(atoms), self._shape([_extent(run) for run in runs])
+                    aten.unflatten.int, x, len(atoms), self._shape([extent(run) for run in runs])
                 )
             atoms += runs if runs else [()]
         x, atoms = self._drop_units(x, atoms, [0] * atoms.count(()))
@@ -360,49 +360,3 @@ def _free(tensors: Sequence[NewTensor], taken: Container[str]) -> list[NewTensor
         if not any(t.path in taken for t in named):
             break
     return named
-
-
-def _extent(run: Iterable[Axis]) -> ax.Size:
-    return ax.product(axis.extent for axis in run)
-
-
-def _real(where: Iterable[Index]) -> frozenset[Axis]:
-    return frozenset(axis for w in where for axis, _ in w.resolved().terms if axis.extent != 1)
-
-
-def _covers(where: Sequence[Index], node: fx.Node) -> bool:
-    """Is every element that is read read once, in one piece of each dimension?"""
-    seen: set[Axis] = set()
-    for index, size in zip(where, node.meta["val"].shape, strict=True):
-        found = index.resolved()
-        whole = ax.equal(_extent(a for a, _ in found.terms), ax.size_of(size))
-        if not isinstance(found.const, int) or (whole and found.const != 0 and found.terms):
-            return False
-        stride: ax.Size = 1
-        for axis, coefficient in reversed(found.terms):
-            if axis in seen or not ax.equal(coefficient, stride):
-                return False
-            seen.add(axis)
-            stride = ax.simple(stride * axis.extent)
-    return True
-
-
-def _runs(index: Index, groups: Groups) -> list[tuple[Axis, ...]]:
-    """The axes of one dimension, cut where two neighbours are not neighbours in a group."""
-    following = {pair[0]: pair[1] for group in groups for pair in itertools.pairwise(group)}
-    members = {axis for group in groups for axis in group}
-    runs: list[tuple[Axis, ...]] = []
-    for axis, _ in index.terms:
-        if axis not in members and axis.extent == 1:
-            continue
-        if runs and following.get(runs[-1][-1]) is axis:
-            runs[-1] = (*runs[-1], axis)
-        else:
-            runs.append((axis,))
-    return runs
-
-
-def _atoms_of(group: tuple[Axis, ...], atoms: Sequence[tuple[Axis, ...]]) -> list[tuple[Axis, ...]]:
-    """The runs that belong to a group, in its order."""
-    found = [run for run in atoms if run and run[0] in group]
-    return sorted(found, key=lambda run: group.index(run[0]))

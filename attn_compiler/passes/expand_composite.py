@@ -8,6 +8,7 @@ If the attention inside is not rewritten, the user's call comes back as it was.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +37,14 @@ class Expansion:
     users: list[tuple[fx.Node, fx.Node]]
     inserted: list[fx.Node]
 
-    def rewritten(self) -> bool:
-        """Was an attention inside replaced, by the operator or with all that is around it?"""
+    def rewritten(self, dead: Set[fx.Node]) -> bool:
+        """Was an attention inside replaced, by the operator or with all that is around it?
+
+        Args:
+            dead: nodes that nothing needs any more.
+        """
+        if self.users and all(replacement in dead for _, replacement in self.users):
+            return True
         target = torch.ops.attn_compiler.attention.default
         before = [
             argument

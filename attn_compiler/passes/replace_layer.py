@@ -138,10 +138,10 @@ def _become_write(
     update.args = (cache, ((x_k, x_v), list(weights)), dict(replacement.options), *rest)
     for place in layer.places:
         for size in [n for n in place.users if ops.name(n) == "size"]:
-            _erase_demand(size)
+            erase_demand(size)
 
 
-def _erase_demand(size: fx.Node) -> None:
+def erase_demand(size: fx.Node) -> None:
     """What the trace demanded of the sizes of all keys holds for the old ones."""
     for same in list(size.users):
         for check in [n for n in same.users if n.target is require]:

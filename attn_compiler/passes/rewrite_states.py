@@ -45,11 +45,14 @@ class CacheCalls:
             the queries where the cache holds keys and values if that is faster, else 0.
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
+        hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`;
+            None where they are not.
     """
 
     keep: Callable[..., Any]
     attend: Callable[..., Any]
     shown: Callable[..., Any]
+    hold: Callable[..., Any] | None = None
 
 
 def rewrite_states(

@@ -135,6 +135,8 @@ def changed_layers(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 
 def _differ(module: nn.Module, other: nn.Module) -> bool:
+    if any(site.decision.taken for site in module.__dict__.get("_attn_sites", ())):
+        return True  # what stands in its children is called by itself now
     ours, theirs = (
         {name: p.shape for name, p in m.named_parameters(recurse=False)} for m in (module, other)
     )

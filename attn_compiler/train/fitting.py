@@ -18,7 +18,7 @@ from attn_compiler.train import selective, spion
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
 
-Data = list[Any] | Literal["later"] | None
+Data = Iterable[Any] | Literal["later"] | None
 
 
 def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"] | None) -> Data:
@@ -42,7 +42,10 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             "calibration is given, and nothing that is asked for is fitted to data",
             do="leave it out",
         )
-    return calibration if calibration in (None, "later") else list(calibration)
+    # a loss is measured twice over the same data
+    if calibration is None or calibration == "later" or not any(map(selective.changes, specs)):
+        return calibration
+    return list(calibration)
 
 
 def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | None:
@@ -70,7 +73,7 @@ def fitted(
     layers = spion.layers_of(model, config.wanted)
     done = spion.put_given(layers)
     left = [layer for layer in layers if layer.path not in done]
-    if left and isinstance(data, list):
+    if left and data is not None and data != "later":
         done |= spion.calibrate(model, left, data)
     report = replace(report, sites=spion.described(report.sites, done))
     if before is not None and isinstance(data, list):

@@ -118,6 +118,8 @@ def filled(spec: GAU, *, width: int, replaced: int, length: int, causal: bool = 
         chunk = chunk_length(s, round(expansion * width), length, causal=causal)
         if chunk is None and spec.scale_mode == "chunk":
             chunk = _CHUNK
+        if chunk is None:  # which has fewer parameters
+            s, expansion = sizes(replace(spec, chunk=None), width, replaced)
     return replace(spec, chunk=chunk, s=s, expansion=expansion)
 
 

@@ -1,0 +1,165 @@
+"""A gated attention unit in a rewritten model: which tokens count, then the layer or a step of it.
+
+    mask of the model -> valid, documents;   gau_layer(x, ...)   or   kept.step(x, ...) with a cache
+
+A mask that the model hands over ready made, one truth for each row and key, says only when it runs
+whether it is causal: then it is looked at there. It has to be causal or not, and padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from attn_compiler.errors import UnsupportedCall, require
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.expr import parse
+from attn_compiler.kernels.gau_layer import GauForm, GauParameters, gau_layer
+
+NAMES = ("w_uvz", "b_uvz", "gamma", "beta", "w_o", "b_o", "rel_bias")
+
+
+class Kept(Protocol):
+    """What a cache holds of the tokens before, for the units of one block."""
+
+    length: int
+
+    def step(
+        self,
+        number: int,
+        x: Tensor,
+        unit: tuple[GauParameters, GauForm],
+        valid: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor: ...
+
+    def counted(self, number: int) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a cache says of the tokens before.
+
+    Attributes:
+        length: how many there are.
+        counted: [B] how many of them are no padding, None before the first.
+    """
+
+    length: int
+    counted: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Who is seen, as texts of expressions over `b` and `k`, and `q`; "" where there is none.
+
+    Attributes:
+        padding: is key k no padding?
+        documents: number of key k's document.
+        whole: may row q see key k?
+    """
+
+    padding: str = ""
+    documents: str = ""
+    whole: str = ""
+
+
+def unit(
+    x: Tensor,
+    kept: Kept | None,
+    *rest: Any,
+    reads: int,
+    names: tuple[str, ...],
+    number: int,
+    form: tuple[tuple[str, Any], ...],
+    seen: tuple[str, str, str],
+) -> Tensor:
+    """One unit of a block.
+
+    Args:
+        x: [B, T, D], normed if the block norms before its branches.
+        kept: what a cache holds, None without one.
+        rest: tensors that the mask reads, then weights.
+        reads: how many tensors the mask reads.
+        names: of the weights.
+        number: 0 in the place of attention, 1 in that of the feed-forward net.
+        form: fields of `GauForm`.
+        seen: fields of `Seen`.
+
+    Returns:
+        [B, T, D], before the residual.
+
+    Raises:
+        UnsupportedCall: the mask is neither causal nor for both directions, with padding.
+    """
+    given: dict[str, Any] = dict.fromkeys(NAMES)
+    weights = GauParameters(**given | dict(zip(names, rest[reads:], strict=True)))
+    chosen, masks = GauForm(**dict(form)), Seen(*seen)
+    past = None if kept is None else Past(kept.length, kept.counted(number))
+    valid, documents, causal = _counts(x, past, rest[:reads], masks, chosen.causal)
+    if causal != chosen.causal:
+        chosen = GauForm(**dict(form) | {"causal": causal})
+    seed = None
+    if chosen.dropout:
+        seed = torch.randint(2**62, [1], dtype=torch.int64, device=x.device)
+    if kept is not None:
+        return kept.step(number, x, (weights, chosen), valid, seed)
+    return gau_layer(x, weights, chosen, valid=valid, documents=documents, seed=seed)
+
+
+# ---------------------------------------------------------------- which tokens count
+
+
+def _counts(
+    x: Tensor, past: Past | None, reads: Sequence[Tensor], masks: Seen, causal: bool
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """valid [B, T] and documents [B, T] of the new tokens, and the direction."""
+    start = 0 if past is None else past.length
+    keys = torch.arange(start, start + x.shape[1], device=x.device)
+    env = {"b": torch.arange(x.shape[0], device=x.device)[:, None], "k": keys}
+    valid = documents = None
+    if masks.padding:
+        valid = evaluate(parse(masks.padding), env, reads).expand(x.shape[:2])
+    if masks.documents:
+        documents = evaluate(parse(masks.documents), env, reads).expand(x.shape[:2])
+    if masks.whole:
+        valid, causal = _looked_at(x, past, reads, masks.whole, causal)
+    return valid, documents, causal
+
+
+def _looked_at(
+    x: Tensor, past: Past | None, reads: Sequence[Tensor], text: str, causal: bool
+) -> tuple[Tensor, bool]:
+    """The same of a mask over rows and keys."""
+    start, rows = 0 if past is None else past.length, x.shape[1]
+    index = torch.arange(start + rows, device=x.device)
+    places = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    env = {"b": places, "q": torch.arange(rows, device=x.device)[:, None], "k": index}
+    whole = evaluate(parse(text), env, reads).expand(x.shape[0], rows, start + rows)
+    valid = whole[:, :, start:].diagonal(dim1=1, dim2=2)
+    if isinstance(x, FakeTensor):
+        require(not torch.compiler.is_exporting(), "a mask whose form is known without its values")
+        return valid, causal
+    pairs = valid[:, :, None] & valid[:, None, :]
+    new, below = whole[:, :, start:] & valid[:, :, None], pairs.tril()
+    if torch.equal(new, below) and _same_past(whole[:, :, :start], valid, past):
+        return valid, past is not None or causal or not torch.equal(below, pairs)
+    if past is None and torch.equal(new, pairs):
+        return valid, False
+    raise UnsupportedCall(
+        "a mask that gated attention units cannot keep to",
+        why=("it is neither causal nor for both directions, with padding",),
+        do="give no mask, or one of padding",
+    )
+
+
+def _same_past(whole: Tensor, valid: Tensor, past: Past | None) -> bool:
+    """Do the rows see as many keys of a cache as it counts?"""
+    if past is None or past.counted is None:
+        return True
+    return bool(((whole.sum(-1) == past.counted[:, None]) | ~valid).all())
