@@ -103,9 +103,11 @@ def attend(
         keys, values = kept
         outs = _alone(memory, Token(q, keys, values, selector), rule, given, dropout)
     elif hasattr(kept, "attend"):
+        _check_undropped(dropout)
         outs = kept.attend(q, rule, selector)
     else:
-        outs = _going_on(memory, kept, Token(q, kept.keys, kept.values, selector), rule, given)
+        token = Token(q, kept.keys, kept.values, selector)
+        outs = _going_on(memory, kept, token, rule, given, dropout)
     return _mixed(outs, weights[3]) if weights else outs[0]
 
 
@@ -153,16 +155,22 @@ def _alone(memory: Memory, token: Token, rule: Rule, rest: Rest, dropout: float)
         )
     memory.note(token.q, token.k, token.selector, rule)
     if memory.prunes:
-        if dropout:
-            raise UnsupportedCall(
-                "a pruned attention drops weights at random", do="set its dropout to 0"
-            )
+        _check_undropped(dropout)
         assert memory.budget is not None
         return rows_with_deaths(rule, token, memory.budget)[2]
     return _run(token, rule, rest, None, dropout)[1]
 
 
-def _going_on(memory: Memory, layer: Any, token: Token, rule: Rule, rest: Rest) -> Outs:
+def _check_undropped(dropout: float) -> None:
+    if dropout:
+        raise UnsupportedCall(
+            "a pruned attention drops weights at random", do="set its dropout to 0"
+        )
+
+
+def _going_on(
+    memory: Memory, layer: Any, token: Token, rule: Rule, rest: Rest, dropout: float
+) -> Outs:
     """The next rows, over the keys of a layer that holds all of them."""
     from attn_compiler.cache.masked_layer import joined
 
@@ -172,7 +180,7 @@ def _going_on(memory: Memory, layer: Any, token: Token, rule: Rule, rest: Rest) 
     carry = layer.carried(past)
     selector = joined(layer.selector, token.selector[1:])
     token = Token(token.q, token.k, token.v, (*token.selector[:1], *selector))
-    state, outs = _run(token, rule, rest, carry, 0.0)
+    state, outs = _run(token, rule, rest, carry, dropout)
     layer.remember(state, selector)
     return outs
 

@@ -140,12 +140,16 @@ def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
 
 def _heads_as_rows(query: Leaves, q: Coordinates, in_k: Mapping[Axis, None]) -> bool:
     """Are these no rows but heads that share keys? One row of H heads is often written as H / G
-    rows of G heads; in what the queries are a view of, they lie in one dimension with the heads.
+    rows of G heads: in what the queries are a view of, they lie right of G in its dimension. Rows
+    lie like that in the first dimension, right of the batches: B T tokens of a projection.
     """
-    for coordinate in q:
-        found = leaves((coordinate,))
-        if query and all(axis in found for axis in query):
-            return any(axis in in_k and axis.extent != 1 for axis in found)
+    if not query or not all(isinstance(axis.extent, int) for axis in query):
+        return False
+    for coordinate in q[1:]:
+        found = list(leaves((coordinate,)))
+        if all(axis in found for axis in query):
+            before = found[: found.index(query[0])]
+            return any(axis in in_k and axis.extent != 1 for axis in before)
     return False
 
 

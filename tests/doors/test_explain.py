@@ -128,3 +128,20 @@ def test_keys_behind_a_cache_belong_to_the_queries_sequence(own: bool) -> None:
     cache = [torch.randn(2, 4, 11, WIDTH // 4) for _ in range(2)]
     (site,) = ac.explain(Decoding(), (x, other, cache)).sites
     assert str(site.kind) == ("self" if own else "cross")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_in_one_dimension_with_batches_are_rows(batch: int) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = torch.addmm(self.qkv.bias, x.view(-1, x.shape[-1]), self.qkv.weight.T)
+            q, k, v = flat.view(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    (site,) = ac.explain(Flat(), (torch.randn(batch, 7, WIDTH),)).sites
+    assert (site.query_heads, site.kv_heads, site.head_dim) == (4, 4, WIDTH // 4)
+    assert str(site.mask) == "causal" and [str(p) for p in site.phases] == ["prefill"]

@@ -146,3 +146,15 @@ def test_caches_it_cannot_go_on_with() -> None:
     llama().float()(given["input_ids"][:, :3], past_key_values=foreign)
     with pytest.raises(UnsupportedCall, match="cannot go on with a DynamicLayer"):
         model(given["input_ids"][:, 3:4], past_key_values=foreign)
+
+
+def test_a_training_may_fill_a_cache() -> None:
+    """Libraries do by default; weights are dropped as elsewhere."""
+    model = rewritten("gpt2", False, ac.Selective()).train()
+    given = inputs(False)
+    torch.manual_seed(1)
+    first = model(**given, use_cache=True).logits
+    torch.manual_seed(1)
+    assert torch.equal(model(**given, use_cache=True).logits, first)
+    assert not torch.equal(model(**given, use_cache=True).logits, first)
+    assert first.sum().isfinite()
