@@ -20,13 +20,13 @@ from attn_compiler.ir.axes import hint
 from attn_compiler.ir.block_piece import find_block_piece
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.layer import find_layer
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.region import (
     FunctionalRegion,
     Memo,
 )
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.states import Kept, State, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown

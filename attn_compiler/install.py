@@ -201,8 +201,11 @@ class _Search:
             for path in reversed(self.owners):
                 restore(self.model.get_submodule(path))
             self.owners.clear()
-            text = f"the model needs what would be replaced: {type(error).__name__}: {error}"
-            return refused(report, text, "rewrite.read_outside")
+            code, text = (
+                "rewrite.read_outside",
+                f"the model needs what would be replaced: {error!r}",
+            )
+            return refused(report, text, code)
         return report
 
     def _blocked(

@@ -23,6 +23,7 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.listing import Line, Listing, lines
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
 from attn_compiler.ir.region import (
@@ -33,7 +34,6 @@ from attn_compiler.ir.region import (
     order,
 )
 from attn_compiler.ir.site import AttentionSite, Missed, Reason
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates

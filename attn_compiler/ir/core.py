@@ -29,6 +29,7 @@ from attn_compiler.ir.expr import (
 )
 from attn_compiler.ir.filling import all_bounded, never_empty, split
 from attn_compiler.ir.mask import normalise
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinates,
     Leaf,
@@ -41,7 +42,7 @@ from attn_compiler.ir.pull import (
 )
 from attn_compiler.ir.roles import Naming, Roles
 from attn_compiler.ir.score import Program
-from attn_compiler.ir.soft import NotAttention, Softmax, is_float_cast
+from attn_compiler.ir.soft import Softmax, is_float_cast
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from attn_compiler.ir.axes import along
 from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.expr import DOT, Expr
 from attn_compiler.ir.fused import Fused, from_fused
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import Coordinates, Puller, shape, to_expr
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region, trace_region
 
 

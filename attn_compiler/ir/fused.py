@@ -15,6 +15,7 @@ from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.core import Core, Found, Operand, Scaling, assemble, operand, program_of
 from attn_compiler.ir.expr import DOT, TRUE, Expr, call
 from attn_compiler.ir.mask import normalise
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinates,
     Puller,
@@ -26,7 +27,7 @@ from attn_compiler.ir.pull import (
     val,
 )
 from attn_compiler.ir.roles import Naming
-from attn_compiler.ir.soft import NotAttention, Softmax
+from attn_compiler.ir.soft import Softmax
 
 
 def from_sdpa(

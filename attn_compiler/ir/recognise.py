@@ -6,9 +6,10 @@ from attn_compiler.ir import contractions, gathers, values, views  # noqa: F401 
 from attn_compiler.ir.axes import along
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.fused import from_sdpa
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import VALUES, Coordinates, Product, Puller, arguments, op, shape
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.soft import NotAttention, through_casts
+from attn_compiler.ir.soft import through_casts
 from attn_compiler.ir.spelled import from_product
 
 

@@ -17,8 +17,8 @@ import sympy
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Axis, Index
 from attn_compiler.ir.expr import Call, Const, Expr, Int, Var, call
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, Symbol
-from attn_compiler.ir.soft import NotAttention
 
 Leaves = tuple[Axis, ...]
 

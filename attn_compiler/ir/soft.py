@@ -18,6 +18,7 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import Const, Expr, call
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinate,
     Coordinates,
@@ -32,16 +33,6 @@ from attn_compiler.ir.pull import (
 
 CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
-
-
-class NotAttention(Exception):
-    """What looked like attention is something else; `code` and `text` go into the report."""
-
-    def __init__(self, code: str, text: str, node: fx.Node | None = None) -> None:
-        super().__init__(text)
-        self.code = code
-        self.text = text
-        self.node = node
 
 
 @dataclass

@@ -23,6 +23,7 @@ from attn_compiler.ir.core import (
     program_of,
 )
 from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinates,
     Leaf,
@@ -37,7 +38,7 @@ from attn_compiler.ir.pull import (
 )
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.score import Program
-from attn_compiler.ir.soft import NotAttention, Softmax, find_softmax, reads_own_row, reduced_dims
+from attn_compiler.ir.soft import Softmax, find_softmax, reads_own_row, reduced_dims
 
 
 def from_product(puller: Puller, end: fx.Node, where: Coordinates, found: Product) -> Core:

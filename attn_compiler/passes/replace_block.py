@@ -16,9 +16,9 @@ from torch import fx
 
 from attn_compiler.ir import ops
 from attn_compiler.ir.block import Block, Branch
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion, order
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
 from attn_compiler.passes.replace_layer import erase_demand

@@ -19,9 +19,9 @@ from attn_compiler.errors import require
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.layer import VOID, Layer
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
 from attn_compiler.passes.replace_piece import check_unread, in_dtype, mark

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import ops
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.provenance import location
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import MODAL, Emitter
 from attn_compiler.passes.expand_composite import WHOLE

@@ -19,9 +19,9 @@ from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.axes import hint
 from attn_compiler.ir.core import Core
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.provenance import location
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
 from attn_compiler.variants.base import Lowering, NewModule, NewTensor

@@ -19,7 +19,6 @@ import torch
 from attn_compiler.ir.mask import Causal
 from attn_compiler.ir.mask import Tensor as TensorMask
 from attn_compiler.ir.site import AttentionSite, Reason
-from attn_compiler.kernels.selective_memory import Memory
 from attn_compiler.variants.base import (
     ByPath,
     Fidelity,
@@ -120,6 +119,8 @@ MEMORY = "attn_memory"
 
 def lower(site: AttentionSite, spec: Selective, length: int, slots: int) -> Lowering:
     """The operator with F; a gate starts at 0, and leaves the function as it was."""
+    from attn_compiler.kernels.selective_memory import Memory  # which loads Dynamo
+
     gate = NewTensor(GATE, (1,), torch.float32, 0.0, trained=True)
     own = spec.start == "dedicated_head"
     return Lowering(

@@ -36,21 +36,25 @@ def codes() -> dict[str, list[str]]:
 
 
 def _said(function: ast.FunctionDef, pairs: bool) -> Iterator[tuple[str, str]]:
-    """Codes with their words, in calls of the raisers; where `pairs` holds, in pairs as well."""
+    """Codes with their words, in calls of the raisers, in pairs with a family, and, where `pairs`
+    holds, in pairs without one."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in _RAISERS and len(node.args) >= 2:
                 parts = node.args[:2]
             else:
                 continue
-        elif pairs and isinstance(node, ast.Tuple) and len(node.elts) == 2:
+        elif isinstance(node, ast.Tuple) and len(node.elts) == 2:
             parts = node.elts
+            if not pairs and "." not in str(getattr(parts[0], "value", "")):
+                continue
         else:
             continue
         code, text = parts
         if isinstance(code, ast.Constant) and _CODE.fullmatch(str(code.value)):
             words = _words(text, function, node.lineno)
-            if isinstance(node, ast.Call) or " " in words:
+            handed_on = isinstance(text, ast.Name) and text.id == "text"
+            if isinstance(node, ast.Call) or handed_on or " " in words:
                 yield str(code.value), words
 
 

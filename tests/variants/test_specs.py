@@ -188,10 +188,12 @@ def test_a_pattern_gives_its_tensor_back() -> None:
     assert pattern.density == int(mask.sum()) / 121
 
 
-def test_a_spec_of_a_variant_that_cannot_be_installed_is_refused() -> None:
-    with pytest.raises(BadOption, match="GAU"):
-        make_config({"to": GAU()})
-    assert make_config({"to": ELAttention()}).wanted("any.path") == ELAttention()
+def test_a_field_that_no_door_can_give_is_refused() -> None:
+    for spec in (SwitchHead(init="convert"), SwitchHead(feed_forward="sigma_moe")):
+        with pytest.raises(BadOption, match="SwitchHead has"):
+            make_config({"to": spec})
+    for spec in (GAU(), SwitchHead(), ELAttention()):
+        assert make_config({"to": spec}).wanted("any.path") == spec
 
 
 def test_specs_and_sizes_do_without_sympy() -> None:

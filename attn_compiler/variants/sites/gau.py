@@ -15,9 +15,9 @@ from typing import Any
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.expr import Expr, Int, Read, depends, walk
 from attn_compiler.ir.mask import Causal, Documents, Mask, Padding, Term
+from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
-from attn_compiler.ir.soft import NotAttention
 from attn_compiler.kernels import gau_unit
 from attn_compiler.variants.base import (
     Fidelity,
