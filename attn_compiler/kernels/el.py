@@ -228,7 +228,9 @@ def generates(given: Inputs) -> bool:
 
 def _tile(given: Inputs) -> el_triton.WideTile:
     machine = gpu.hardware(given.q.device)
-    return el_triton.tile(given, 1 if machine is None else machine.processors)
+    if machine is None:
+        return el_triton.tile(given, 1)
+    return el_triton.tile(given, machine.processors, machine.arch)
 
 
 def _items(call: _Call) -> Iterator[slice]:

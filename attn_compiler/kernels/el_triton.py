@@ -81,16 +81,18 @@ def refusal(given: Inputs) -> str:
     return ""
 
 
-def tile(given: Inputs, processors: int) -> WideTile:
+def tile(given: Inputs, processors: int, arch: str = "") -> WideTile:
     """The tile of a call: without spills on sm_80, sm_90 and sm_100, not measured on a GPU.
 
     Args:
         given: with x [Bx, 1, S, D] as keys.
         processors: that may share the keys.
+        arch: of the device, such as "sm_100"; for Blackwell the compiler needs more registers.
     """
     x, wide = given.k, given.k.dtype is torch.float32
+    usual = WideTile(held=2, stages=1) if arch.startswith("sm_1") else WideTile()
     slices = -(-x.shape[3] // 128)
-    base = WideTile(keys=16, held=2, stages=1) if wide else WideTile()
+    base = WideTile(keys=16, held=2, stages=1) if wide else usual
     # several programs make parts of one size
     held = -(-slices // -(-slices // base.held))
     rows = given.q.shape[0] // x.shape[0] * given.q.shape[1] * given.q.shape[2]

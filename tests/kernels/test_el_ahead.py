@@ -55,7 +55,7 @@ def test_kernels(
 ) -> None:
     given = call(width, dtype, program)
     assert not el_triton.refusal(given)
-    tile = el_triton.tile(given, 132)
+    tile = el_triton.tile(given, 132, target)
     queries = torch.empty(*given.q.shape[:3], width)
     parts = el_triton.empty_parts(queries, tile.splits)
     launch = el_triton.prepare(Frame(given), tile, (queries, None), parts)
