@@ -86,6 +86,16 @@ _INPLACE_POSITION = {
     "elu": 2,
     "threshold": 3,
 }
+# functions that return tensors and draw random numbers
+_RANDOM = frozenset(
+    {
+        "bernoulli", "multinomial", "normal", "poisson", "binomial", "rrelu", "gumbel_softmax",
+        *SDPA, *MHA,
+    }
+)  # fmt: skip
+_PURE_MODULES = frozenset(
+    {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator"}
+)
 _MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "softmax",
     nn.Linear: "linear",
@@ -143,6 +153,22 @@ def written(node: fx.Node) -> tuple[fx.Node, ...]:
         return _written_by_schema(node, node.target)
     first = node.args[0] if node.args else node.kwargs.get("input")
     return (first,) if isinstance(first, fx.Node) and _writes_first(node) else ()
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Does it make tensors and do nothing else? Where nobody reads them, it can be left out."""
+    found = value(node)
+    leaves = found if isinstance(found, tuple | list) else (found,)
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves) or written(node):
+        return False
+    called, target = name(node), node.target
+    if called in _RANDOM or "dropout" in called or called.startswith("rand"):
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace == "aten" and torch.Tag.nondeterministic_seeded not in target.tags
+    if node.op == "call_method":
+        return hasattr(torch.Tensor, called)
+    return node.op == "call_function" and getattr(target, "__module__", "") in _PURE_MODULES
 
 
 def _writes_first(node: fx.Node) -> bool:

@@ -25,7 +25,7 @@ from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
 from attn_compiler.passes.replace_piece import check_unread, in_dtype, mark
-from attn_compiler.passes.rewrite_site import live_nodes, reads_of, unread_numbers
+from attn_compiler.passes.rewrite_site import live_nodes, reads_of, unread
 from attn_compiler.variants.base import NewTensor, Replacement
 
 
@@ -158,7 +158,7 @@ def erase_demand(size: fx.Node) -> None:
 def _check_places(region: Region, places: Sequence[fx.Node], removed: set[fx.Node]) -> None:
     """What a cache hands over has other sizes now: nobody else may read it."""
     graph = region.end.graph
-    live = live_nodes(graph, set(region.nodes) | unread_numbers(graph), removed | {region.end})
+    live = live_nodes(graph, set(region.nodes) | unread(graph), removed | {region.end})
     for place in places:
         for user in place.users:
             dead = user is region.end or (user in region.nodes and user not in live)

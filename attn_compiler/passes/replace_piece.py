@@ -18,7 +18,7 @@ from attn_compiler.ir.provenance import location
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import MODAL, Emitter
 from attn_compiler.passes.expand_composite import WHOLE
-from attn_compiler.passes.rewrite_site import live_nodes, unread_numbers
+from attn_compiler.passes.rewrite_site import live_nodes, unread
 from attn_compiler.variants.base import Replacement
 
 
@@ -44,7 +44,7 @@ def check_unread(region: Region, piece: Piece, removed: set[fx.Node]) -> None:
     """
     graph = piece.end.graph
     candidates = set(region.nodes) | piece.nodes
-    candidates |= unread_numbers(graph, candidates)
+    candidates |= unread(graph, candidates)
     # a fused function whose operations stand in its place
     for node in graph.nodes:
         if ops.name(node) in ops.MHA and not any(user.users for user in node.users):

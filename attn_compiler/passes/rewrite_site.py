@@ -90,11 +90,12 @@ def check_readers(region: Region, functional: FunctionalRegion, core: Core) -> N
         if node in core.inner and host is not region.end
     }
     graph = region.end.graph
-    read = live_nodes(graph, set(region.nodes) | unread_numbers(graph), {region.end}) & inner
+    candidates = set(region.nodes) | unread(graph)
+    read = live_nodes(graph, candidates, {region.end}) & inner
     if not read:
         return
     first = min(read, key=list(region.nodes).index)
-    reader = next((u for n in read for u in n.users if u not in region.nodes), None)
+    reader = next((u for n in read for u in n.users if u not in candidates), None)
     what = "weights" if any(ops.name(n) in ops.SOFTMAX for n in read) else "scores"
     where = location(reader) if reader is not None else ""
     raise NotAttention(
@@ -339,12 +340,15 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     return {identity for node in nodes for identity in ops.storages(node)}
 
 
-def unread_numbers(graph: fx.Graph, readers: Container[fx.Node] = frozenset()) -> set[fx.Node]:
-    """Sizes, and arithmetic on them, that nobody reads but `readers`: tracers leave them behind."""
+def unread(graph: fx.Graph, readers: Container[fx.Node] = frozenset()) -> set[fx.Node]:
+    """Sizes, arithmetic on them, and tensors that nobody reads but `readers`: tracers leave them
+    behind, and so does a model that hands on its scores to whom it may concern.
+    """
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        unread = all(user in found or user in readers for user in node.users)
-        if ops.name(node) in _NUMBERS and unread and _is_number(node):
+        if all(user in found or user in readers for user in node.users) and (
+            (ops.name(node) in _NUMBERS and _is_number(node)) or ops.is_pure(node)
+        ):
             found.add(node)
     return found
 
@@ -358,7 +362,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def erase_dead(graph: fx.Graph, candidates: set[fx.Node]) -> None:
     """Erase those of `candidates`, and of the numbers, that nothing needs any more."""
-    candidates = candidates | unread_numbers(graph, candidates)
+    candidates = candidates | unread(graph, candidates)
     dead = candidates - live_nodes(graph, candidates, set())
     for node in reversed(list(graph.nodes)):
         if node in dead:

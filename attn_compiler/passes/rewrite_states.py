@@ -29,7 +29,7 @@ from attn_compiler.passes.rewrite_site import (
     finish,
     live_nodes,
     operands,
-    unread_numbers,
+    unread,
 )
 from attn_compiler.variants import ELAttention
 
@@ -126,7 +126,7 @@ def check_kept(region: Region, kept: Kept, variant: str) -> None:
         NotAttention: `<variant>.kv_read_elsewhere`.
     """
     graph = region.end.graph
-    live = live_nodes(graph, set(region.nodes) | unread_numbers(graph), {region.end})
+    live = live_nodes(graph, set(region.nodes) | unread(graph), {region.end})
     for place in kept.places:
         for user in place.users:
             dead = user is region.end or (user in region.nodes and user not in live)

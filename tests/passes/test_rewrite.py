@@ -133,6 +133,36 @@ def test_a_second_reader_stops_the_rewrite(inner: str) -> None:
     torch.testing.assert_close(out, attend(*args))
 
 
+def test_who_reads_for_nobody_is_no_reader() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        before = s.clone()
+        p = s.softmax(-1)
+        entropy = -(p * p.log()).sum(-1)
+        _ = (before.amax(-1), entropy.mean().sqrt())
+        return p @ v
+
+    args = qkv()
+    out, report = compiled(attend, *args)
+    assert only(report).decision.accepted
+    torch.testing.assert_close(out, attend(*args))
+
+
+def test_a_write_that_nobody_but_the_caller_reads_is_read() -> None:
+    kept = torch.zeros(())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        kept.copy_(s.detach().amax())
+        return s.softmax(-1) @ v
+
+    args = qkv()
+    out, report = compiled(attend, *args)
+    assert not only(report).decision.accepted
+    torch.testing.assert_close(out, attend(*args))
+    torch.testing.assert_close(kept, (args[0] @ args[1].mT).amax())
+
+
 def test_one_mask_for_all_layers_is_made_once_or_not_at_all() -> None:
     def model(x: Tensor) -> Tensor:
         mask = torch.full((T, T), -INF).triu(1)
