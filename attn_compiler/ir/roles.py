@@ -18,7 +18,7 @@ from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Axis, Index
 from attn_compiler.ir.expr import Call, Const, Expr, Int, Var, call
 from attn_compiler.ir.no_attention import NotAttention
-from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, Symbol
+from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, Symbol, to_expr
 
 Leaves = tuple[Axis, ...]
 
@@ -214,10 +214,9 @@ class Naming:
             return call(expression.op, *map(self, expression.args))
         if isinstance(expression, Leaf):
             return self._read(expression)
-        if isinstance(expression, Product):
-            raise NotAttention(
-                "attention.two_products", "a second product stands in the scores", expression.node
-            )
+        if isinstance(expression, Product):  # a bias made of tables, say
+            index = tuple(to_expr(w) for w in expression.where)
+            return self._read(Leaf(expression.node, index, expression.where))
         return expression
 
     def _read(self, leaf: Leaf) -> Expr:

@@ -33,7 +33,6 @@ from attn_compiler.ir.pull import (
     indices,
     op,
     shape,
-    to_expr,
     val,
 )
 from attn_compiler.ir.roles import Naming
@@ -292,15 +291,10 @@ def _scores(logits: Expr, key: Index) -> list[Product]:
 
 
 def _with_dot(logits: Expr, product: Product) -> Expr:
-    """The product becomes `dot`, any other product a read of the tensor it makes."""
-    table: dict[Expr, Expr] = {product: DOT}
+    """The product becomes `dot`."""
     for node in walk(logits):
-        if isinstance(node, Product) and node is not product:
-            if node.node is product.node:
-                raise NotAttention(
-                    "attention.scores_twice",
-                    "the scores enter the softmax in two places",
-                    node.node,
-                )
-            table[node] = Leaf(node.node, tuple(to_expr(w) for w in node.where), node.where)
-    return substitute(logits, table)
+        if isinstance(node, Product) and node is not product and node.node is product.node:
+            raise NotAttention(
+                "attention.scores_twice", "the scores enter the softmax in two places", node.node
+            )
+    return substitute(logits, {product: DOT})

@@ -233,6 +233,21 @@ class WithCache(nn.Module):
         return self.inner(x, k, v, *more), k, v
 
 
+def by_lookups(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lookup: Tensor) -> Tensor:
+    return finish(dots(q, k) + torch.einsum("hw,qkw->hqk", table, lookup), v)
+
+
+def by_lookups_fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lookup: Tensor) -> Tensor:
+    bias = torch.einsum("hw,qkw->hqk", table, lookup)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def of_queries_fused(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    # relative keys, given as a mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=q @ table.mT)
+
+
+_LOOKUPS = (normal(H, 5), normal(T, T, 5))
 _CACHES = (normal(B, H, 19, D, grad=False), normal(B, H, 19, D, grad=False))
 
 ENTRIES: tuple[Entry, ...] = (
@@ -245,6 +260,9 @@ ENTRIES: tuple[Entry, ...] = (
         constant(torch.arange(T) < torch.tensor([[T], [6]])),
         mask=None,
     ),
+    site("by_lookups", by_lookups, *_LOOKUPS),
+    site("by_lookups_fused", by_lookups_fused, *_LOOKUPS),
+    site("of_queries_fused", of_queries_fused, normal(T, D)),
     site("sinks", Sinks, mask="causal"),
     site("sinks_first", SinksFirst, mask="causal"),
     site("buckets", Buckets),
