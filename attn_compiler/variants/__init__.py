@@ -10,12 +10,13 @@ from attn_compiler.variants.base import Scope, Shape, VariantSpec
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
 from attn_compiler.variants.sites.gau import GAU_
+from attn_compiler.variants.sites.switchall import SWITCHALL
 from attn_compiler.variants.sites.switchhead import SWITCHHEAD
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, GAU_)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_)
 
 __all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
 

@@ -32,6 +32,10 @@ Auto = Literal["auto"]
 
 _MOST_ACTIVE = 4  # the paper raises k up to here
 _MANY_HEADS = 16  # from here on it ends with 4 heads, below with 2
+# of a feed-forward net: experts, active ones, hidden channels of one, as the paper has them
+_NET_EXPERTS, _NET_ACTIVE, _NET_HIDDEN = (16, 32), 4, 128
+_NET_STEPS = (16, 8, 4, 2, 1)
+_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +203,65 @@ def feed_forward_width(base: int, width: int, left: float) -> int:
     a channel has 2 D weights and a bias. To the nearest channel.
     """
     return base + round(left / (2 * width + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class NetSizes:
+    """Sizes of the feed-forward net of SwitchAll.
+
+    Attributes:
+        experts: N.
+        hidden: G, channels of one expert.
+    """
+
+    experts: int
+    hidden: int
+
+    @property
+    def k(self) -> int:
+        """Experts of a token."""
+        return min(_NET_ACTIVE, self.experts)
+
+    def parameters(self, width: int) -> int:
+        """N D (2 G + 1), the router included."""
+        return self.experts * width * (2 * self.hidden + 1)
+
+
+def net_sizes(width: int, parameters: int) -> NetSizes:
+    """Sizes that cost the parameters of a feed-forward net: 16 to 32 experts 128 wide as in the
+    paper where that fits, else wider or narrower ones; within 1 % where whole numbers allow it, in
+    the largest steps of the width that do. Narrow nets may have fewer experts.
+
+    Args:
+        width: D.
+        parameters: of the net that is replaced.
+
+    Raises:
+        BadOption: not even as many experts as are active, one channel wide, cost so little.
+    """
+    each, (least, most) = parameters / width, _NET_EXPERTS
+    experts = min(most, max(least, round(each / (2 * _NET_HIDDEN + 1))))
+    hidden = (each / experts - 1) / 2
+    for step in _NET_STEPS:
+        near = step * round(hidden / step)
+        for width_ in sorted((near - step, near, near + step), key=lambda g: abs(g - hidden)):
+            found = NetSizes(round(each / (2 * width_ + 1)), width_) if width_ > 0 else None
+            if found and least <= found.experts <= most and _off(found, each) <= _TOLERANCE:
+                return found
+    ways = (NetSizes(n, round((each / n - 1) / 2)) for n in range(_NET_ACTIVE, most + 1))
+    possible = [found for found in ways if found.hidden > 0]
+    if not possible:
+        raise BadOption(
+            f"a feed-forward net of {parameters} parameters is too small for experts",
+            where="option feed_forward",
+            do="leave its block as it is, by a glob in `to`",
+        )
+    return min(possible, key=lambda found: _off(found, each))
+
+
+def _off(found: NetSizes, each: float) -> float:
+    """Share by which the parameters, over D, are others than wanted."""
+    return abs(found.parameters(1) / each - 1)
 
 
 def break_even_length(
