@@ -59,7 +59,11 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
             head_dim=shape.head_dim,
             kv_heads=shape.groups,
         )
-        return made, switchhead.cost(made, work, causal=causal), Scope.SITE, {}
+        own = switchhead.cost(made, work, causal=causal)
+        if spec.feed_forward is None:
+            return made, own, Scope.SITE, {}
+        sizes = switchhead.net_sizes(width, 8 * width**2)
+        return made, own + switchhead.net_cost(sizes, work), Scope.BLOCK, {}
     if isinstance(spec, gau.GAU):
         unit = gau.filled(
             spec, width=width, replaced=12 * width**2, length=shape.key, causal=causal

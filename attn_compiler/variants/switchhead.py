@@ -98,7 +98,7 @@ def cost(
 ) -> Cost:
     """What one layer of self-attention with its projections costs, in the letters of
     `cost.letters`: H heads d wide, E experts, k active. Numbers that the spec gives stand in their
-    place. Attention alone: a feed-forward net is not in it.
+    place. Attention alone: a feed-forward net is not in it, see `net_cost`.
     """
     from attn_compiler.variants.costs import parts, switchhead
 
@@ -110,6 +110,13 @@ def cost(
         share=parts.visited(work, causal),
     )
     return parts.filled(found, H=spec.heads, E=spec.experts, k=spec.k, d=spec.head_dim)
+
+
+def net_cost(sizes: NetSizes, work: Work) -> Cost:
+    """What the feed-forward net of SwitchAll costs, in the letters of `cost.letters`."""
+    from attn_compiler.variants.costs import switchhead
+
+    return switchhead.net(work, experts=sizes.experts, k=sizes.k, hidden=sizes.hidden)
 
 
 def filled(
