@@ -48,7 +48,9 @@ def sigma_moe(
     experts = w_sel.shape[0]
     rows, up = in_one_dtype(x, w_1)
     hidden = expert_project(rows, up, index, torch.ones_like(gate), experts=experts)
-    hidden = torch.dropout(hidden.relu(), hidden_dropout, train=True) if hidden_dropout else hidden.relu()
+    hidden = hidden.relu()
+    if hidden_dropout:
+        hidden = torch.dropout(hidden, hidden_dropout, train=True)
     hidden, down = in_one_dtype(hidden, w_2)
     return expert_merge(hidden, down, index, gate, experts=experts), routes
 
@@ -65,5 +67,8 @@ def net(
         expert_dropout: its `dropout`, 0 in evaluation.
     """
     seed = drawn(x) if expert_dropout else None
-    options = {"k": k, "dropout": expert_dropout, "hidden_dropout": hidden_dropout}
-    return sigma_moe(x, *weights, seed=seed, **options)[0]
+    w_sel, w_1, w_2 = weights
+    y, _ = sigma_moe(
+        x, w_sel, w_1, w_2, k=k, dropout=expert_dropout, seed=seed, hidden_dropout=hidden_dropout
+    )
+    return y

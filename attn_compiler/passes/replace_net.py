@@ -1,6 +1,6 @@
 """The layer of an attention and the feed-forward net of its block become one call each.
 
-    x + layer(norm x); h + down(act(up(norm h)))   ->   x + layer'(norm x, ...); h + net(norm h, ...)
+    x + layer(norm x); h + down(act(up(norm h)))   ->   x + f(norm x, w); h + net(norm h, w)
 
 Both are replaced or none. Norms, residuals and the dropouts upon the branches stay.
 """

@@ -34,7 +34,8 @@ _MOST_ACTIVE = 4  # the paper raises k up to here
 _MANY_HEADS = 16  # from here on it ends with 4 heads, below with 2
 # of a feed-forward net: experts, active ones, hidden channels of one, as the paper has them
 _NET_EXPERTS, _NET_ACTIVE, _NET_HIDDEN = (16, 32), 4, 128
-_NET_STEPS = (16, 8, 4, 2, 1)
+# steps of an expert's width, the best for kernels first, and how far they may lead from the paper's
+_NET_STEPS, _NET_SLACK = (16, 8, 4, 2, 1), 0.25
 _TOLERANCE = 0.01
 
 
@@ -251,9 +252,11 @@ def net_sizes(width: int, parameters: int) -> NetSizes:
     hidden = (each / experts - 1) / 2
     for step in _NET_STEPS:
         near = step * round(hidden / step)
-        for width_ in sorted((near - step, near, near + step), key=lambda g: abs(g - hidden)):
-            found = NetSizes(round(each / (2 * width_ + 1)), width_) if width_ > 0 else None
-            if found and least <= found.experts <= most and _off(found, each) <= _TOLERANCE:
+        for wide in sorted((near - step, near, near + step), key=lambda g: abs(g - hidden)):
+            if abs(wide - hidden) > _NET_SLACK * hidden:
+                continue
+            found = NetSizes(round(each / (2 * wide + 1)), wide)
+            if least <= found.experts <= most and _off(found, each) <= _TOLERANCE:
                 return found
     ways = (NetSizes(n, round((each / n - 1) / 2)) for n in range(_NET_ACTIVE, most + 1))
     possible = [found for found in ways if found.hidden > 0]

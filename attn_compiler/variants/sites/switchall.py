@@ -1,4 +1,4 @@
-"""SwitchAll in a living model: SwitchHead, and a sigma-MoE net in the place of the feed-forward net.
+"""SwitchAll in a living model: SwitchHead, and a sigma-MoE net for the feed-forward net.
 
     up, down  or  gate, up, down   ->   w_sel [N, D], w_1 [N, D, G], w_2 [N, G, D], as many numbers
 

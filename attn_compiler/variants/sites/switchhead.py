@@ -37,8 +37,8 @@ _TURNED = (0.5, 10000.0)
 
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """Codes: one for each obstacle that `ir.layer` names (switchhead.no_projection, .no_output,
-    .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .hidden, .nested), and
-    switchhead.per_head, .sink, .scale, .sizes.
+    .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .positions, .hidden,
+    .nested), and switchhead.per_head, .sink, .scale, .sizes.
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
