@@ -54,7 +54,7 @@ _MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
 # codes of reasons that lie in the site, but for these ends, which a wider module may cure
-_INSIDE = ("el.", "switchhead.", "gau.", "block.", "feed_forward.")
+_INSIDE = ("el.", "switchhead.", "switchall.", "gau.", "block.", "feed_forward.")
 _OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
 
 

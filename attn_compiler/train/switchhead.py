@@ -75,7 +75,8 @@ def expert_usage(
     Returns:
         For the path of each attention, by the name of the router: `w_s` of the keys' side, `w_d`
         of the queries' side, or of both where the choice is shared; `w_sel` of the feed-forward
-        net in its block, if that has experts: one row.
+        net in its block, if that has experts: one row. A second attention of the same module has a
+        number behind these names.
 
     Raises:
         BadOption: the model has no router, or no batch ran through one.
@@ -84,13 +85,13 @@ def expert_usage(
     places: dict[str, dict[str, int]] = {}
     for _, owner, site in rewritten(model):
         for tensor in site.decision.tensors:
-            name = "_".join(tensor.name.split("_")[:2])  # a second site's name ends with a number
+            name = "_".join(tensor.name.split("_")[:2])  # without a number
             if name in ROUTERS:
                 router = owner.get_parameter(tensor.path)
                 heads = 1 if name == "w_sel" else int(site.decision.spec.heads)
                 empty = torch.zeros(heads, len(router) // heads, device=router.device)
                 sums[router.data_ptr()] = _Sum(empty.double(), empty.double())
-                places.setdefault(site.path, {})[name] = router.data_ptr()
+                places.setdefault(site.path, {})[tensor.name] = router.data_ptr()
 
     def observe(router: Tensor, routes: Routes) -> None:
         if router.data_ptr() in sums:

@@ -1,5 +1,5 @@
-"""Rewritten to SwitchHead and SwitchAll: in other compilers, in parallel training, in half precision,
-and with every option, in models of a library that are wider than a toy.
+"""Rewritten to SwitchHead and SwitchAll: in other compilers, in parallel training, in half
+precision, and with every option, in models of a library that are wider than a toy.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_every_option_in_a_library_model(make: Any, options: dict[str, Any]) -> None:
-    """Padding does not matter, a cache gives what the whole sequence gives, all parameters learn."""
+    """Padding is not seen, a cache gives what the whole sequence gives, all parameters learn."""
     given = inputs()
     new = rewritten(make().train(), **given, to=ac.SwitchHead(**options))
     loss = new(**given, labels=given["input_ids"]).loss
