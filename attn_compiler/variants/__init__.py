@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
+from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
 from attn_compiler.variants.sites.gau import GAU_
-from attn_compiler.variants.sites.switchall import SWITCHALL
 from attn_compiler.variants.sites.switchhead import SWITCHHEAD
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attn_compiler as ac
-from attn_compiler.variants.sites.switchall import legality
+from attn_compiler.variants.blocks.switchhead import legality
 from tests.doors.switched import expected
 from tests.ir.block_models import WIDTH, Net, Parallel, Post, Pre, RmsNorm
 
