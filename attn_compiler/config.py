@@ -17,7 +17,6 @@ Target = VariantSpec | Literal["fastest"]
 # what specs may ask for and no door can give yet: field, its usual value, why not
 _UNBUILT = {
     "SwitchHead": (
-        ("feed_forward", None, "only the attention of a block is replaced in this version"),
         ("init", "fresh", "layers are converted by variants.switchhead_convert, not by rewrite"),
     ),
 }
@@ -65,7 +64,8 @@ class CompileConfig:
     @property
     def looks_around(self) -> bool:
         """May something replace more than an attention, with modules beside it?"""
-        return any(variant_of(target).scope is Scope.BLOCK for _, target in self.to)
+        wide = (Scope.BLOCK, Scope.SITE_AND_NET)
+        return any(variant_of(target).scope in wide for _, target in self.to)
 
     def wanted(self, path: str) -> Target | None:
         """What the user wants at this module path, None to keep it."""
@@ -125,7 +125,7 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
                 f"a key of option to is {glob!r}", do="use globs over module paths as keys"
             )
         if target != "fastest" and _served(target) is None:
-            names = ", ".join(v.spec.__name__ for v in VARIANTS)
+            names = ", ".join(dict.fromkeys(v.spec.__name__ for v in VARIANTS))
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
             )
@@ -159,5 +159,5 @@ def variant_of(target: Target) -> Variant:
 
 def _served(target: Any) -> Variant | None:
     """A variant of this package, or the one that a spec of another package names."""
-    own = next((v for v in VARIANTS if isinstance(target, v.spec)), None)
+    own = next((v for v in VARIANTS if isinstance(target, v.spec) and v.serves(target)), None)
     return own or (target.variant() if isinstance(target, VariantSpec) else None)

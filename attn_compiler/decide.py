@@ -1,7 +1,7 @@
 """What is done about one attention that was found: asked for, allowed, carried out, reported.
 
 a core and its region --describe--> site --legality, lower or replace--> decision
-  --rewrite_site, rewrite_states, rewrite_memory, replace_layer, replace_block--> host graph
+  --rewrite_site, rewrite_states, rewrite_memory, replace_layer, replace_block, ...--> host graph
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from attn_compiler.ir.axes import hint
 from attn_compiler.ir.block_piece import find_block_piece
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.layer import find_layer
+from attn_compiler.ir.net_piece import find_layer_and_net
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.region import (
@@ -33,6 +34,7 @@ from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
 from attn_compiler.passes.replace_block import replace_block
 from attn_compiler.passes.replace_layer import replace_layer
+from attn_compiler.passes.replace_net import replace_layer_and_net
 from attn_compiler.passes.rewrite_memory import rewrite_memory
 from attn_compiler.passes.rewrite_site import rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
@@ -64,6 +66,7 @@ Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTen
 WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {
     Scope.SITE: (find_layer, replace_layer),
     Scope.BLOCK: (find_block_piece, replace_block),
+    Scope.SITE_AND_NET: (find_layer_and_net, replace_layer_and_net),
 }
 
 
@@ -178,7 +181,7 @@ def _replaced(
     piece = replace(piece, facts={**piece.facts, "calls": work.cache})
     try:
         made = variant.replace(site, piece, spec)
-        tensors = carry_out(region, functional, piece, made) if work.change else made.tensors
+        tensors = carry_out(region, functional, piece, made) if work.change else made.all_tensors
     except (NotAttention, RegionError) as refusal:
         reason = Reason(refusal.code, refusal.text, site.location)
         return replace(site, decision=Decision(False, reasons=(reason,)))

@@ -54,7 +54,7 @@ _MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
 # codes of reasons that lie in the site, but for these ends, which a wider module may cure
-_INSIDE = ("el.", "switchhead.", "gau.", "block.", "feed_forward.")
+_INSIDE = ("el.", "switchhead.", "switchall.", "gau.", "block.", "feed_forward.")
 _OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
 
 
@@ -99,7 +99,7 @@ class _Search:
         if best is not None and self._gain(best[1]):
             self.levels[type(self.model.get_submodule(anchor))] = best[0]
             self._install(best[1])
-        elif best is not None:
+        elif best is not None and all(best[1].report is not r for r in self.reports):
             self.reports.append(best[1].report)
         elif refusal is not None:
             log.info("%s: %s: %s", anchor, refusal.code, refusal.text)
@@ -332,7 +332,9 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     plan: Plan = owner._attn_plan
     values = materialised(values)
     where = plan.prefix or "the root"
-    if len(owner._attn_variants) >= _MOST_VARIANTS or owner._attn_failures >= _MOST_FAILURES:
+    exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
+    full = len(owner._attn_variants) >= _MOST_VARIANTS
+    if (full and exact) or owner._attn_failures >= _MOST_FAILURES:
         return None
     if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
         return None
@@ -352,11 +354,12 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
             problem = problem or "it needs other tensors than the module has"
     if problem:
         owner.__dict__["_attn_failures"] += 1
-        exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
         done = "runs the original code" if exact else "cannot be analysed"
         log.warning("%s: a call unlike the example %s: %s", where, done, problem)
         return None
     log.info("%s: a call unlike the example was analysed", where)
+    if full:  # no original could run in its place: the oldest is analysed again if it returns
+        del owner._attn_variants[0]
     owner._attn_variants.append(variant)
     return variant
 

@@ -101,6 +101,12 @@ def _above(path: str) -> str:
     return path.rpartition(".")[0]
 
 
+def _homes(path: str) -> Iterator[str]:
+    """The modules between an owner and what lies at a path."""
+    while path := _above(path):
+        yield path
+
+
 def _place(owner: nn.Module, path: str) -> tuple[nn.Module, str]:
     return owner.get_submodule(_above(path)), path.rpartition(".")[2]
 
@@ -155,9 +161,13 @@ def obstacle(
     two. Codes: rewrite.shared_weight, rewrite.name_taken.
     """
     modules, parameters = _going(owner, paths)
+    homes = {id(owner.get_submodule(home)) for path in paths for home in _homes(path)}
+    inside = {id(module) for module in owner.modules()}
     for path, module in model.named_modules():
         for name, child in module._modules.items():
             if id(child) in modules and modules[id(child)] != (id(module), name):
+                return _shared(f"{path}.{name}")
+            if id(child) in homes and id(module) not in inside:
                 return _shared(f"{path}.{name}")
         for name, parameter in module._parameters.items():
             if id(parameter) in parameters and (id(module), name) not in parameters[id(parameter)]:

@@ -45,7 +45,7 @@ def find_block_piece(
     reads = [_host(functional, node) for node in core.reads]
     facts = {
         "block": block,
-        "homes": tuple(_home(b) if known else "" for b in (block.attention, block.feed_forward)),
+        "homes": tuple(home_of(b) if known else "" for b in (block.attention, block.feed_forward)),
         "batch_first": block.batch_first,
         "rows": ax.hint(ops.value(block.x).shape[1 if block.batch_first else 0]),
         "dtype": held.dtype,
@@ -55,7 +55,7 @@ def find_block_piece(
     }
     nodes = block.attention.nodes | block.feed_forward.nodes
     nodes |= {n for n in weights if n.op == "get_attr"}
-    taken = tuple(_taken(owner, block.parameters, facts["homes"])) if known else ()
+    taken = tuple(leaving(owner, block.parameters, facts["homes"])) if known else ()
     return Sought(Piece(block.y, (block.x,), nodes, taken, facts["homes"][0], facts))
 
 
@@ -69,7 +69,7 @@ def _host(functional: FunctionalRegion, node: fx.Node) -> fx.Node | None:
     return found or next((h for h, n in functional.of_host.items() if n is node), None)
 
 
-def _home(branch: Branch) -> str:
+def home_of(branch: Branch) -> str:
     """The lowest module that holds all parameters of a branch, and no linear map alone."""
     homes = [path.split(".")[:-1] for path in branch.parameters]
     shared = []
@@ -80,7 +80,7 @@ def _home(branch: Branch) -> str:
     return ".".join(shared)
 
 
-def _taken(owner: fx.GraphModule, parameters: tuple[str, ...], homes: Iterable[str]) -> list[str]:
+def leaving(owner: fx.GraphModule, parameters: tuple[str, ...], homes: Iterable[str]) -> list[str]:
     """Modules of which nothing is left, and parameters of the others."""
     gone, found = set(parameters), dict[str, None]()
     above = {home[:end] for home in homes for end in _ends(home)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -60,6 +61,44 @@ def find_block(end: fx.Node, core: Core) -> FoundBlock:
         return FoundBlock(None, blocked.reasons)
 
 
+def find_net(end: fx.Node, core: Core) -> tuple[Branch, FeedForward]:
+    """The feed-forward net in the block around an attention, and the branch that it is.
+
+    Args:
+        end: host node of the attention's end.
+        core: what was recognised there.
+
+    Raises:
+        Blocked: there is no such block; `feed_forward.shared`, it is not the net's alone.
+    """
+    found = _Search(end, core).parts()
+    branch, net = found.feed_forward, found.net
+    held = {net.gate or net.up, net.up, net.down}
+    weights = {path for m in held for path in (m.weight, m.bias) if path is not None}
+    if weights != set(branch.parameters):
+        text = "its weights are read elsewhere, too, or in a module that is not looked into"
+        raise Blocked(branch.made, ("feed_forward.shared", text))
+    if any(ops.value(node).dim() != 3 for node in (branch.given, branch.made)):
+        text = "the feed-forward net does not take and give [batch, tokens, features]"
+        raise Blocked(branch.made, ("block.layout", text))
+    return branch, net
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """See `Block`."""
+
+    x: fx.Node
+    y: fx.Node
+    form: Form
+    attention: Branch
+    feed_forward: Branch
+    net: FeedForward
+    projections: tuple[LinearMap, ...]
+    out: LinearMap
+    norms: tuple[str, str]
+
+
 class _Search:
     """The state of one search."""
 
@@ -68,6 +107,27 @@ class _Search:
         self.live = live(end.graph)
 
     def block(self) -> Block:
+        parts = self.parts()
+        attention, feed_forward, form = parts.attention, parts.feed_forward, parts.form
+        width, batch_first = self._layout(parts.x, attention, feed_forward)
+        return Block(
+            x=parts.x,
+            y=parts.y,
+            form=form,
+            attention=attention,
+            feed_forward=feed_forward,
+            net=parts.net,
+            projections=parts.projections,
+            out=parts.out,
+            norms=parts.norms if form == "post" else (parts.norms[0], feed_forward.norm),
+            width=width,
+            batch_first=batch_first,
+            update=self._update(attention),
+            replaced=_numbers(self.end.graph, (attention, feed_forward)),
+        )
+
+    def parts(self) -> _Parts:
+        """The same without what only a replacement of the attention has to know."""
         upon, out = self._projected()
         projections, source = self._read()
         total, terms = self._sum(upon)
@@ -86,23 +146,8 @@ class _Search:
             y, feed_forward, net = self._following(total, h)
             form, norms = "post", (kind, self._norm_after(y)[0])
             y = self._norm_after(y)[1]
-        width, batch_first = self._layout(x, attention, feed_forward)
         self._check_writes((attention, feed_forward), (x, y))
-        return Block(
-            x=x,
-            y=y,
-            form=form,
-            attention=attention,
-            feed_forward=feed_forward,
-            net=net,
-            projections=projections,
-            out=out,
-            norms=norms if form == "post" else (norm, feed_forward.norm),
-            width=width,
-            batch_first=batch_first,
-            update=self._update(attention),
-            replaced=_numbers(self.end.graph, (attention, feed_forward)),
-        )
+        return _Parts(x, y, form, attention, feed_forward, net, projections, out, norms)
 
     # ------------------------------------------------------------ the attention
 

@@ -67,7 +67,7 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
     `training`, and the decision of `before`, if the module has been rewritten.
 
     Codes of obstacles: no_projection, no_output, qk_norm, between, rotation, cross_rotary,
-    cache_form, layout, hidden (in a module that was not looked into), nested.
+    cache_form, layout, positions, hidden (in a module that was not looked into), nested.
     """
     owner = region.end.graph.owning_module
     assert owner is not None
@@ -139,7 +139,24 @@ def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
     _check_rows(query, swapped, core)
     layer = Layer(query, key, value, out, query.turned, places, update, swapped)
     _check(layer, core)
+    _check_scores(layer, functional, core)
     return layer
+
+
+def _check_scores(layer: Layer, functional: FunctionalRegion, core: Core) -> None:
+    """The scores may read nothing that the layer's own maps make."""
+    maps = {m.node for m in layer.made}
+    own = {functional.of_host.get(node) for node in maps}
+    stack, seen = list(core.reads), set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in own or functional.read.get(node) in maps:
+            text = "the scores read what is made of the layer's own queries or keys, as relative"
+            text += " positions are, and there are going to be others"
+            raise Strange(layer.query.node, "positions", text)
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
 
 
 def _node(value: Any, at: fx.Node) -> fx.Node:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from attn_compiler.kernels.experts import expert_merge, expert_project, in_one_dtype
 from attn_compiler.kernels.routing import Routes, route
+from attn_compiler.kernels.switchhead import drawn
+
+NAMES = ("w_sel", "w_1", "w_2")
 
 
 def sigma_moe(
@@ -26,6 +29,7 @@ def sigma_moe(
     k: int,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    hidden_dropout: float = 0.0,
 ) -> tuple[Tensor, Routes]:
     """The feed-forward net: [B, T, D], and the choices [B, T, 1, k].
 
@@ -37,11 +41,34 @@ def sigma_moe(
         k: experts of a token.
         dropout: probability that an expert is dropped; one that is chosen all the same has gate 0.
         seed: int64, one element, iff dropout > 0.
+        hidden_dropout: rate of an ordinary dropout on the hidden channels.
     """
     routes = route(x, w_sel, heads=1, k=k, dropout=dropout, seed=seed, silent=True)
     index, gate = routes.index.transpose(2, 3), routes.gate.transpose(2, 3)
     experts = w_sel.shape[0]
     rows, up = in_one_dtype(x, w_1)
     hidden = expert_project(rows, up, index, torch.ones_like(gate), experts=experts)
-    hidden, down = in_one_dtype(hidden.relu(), w_2)
+    hidden = hidden.relu()
+    if hidden_dropout:
+        hidden = torch.dropout(hidden, hidden_dropout, train=True)
+    hidden, down = in_one_dtype(hidden, w_2)
     return expert_merge(hidden, down, index, gate, experts=experts), routes
+
+
+def net(
+    x: Tensor, /, *weights: Tensor, k: int, expert_dropout: float, hidden_dropout: float
+) -> Tensor:
+    """The net of a rewritten module: [B, T, D].
+
+    Args:
+        x: [B, T, D].
+        weights: `NAMES`.
+        k, hidden_dropout: see `sigma_moe`.
+        expert_dropout: its `dropout`, 0 in evaluation.
+    """
+    seed = drawn(x) if expert_dropout else None
+    w_sel, w_1, w_2 = weights
+    y, _ = sigma_moe(
+        x, w_sel, w_1, w_2, k=k, dropout=expert_dropout, seed=seed, hidden_dropout=hidden_dropout
+    )
+    return y

@@ -46,7 +46,6 @@ def replace_layer(
     core: Core = piece.facts["core"]
     removed = {piece.end} if layer.update is None else {piece.end, layer.update}
     check_unread(region, piece, removed)
-    _check_reads(functional, core, piece)
     _check_unwritten(layer, region.end)
     if layer.places is not None:
         _check_places(region, layer.places, removed)
@@ -165,22 +164,6 @@ def _check_places(region: Region, places: Sequence[fx.Node], removed: set[fx.Nod
             if not dead and ops.name(user) not in ("size", "dim", "getattr", "sym_size"):
                 text = "keys or values of the cache are read elsewhere, too"
                 raise NotAttention("piece.read_elsewhere", text, user)
-
-
-def _check_reads(functional: FunctionalRegion, core: Core, piece: Piece) -> None:
-    """The scores may read nothing that the replaced maps make."""
-    stack, seen = list(core.reads), set[fx.Node]()
-    layer: Layer = piece.facts["layer"]
-    maps = {m.node for m in layer.made}
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if functional.read.get(node) in maps:
-            text = "a bias or a mask is made of the layer's own queries or keys"
-            raise NotAttention("piece.read_elsewhere", text, functional.read[node])
-        stack += node.all_input_nodes
 
 
 def _check_unwritten(layer: Layer, end: fx.Node) -> None:

@@ -20,7 +20,7 @@ from attn_compiler.errors import BadOption
 from attn_compiler.installed import rewritten
 from attn_compiler.kernels.routing import Routes, entropy, observed
 
-ROUTERS = ("w_s", "w_d")
+ROUTERS = ("w_s", "w_d", "w_sel")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,9 @@ def expert_usage(
 
     Returns:
         For the path of each attention, by the name of the router: `w_s` of the keys' side, `w_d`
-        of the queries' side, or of both where the choice is shared.
+        of the queries' side, or of both where the choice is shared; `w_sel` of the feed-forward
+        net in its block, if that has experts: one row. A second attention of the same module has a
+        number behind these names.
 
     Raises:
         BadOption: the model has no router, or no batch ran through one.
@@ -83,13 +85,13 @@ def expert_usage(
     places: dict[str, dict[str, int]] = {}
     for _, owner, site in rewritten(model):
         for tensor in site.decision.tensors:
-            name = next((n for n in ROUTERS if tensor.name.startswith(n)), None)
-            if name is not None:
+            name = "_".join(tensor.name.split("_")[:2])  # without a number
+            if name in ROUTERS:
                 router = owner.get_parameter(tensor.path)
-                heads = int(site.decision.spec.heads)
+                heads = 1 if name == "w_sel" else int(site.decision.spec.heads)
                 empty = torch.zeros(heads, len(router) // heads, device=router.device)
                 sums[router.data_ptr()] = _Sum(empty.double(), empty.double())
-                places.setdefault(site.path, {})[name] = router.data_ptr()
+                places.setdefault(site.path, {})[tensor.name] = router.data_ptr()
 
     def observe(router: Tensor, routes: Routes) -> None:
         if router.data_ptr() in sums:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
+from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
 from attn_compiler.variants.sites.gau import GAU_
@@ -15,7 +16,7 @@ from attn_compiler.variants.sites.switchhead import SWITCHHEAD
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, GAU_)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_)
 
 __all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
 
@@ -58,7 +59,11 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
             head_dim=shape.head_dim,
             kv_heads=shape.groups,
         )
-        return made, switchhead.cost(made, work, causal=causal), Scope.SITE, {}
+        own = switchhead.cost(made, work, causal=causal)
+        if spec.feed_forward is None:
+            return made, own, Scope.SITE, {}
+        sizes = switchhead.net_sizes(width, 8 * width**2)
+        return made, own + switchhead.net_cost(sizes, work), Scope.BLOCK, {}
     if isinstance(spec, gau.GAU):
         unit = gau.filled(
             spec, width=width, replaced=12 * width**2, length=shape.key, causal=causal

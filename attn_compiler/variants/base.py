@@ -29,6 +29,7 @@ class Scope(enum.Enum):
     CORE = "core"  # softmax and its two products
     SITE = "site"  # with projections, rotation and cache
     BLOCK = "block"  # with the feed-forward net
+    SITE_AND_NET = "site and net"  # with the feed-forward net, each by itself
 
 
 class Fidelity(enum.Enum):
@@ -241,6 +242,7 @@ class Replacement:
         words: what it is, for the report.
         training: does it depend on the mode? Then it is made once for each.
         cached: the same for a layer with a cache.
+        net: what takes the place of the feed-forward net, where that is replaced by itself.
     """
 
     function: Callable[..., Any]
@@ -250,6 +252,16 @@ class Replacement:
     words: str = ""
     training: bool = False
     cached: CachedLayer | None = None
+    net: Replacement | None = None
+
+    @property
+    def all_tensors(self) -> tuple[NewTensor, ...]:
+        """With those of the net, behind its own."""
+        return (*self.tensors, *(self.net.tensors if self.net is not None else ()))
+
+
+def _every(spec: Any) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -267,6 +279,7 @@ class Variant:
         remembers: do its sites remember something, and hand it to the cache of a generation?
         replace: what takes the place of the piece around a core that `Scope` names, given the
             piece as `ir` found it; None where only the core is replaced.
+        serves: which specs of its kind it is for, where another variant serves the others.
     """
 
     name: str
@@ -277,6 +290,7 @@ class Variant:
     lower: Callable[[AttentionSite, Any, int, int], Lowering] | None = None
     remembers: bool = False
     replace: Callable[[AttentionSite, Any, Any], Replacement] | None = None
+    serves: Callable[[Any], bool] = _every
 
 
 @dataclass(frozen=True, slots=True)

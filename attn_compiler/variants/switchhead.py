@@ -32,6 +32,11 @@ Auto = Literal["auto"]
 
 _MOST_ACTIVE = 4  # the paper raises k up to here
 _MANY_HEADS = 16  # from here on it ends with 4 heads, below with 2
+# of a feed-forward net: experts, active ones, hidden channels of one, as the paper has them
+_NET_EXPERTS, _NET_ACTIVE, _NET_HIDDEN = (16, 32), 4, 128
+# steps of an expert's width, the best for kernels first, and how far they may lead from the paper's
+_NET_STEPS, _NET_SLACK = (16, 8, 4, 2, 1), 0.25
+_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ def cost(
 ) -> Cost:
     """What one layer of self-attention with its projections costs, in the letters of
     `cost.letters`: H heads d wide, E experts, k active. Numbers that the spec gives stand in their
-    place. Attention alone: a feed-forward net is not in it.
+    place. Attention alone: a feed-forward net is not in it, see `net_cost`.
     """
     from attn_compiler.variants.costs import parts, switchhead
 
@@ -106,6 +111,13 @@ def cost(
         share=parts.visited(work, causal),
     )
     return parts.filled(found, H=spec.heads, E=spec.experts, k=spec.k, d=spec.head_dim)
+
+
+def net_cost(sizes: NetSizes, work: Work) -> Cost:
+    """What the feed-forward net of SwitchAll costs, in the letters of `cost.letters`."""
+    from attn_compiler.variants.costs import switchhead
+
+    return switchhead.net(work, experts=sizes.experts, k=sizes.k, hidden=sizes.hidden)
 
 
 def filled(
@@ -199,6 +211,67 @@ def feed_forward_width(base: int, width: int, left: float) -> int:
     a channel has 2 D weights and a bias. To the nearest channel.
     """
     return base + round(left / (2 * width + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class NetSizes:
+    """Sizes of the feed-forward net of SwitchAll.
+
+    Attributes:
+        experts: N.
+        hidden: G, channels of one expert.
+    """
+
+    experts: int
+    hidden: int
+
+    @property
+    def k(self) -> int:
+        """Experts of a token."""
+        return min(_NET_ACTIVE, self.experts)
+
+    def parameters(self, width: int) -> int:
+        """N D (2 G + 1), the router included."""
+        return self.experts * width * (2 * self.hidden + 1)
+
+
+def net_sizes(width: int, parameters: int) -> NetSizes:
+    """Sizes that cost the parameters of a feed-forward net: 16 to 32 experts 128 wide as in the
+    paper where that fits, else wider or narrower ones; within 1 % where whole numbers allow it, in
+    the largest steps of the width that do. Narrow nets may have fewer experts.
+
+    Args:
+        width: D.
+        parameters: of the net that is replaced.
+
+    Raises:
+        BadOption: not even as many experts as are active, one channel wide, cost so little.
+    """
+    each, (least, most) = parameters / width, _NET_EXPERTS
+    experts = min(most, max(least, round(each / (2 * _NET_HIDDEN + 1))))
+    hidden = (each / experts - 1) / 2
+    for step in _NET_STEPS:
+        near = step * round(hidden / step)
+        for wide in sorted((near - step, near, near + step), key=lambda g: abs(g - hidden)):
+            if abs(wide - hidden) > _NET_SLACK * hidden:
+                continue
+            found = NetSizes(round(each / (2 * wide + 1)), wide)
+            if least <= found.experts <= most and _off(found, each) <= _TOLERANCE:
+                return found
+    ways = (NetSizes(n, round((each / n - 1) / 2)) for n in range(_NET_ACTIVE, most + 1))
+    possible = [found for found in ways if found.hidden > 0]
+    if not possible:
+        raise BadOption(
+            f"a feed-forward net of {parameters} parameters is too small for experts",
+            where="option feed_forward",
+            do="leave its block as it is, by a glob in `to`",
+        )
+    return min(possible, key=lambda found: _off(found, each))
+
+
+def _off(found: NetSizes, each: float) -> float:
+    """Share by which the parameters, over D, are others than wanted."""
+    return abs(found.parameters(1) / each - 1)
 
 
 def break_even_length(

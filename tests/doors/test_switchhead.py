@@ -218,6 +218,20 @@ def test_other_calls_are_analysed_or_refused() -> None:
         new(x, bare=True)
 
 
+@pytest.mark.slow
+def test_no_kind_of_call_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_compiler.install._MOST_VARIANTS", 2)
+    new = rewritten(switched.Separate(), draw())
+    x = draw(2)
+    want = expected(new, x, x, SPEC, below(11))
+    for _ in range(2):
+        close(new(x, draw(2)), want)
+        close(new(x, y=None), want)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert new(x).dtype is torch.bfloat16
+        assert len(new._attn_variants) == 2
+
+
 def test_it_trains() -> None:
     torch.manual_seed(0)
     new = rewritten(switched.Stack(switched.Rotary))
@@ -283,7 +297,7 @@ def test_a_backend_cannot_install_it() -> None:
     assert [r.code for r in site.decision.reasons] == ["needs_rewrite"]
 
 
-@pytest.mark.parametrize("option", [{"feed_forward": "sigma_moe"}, {"init": "convert"}])
+@pytest.mark.parametrize("option", [{"init": "convert"}])
 def test_what_is_not_built_says_so(option: dict[str, Any]) -> None:
     with pytest.raises(ac.BadOption, match=next(iter(option))):
         ac.rewrite(switched.Separate(), (draw(),), to=ac.SwitchHead(**option))

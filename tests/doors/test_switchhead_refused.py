@@ -14,7 +14,7 @@ from attn_compiler.capture import each_graph
 from attn_compiler.config import make_config
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.variants.sites.switchhead import legality
-from tests.doors.switched import FEATURES, D, H, Separate, Stack, draw, heads, rotated
+from tests.doors.switched import FEATURES, D, H, Separate, Stack, causal, draw, heads, rotated
 
 SPEC = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
 
@@ -108,6 +108,21 @@ class Alibi(Separate):
         return dot + slopes[:, None, None] * torch.arange(dot.shape[-1])
 
 
+class Relative(Separate):
+    """Transformer-XL's positions: queries times those of distances, shifted row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distances = nn.Parameter(torch.randn(H, 11, FEATURES))
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        q, k, v = self.sides(x, x)
+        batch, _, rows, _ = q.shape
+        apart = nn.functional.pad(q @ self.distances.mT, (1, 0))
+        shifted = apart.view(batch, H, rows + 1, rows)[:, :, 1:]
+        return self.result(causal(q @ k.mT + shifted).softmax(-1) @ v)
+
+
 class Sink(Separate):
     def __init__(self) -> None:
         super().__init__()
@@ -173,6 +188,7 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "no output projection": (NoOutput, "switchhead.no_output"),
     "rows first in the end": (TurnedOutput, "switchhead.layout"),
     "a bias for each head": (Alibi, "switchhead.per_head"),
+    "positions of queries": (Relative, "switchhead.positions"),
     "a sink": (Sink, "switchhead.sink"),
     "a trained temperature": (Temperature, "switchhead.scale"),
     "keys read elsewhere": (KeptKeys, "piece.read_elsewhere"),

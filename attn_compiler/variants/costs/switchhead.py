@@ -1,6 +1,7 @@
-"""What SwitchHead costs: the site, self-attention.
+"""What SwitchHead costs: the site, self-attention; and SwitchAll's feed-forward net.
 
     H heads d wide, E experts a head, k of them for a token     v, o:  2 B T H k d (D + 1) each
+    N experts g wide, k of them for a token                     up, down:  2 B T k g (D + 1) each
 
 Source: SwitchHead (arXiv 2312.07987v3), equations 7 to 10; counted from them, with routers and
 gates, which the paper's own tables leave out or count in part (see `switchhead_tables`).
@@ -92,4 +93,33 @@ def _experts(rows: Number, strategy: Strategy, training: bool, *, out: bool, few
         read=2 * (x + y + gates) + weight,
         written=x + weight + gates,
         launches=2,
+    )
+
+
+def net(work: Work, *, experts: int, k: int, hidden: int) -> Cost:
+    """The feed-forward net, routes sorted by expert.
+
+    Args:
+        work: see `Work`.
+        experts, k, hidden: N, those of a token, channels of one.
+    """
+    training = work == "training"
+    rows = B * K * T if work == "decode" else B * T
+    inner, routes = rows * k * hidden, ROUTE * rows * k
+    touched = Min(experts, rows * k) if work == "decode" else experts
+    flops, weight = 2 * inner * (D + 1), n * touched * D * hidden
+    # up and down read and write the same: the input or output of the net, and hidden channels
+    tensors = n * (rows * D + inner)
+    cost = Cost(
+        flops=2 * flops, read=tensors + 2 * (weight + routes), written=tensors + routes, launches=3
+    )
+    cost += Cost(exps=rows * experts) + linear(rows, D, experts, training=training)
+    if not training:
+        return cost
+    return cost + Cost(
+        flops=4 * flops,
+        read=2 * (2 * tensors + 2 * routes) + 2 * weight,
+        written=tensors + 2 * (weight + routes),
+        launches=4,
+        saved=n * inner + routes,
     )

@@ -37,8 +37,8 @@ _TURNED = (0.5, 10000.0)
 
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """Codes: one for each obstacle that `ir.layer` names (switchhead.no_projection, .no_output,
-    .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .hidden, .nested), and
-    switchhead.per_head, .sink, .scale, .sizes.
+    .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .positions, .hidden,
+    .nested), and switchhead.per_head, .sink, .scale, .sizes.
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
@@ -136,7 +136,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
             f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
         )
     options = (
-        ("names", tuple(_bare(t) for t in tensors)),
+        ("names", tuple(bare(t) for t in tensors)),
         ("heads", made.heads),
         ("experts", made.experts),
         ("k", made.k),
@@ -158,7 +158,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
     )
 
 
-def _bare(tensor: NewTensor) -> str:
+def bare(tensor: NewTensor) -> str:
     """w_q of w_q and of w_q_1."""
     return "_".join(tensor.name.split("_")[:2])
 
@@ -190,4 +190,5 @@ SWITCHHEAD = Variant(
     fidelity=Fidelity.RETRAINED,
     legality=legality,
     replace=replacement,
+    serves=lambda spec: spec.feed_forward is None,
 )

@@ -1,0 +1,1 @@
+"""How variants take the place of a layer and of the feed-forward net in its block."""
