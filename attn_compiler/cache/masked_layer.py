@@ -4,7 +4,8 @@
     layer.amount                F of the next row, [B, S]: one number for each key
 
 So a step of generation goes on where the pass over the prompt ended. With a budget the layer is one
-of fixed size instead (`cache.selective`).
+of fixed size instead (`cache.selective`). A layer of a sliding window becomes one that holds all
+tokens too, and its mask forbids those outside: the library makes masks as long as layers say.
 
 transformers 5.23 is what this was written for.
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attn_compiler.cache.layer import layer_for
 from attn_compiler.cache.selective import SelectiveLayer
@@ -116,7 +117,7 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
     layer = layer_for(cache, index)
     if layer is None or isinstance(layer, SelectiveLayer | MaskedLayer):
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         raise UnsupportedCall(
             f"Selective attention cannot go on with a {type(layer).__name__}",
             why=(f"it holds {layer.get_seq_length()} tokens, and not how much they are masked",),

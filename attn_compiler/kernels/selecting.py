@@ -4,7 +4,8 @@
                                  ->   dot - t0[h] * float(q - k) - t1[b, q, k]    with F as t1
 
 The selecting logits of a score with a soft-cap are capped; an additive bias is left out of them
-unless it is asked for. F is subtracted after everything else.
+unless it is asked for. F is subtracted after everything else. A tensor of zeros and large negative
+numbers that is added is a mask, and only its numbers tell.
 
 Source: Selective Attention (arXiv 2410.02703); it is silent about biases and caps.
 """
@@ -14,9 +15,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from attn_compiler.ir.expr import Call, Const, Dot, Expr, Int, Read, Var, call, substitute
+from attn_compiler.ir.expr import TRUE, Call, Const, Dot, Expr, Int, Read, Var, call, substitute, walk
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.plan import NO_BIAS, has_dot
+
+# no key with this added has a weight: exp(-9000) is 0. Models write -10000 (in bfloat16 -9984), the
+# lowest number of float16, -1e9, the lowest of their dtype and -inf
+_HIDDEN = -9000.0
 
 
 @lru_cache(maxsize=512)
@@ -33,6 +38,35 @@ def selecting(program: str, head: int, heads: int, select_from: str) -> str:
     table: dict[Expr, Expr] = {Var("h"): Const(head), Var("H"): Const(heads)}
     score = unbiased(own.score) if select_from == "qk" else own.score
     return str(Program(substitute(score, table), substitute(own.mask, table)))
+
+
+def forbidding(program: Program) -> Program:
+    """The program whose mask also says what numbers in added tensors forbid.
+
+    score: dot + t0[b, 0, q, k]   ->   score: dot + t0[b, 0, q, k]; mask: t0[b, 0, q, k] > -9000
+
+    Rows that see no key stay as they are where a number swallows their logits: all keys alike.
+    """
+    mask = program.mask
+    for term in added_masks(program):
+        allowed = call("gt", term, _HIDDEN)
+        mask = allowed if mask == TRUE else call("and", mask, allowed)
+    if mask == program.mask:
+        return program
+    empty = "uniform" if program.empty in ("any", "nan_added") else program.empty
+    return replace(program, mask=mask, empty=empty)
+
+
+def added_masks(program: Program) -> tuple[Read, ...]:
+    """Tensors over keys that are added to the score as they are, and so may forbid keys."""
+    found, left = [], [program.score]
+    while left:
+        term = left.pop()
+        if isinstance(term, Call) and term.op == "add":
+            left.extend(term.args)
+        elif isinstance(term, Read) and any(Var("k") in walk(index) for index in term.index):
+            found.append(term)
+    return tuple(found)
 
 
 @lru_cache(maxsize=512)
