@@ -14,7 +14,7 @@ Source: Selective Attention (arXiv 2410.02703).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,10 +112,14 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         None where it is no cache of transformers.
 
     Raises:
-        UnsupportedCall: the layer is of another kind, or holds keys already.
+        UnsupportedCall: the layer is of another kind, or holds keys already; or another one of the
+            cache keeps a window.
     """
     layer = layer_for(cache, index)
-    if layer is None or isinstance(layer, SelectiveLayer | MaskedLayer):
+    if layer is None:
+        return None
+    _check_windows(cache.layers)
+    if isinstance(layer, SelectiveLayer | MaskedLayer):
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         raise UnsupportedCall(
@@ -125,6 +129,21 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         )
     cache.layers[index] = made = MaskedLayer() if budget is None else SelectiveLayer(budget)
     return made
+
+
+def _check_windows(layers: Sequence[Any]) -> None:
+    """All layers have masks of the same length: those of a window alone would shorten the others'.
+
+    Raises:
+        UnsupportedCall: a layer keeps a window already.
+    """
+    for number, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length():
+            raise UnsupportedCall(
+                f"layer {number} keeps a window, and others all tokens for Selective attention",
+                why=("masks are as long as one of the layers says",),
+                do="rewrite all layers of a model with sliding windows, or generate without cache",
+            )
 
 
 def joined(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -15,7 +15,19 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from attn_compiler.ir.expr import TRUE, Call, Const, Dot, Expr, Int, Read, Var, call, substitute, walk
+from attn_compiler.ir.expr import (
+    TRUE,
+    Call,
+    Const,
+    Dot,
+    Expr,
+    Int,
+    Read,
+    Var,
+    call,
+    substitute,
+    walk,
+)
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.plan import NO_BIAS, has_dot
 
@@ -75,6 +87,24 @@ def subtracting(program: str, slot: int) -> str:
     own = Program.parse(program)
     index = (Var("b"), Var("q"), Var("k"))
     return str(replace(own, score=call("sub", own.score, Read(slot, index))))
+
+
+@lru_cache(maxsize=512)
+def lower(program: str, number: int) -> str:
+    """The program of some rows alone, numbered from 0.
+
+    k <= q   ->   k <= q + n0        T   ->   n1
+
+    Args:
+        program: of all rows.
+        number: of the first of two integers: the first of these rows, and how many there are in
+            all.
+    """
+    own, table = Program.parse(program), dict[Expr, Expr]()
+    table[Var("q")], table[Var("T")] = call("add", Var("q"), Int(number)), Int(number + 1)
+    sink = None if own.sink is None else substitute(own.sink, table)
+    made = replace(own, score=substitute(own.score, table), mask=substitute(own.mask, table))
+    return str(replace(made, sink=sink))
 
 
 @lru_cache(maxsize=512)

@@ -4,8 +4,8 @@
     memory.seen             logits of the last training pass, for the memory loss
 
 It is a module, so that copies and pickles of the model have their own. The last pass holds on to
-its graph and is left out of both. A budget is one more entry of the state_dict, for as long as there
-is one: without budgets a model's state is what it was, and may be loaded either way.
+its graph and is left out of both. A budget is one more entry of the state_dict while there is one:
+without budgets a model's state is what it was, and may be loaded either way.
 
 Source: Selective Attention (arXiv 2410.02703).
 """

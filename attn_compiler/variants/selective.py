@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # bytes that a kept token needs beside its key and value: F, float32, and its position, int32
 _STATE = 8
-# a tensor F of T x T numbers is worth its traffic up to here
-_LONGEST_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,11 +202,6 @@ def extra_operations(heads: int, group: int = 1, materialise: bool = False) -> f
     a sequence never becomes cheaper: what pays is generation.
     """
     return 1 / (2 * heads) + (0 if materialise else 1 / (2 * group))
-
-
-def materialises(length: int) -> bool:
-    """Is F better written once than computed again by every group of heads?"""
-    return length <= _LONGEST_TENSOR
 
 
 SELECTIVE = Variant(

@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 import torch
 from attention_cases import text
 from selective_cases import CASES, WINDOW, B, Case, call, eager, qkv, with_gradients
+from torch import Tensor
 
-from attn_compiler.kernels import devices, gpu, masking_triton
+from attn_compiler.kernels import devices, gpu, masking_triton, selective_paths
 from attn_compiler.kernels.launch import Tile
 from attn_compiler.kernels.selective import reference, selective_attention
 
@@ -60,12 +61,38 @@ def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert ran == (
         ["amounts"] if own or name == "temperature" else ["amounts", "amounts", "unmask"]
     )
+    judged(ours, usual, exact)
+
+
+def judged(ours: list[Tensor], usual: list[Tensor], exact: list[Tensor]) -> None:
     for number, (a, b, c) in enumerate(zip(ours, usual, exact, strict=True)):
         keep = c.isfinite()
         assert torch.equal(keep, a.isfinite()), number
         x, y, z = (t.double()[keep] for t in (a, b if number != 1 else a, c))
         budget = 4 * float((y - z).abs().max()) + 2e-6 * max(1.0, float(z.abs().max()))
         assert float((x - z).abs().max()) <= budget, number
+
+
+@pytest.mark.parametrize("name", ["left padding", "softcap, gate, selector", "alibi"])
+def test_bands_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F is never a tensor of all rows: each band goes on with the sums of the one before."""
+    monkeypatch.setattr(selective_paths, "_LARGEST", 0)
+    monkeypatch.setattr(selective_paths, "_TILE", 16)
+    seen: list[int] = []
+    plain = masking_triton.Scan._whole
+
+    def whole(scan: Any, dtype: torch.dtype) -> Tensor:
+        seen.append(scan.alone.q.shape[2])
+        return plain(scan, dtype)
+
+    monkeypatch.setattr(masking_triton.Scan, "_whole", whole)
+    case = CASES[name]
+    ours = with_gradients(case, selective_attention, torch.float32)
+    usual = with_gradients(case, eager, torch.float32)
+    exact = with_gradients(case, reference, torch.float32, wide=True)
+    judged(ours, usual, exact)
+    # 16 + 16 + 5 rows: forward, its sums again, and for each band F and its gradient
+    assert seen == [16, 16, 5, 16, 16, 5, 5, 16, 16, 16, 16]
 
 
 def test_a_carry() -> None:

@@ -37,13 +37,16 @@ from attn_compiler.kernels.selective import reference, selection_of, selective_a
 # ---------------------------------------------------------------- kernels against the reference
 
 
-@pytest.fixture(params=["as it is", "small blocks", "F as a tensor"])
+@pytest.fixture(params=["as it is", "small blocks", "F as a tensor", "F by bands"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Blocks of 16 rows for a few batch items, or no blocks at all."""
     if request.param == "small blocks":
         monkeypatch.setattr(rows, "_CPU_BUDGET", 2**8)
         monkeypatch.setattr(selective_paths.flash, "_BIAS_BUDGET", 2**8)
-    if request.param == "F as a tensor":
+    if request.param == "F by bands":  # of 16 rows
+        monkeypatch.setattr(selective_paths, "_LARGEST", 0)
+        monkeypatch.setattr(selective_paths, "_TILE", 16)
+    if request.param.startswith("F "):
         monkeypatch.setattr(selective_paths, "_blocked", lambda *_: None)
         monkeypatch.setattr(selective_paths, "_BUDGET", 2**8)
     return str(request.param)
