@@ -16,7 +16,8 @@ from attention_cases import text
 from selective_cases import CASES, WINDOW, B, Case, call, eager, qkv, with_gradients
 from torch import Tensor
 
-from attn_compiler.kernels import devices, gpu, masking_triton, selective_paths
+from attn_compiler.kernels import devices, eviction_triton, gpu, masking_triton, selective_paths
+from attn_compiler.kernels.eviction import selective_deaths
 from attn_compiler.kernels.launch import Tile
 from attn_compiler.kernels.selective import reference, selective_attention
 
@@ -93,6 +94,34 @@ def test_bands_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judged(ours, usual, exact)
     # 16 + 16 + 5 rows: forward, its sums again, and for each band F and its gradient
     assert seen == [16, 16, 5, 16, 16, 5, 5, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("way", ["whole", "by bands"])
+@pytest.mark.parametrize("name", ["left padding", "window", "selector", "documents"])
+def test_deaths(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel evicts what the loop over rows does."""
+    case, (q, k, _) = CASES[name], qkv(torch.float32)
+    selector = case.options(q.shape[2]).get("selector", [])
+    reads, ints = case.reads(q.shape[2]), list(case.ints)
+    options: dict[str, Any] = {"program": case.program, "scale": 0.3, "head": 4, "budget": 7}
+    args = (q, k, reads, ints, selector)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction_triton, "_MOST", 0)
+        exact = selective_deaths(*args, select_from="qk", **options)
+    if way == "by bands":
+        monkeypatch.setattr(selective_paths, "_LARGEST", 0)
+        monkeypatch.setattr(selective_paths, "_TILE", 16)
+    launched = []
+    plain = eviction_triton.evict
+
+    def evict(*given: Any) -> None:
+        launched.append(1)
+        plain(*given)
+
+    monkeypatch.setattr(eviction_triton, "evict", evict)
+    found = selective_deaths(*args, select_from="qk", **options)
+    assert torch.equal(found, exact) and len(launched) == (1 if way == "whole" else 3)
+    assert (exact < q.shape[2]).any()
 
 
 def test_a_carry() -> None:
