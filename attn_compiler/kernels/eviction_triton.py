@@ -16,7 +16,7 @@ from attn_compiler.kernels.launch import Launch
 from attn_compiler.kernels.template import load, render
 
 # keys whose fate the registers of a program hold
-_MOST = 2**15
+_MOST = 2**14
 _KEYS_OF_A_WARP = 2**10
 
 

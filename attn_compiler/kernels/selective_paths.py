@@ -29,6 +29,7 @@ from attn_compiler.kernels.grid import Grid, Span, spans
 from attn_compiler.kernels.masking import Masking, Unmasking
 from attn_compiler.kernels.plan import Slice
 from attn_compiler.kernels.selecting import lower, selecting, subtracting
+from attn_compiler.kernels.selective_tiles import left_out
 
 # elements of a block of the selecting head alone
 _BUDGET = 2**20
@@ -156,8 +157,7 @@ def _banded(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     state: Tensor | None = None
     for start, end in selection.bands():
         part = selection.band(start, end, state)
-        amount, state = _materialised(part, part.masking(), scan_of(part))
-        read = part.reading(part.weighed(amount))
+        read, _, state = _reading(part, part.masking(), scan_of(part))
         out, lse = devices.kernels_for(read).forward(read)
         outs.append(out)
         totals.append(lse)
@@ -231,7 +231,7 @@ def _whole_steps(
     states: list[Tensor | None] = [None]
     for start, end in order[:-1]:
         part = selection.band(start, end, states[-1])
-        states.append(_materialised(part, part.masking(), scan_of(part))[1])
+        states.append(_reading(part, part.masking(), scan_of(part))[2])
     found: list[Gradients] = []
     for (start, end), state in zip(reversed(order), reversed(states), strict=True):
         part, mine = selection.band(start, end, state), (slice(None),) * 2 + (slice(start, end),)
@@ -251,9 +251,9 @@ def _band_steps(
     if scan is not None and not masking_triton.differentiates(scan.alone, wanted):
         scan = None
     masking = selection.masking(keep=True)
-    amount, _ = _materialised(selection, masking, scan)
-    read = selection.reading(selection.weighed(amount))
+    read, amount, _ = _reading(selection, masking, scan)
     needs = [i in wanted for i in range(len(given.reads))] + [True]
+    needs += [False] * (len(read.reads) - len(needs))
     out, lse = saved
     dq, dk, dv, found = devices.kernels_for(read).backward(read, grad, (out, lse), needs)
     *own, damount = found
@@ -331,18 +331,22 @@ def _blocked(selection: Selection, masking: Masking) -> _Subtracted | None:
     return frame if frame.sliced else None
 
 
-def _materialised(
+def _reading(
     selection: Selection, masking: Masking, scan: masking_triton.Scan | None
-) -> tuple[Tensor, Tensor]:
-    """F as a tensor [B, T, S], 0 at keys that no row of a block may see; and the state."""
-    if scan is not None:
-        return scan.amounts()
+) -> tuple[Inputs, Tensor, Tensor]:
+    """The attention with F as a tensor [B, T, S], F itself, 0 at keys that no row of a block may
+    see, and the state.
+    """
     given = selection.given
+    if scan is not None:
+        amount, state, least = scan.amounts()
+        read = selection.reading(selection.weighed(amount))
+        return left_out(read, given, least, selection.past, selection.gate), amount, state
     shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
     amount = torch.zeros(shape, dtype=given.dtype, device=given.q.device)
     for span in _spans(masking):
         amount[:, span.r0 : span.r1, span.lo : span.hi] = masking.block(span).amount
-    return amount, masking.state()
+    return selection.reading(selection.weighed(amount)), amount, masking.state()
 
 
 def _spans(masking: Masking) -> Iterator[Span]:

@@ -13,10 +13,17 @@ pytest.importorskip("triton")
 
 import torch
 from attention_cases import text
-from selective_cases import CASES, WINDOW, B, Case, call, eager, qkv, with_gradients
+from selective_cases import CASES, WINDOW, B, Case, H, call, eager, qkv, with_gradients
 from torch import Tensor
 
-from attn_compiler.kernels import devices, eviction_triton, gpu, masking_triton, selective_paths
+from attn_compiler.kernels import (
+    devices,
+    eviction_triton,
+    gpu,
+    masking_triton,
+    selective_paths,
+    selective_tiles,
+)
 from attn_compiler.kernels.eviction import selective_deaths
 from attn_compiler.kernels.launch import Tile
 from attn_compiler.kernels.selective import reference, selective_attention
@@ -96,8 +103,46 @@ def test_bands_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [16, 16, 5, 16, 16, 5, 5, 16, 16, 16, 16]
 
 
-@pytest.mark.parametrize("way", ["whole", "by bands"])
-@pytest.mark.parametrize("name", ["left padding", "window", "selector", "documents"])
+@pytest.mark.parametrize("gate", [None, 0.75, -0.5])
+def test_tiles_that_are_masked_away_are_left_out(
+    gate: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token masks all before it, by 4: two tiles away only the first token is left."""
+    monkeypatch.setattr(selective_tiles, "SIDE", 16)
+    monkeypatch.setattr(selective_tiles.blocks, "_LEAST", 0)
+    monkeypatch.setitem(masking_triton.TILES_32_BITS, 64, Tile(16, 16))
+    small = Tile(16, 16)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: small)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family, hardware: (small, small))
+    maps: list[Tensor] = []
+    plain = selective_tiles._kept
+
+    def kept(*args: Any) -> Tensor:
+        maps.append(plain(*args))
+        return maps[-1]
+
+    monkeypatch.setattr(selective_tiles, "_kept", kept)
+    options = {} if gate is None else {"gate": torch.tensor(gate)}
+    q, k, v = qkv(torch.float32, 96)
+    q[:, 0], k[:, 0] = q.new_tensor([4 / 0.3, *[0] * 15]), k.new_tensor([1, *[0] * 15])
+    found = []
+    for fn, dtype in ((selective_attention, torch.float32), (reference, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _, state = call(Case(text(mask="(k <= q)")), fn, leaves, dict(options), [])
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found.append([out, state, *torch.autograd.grad(out, leaves, weight)])
+    for a, b in zip(*found, strict=True):
+        scale = float(b.detach().abs().max())
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6 * max(1.0, scale))
+    assert len(maps) == 2 and torch.equal(*maps) and maps[0].shape == (B, 6, 6, 6)
+    # tiles between the first column, which holds the protected token, and those near the diagonal
+    far = maps[0][..., 1:].tril(-3)
+    assert maps[0][..., 0].all() and int(far.sum()) == (B * H * 6 if gate == -0.5 else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("left padding", "by bands"), ("selector", "by bands"), ("window", "whole")]
+)
 def test_deaths(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel evicts what the loop over rows does."""
     case, (q, k, _) = CASES[name], qkv(torch.float32)
