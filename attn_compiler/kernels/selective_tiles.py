@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def _sees_itself(given: Inputs, past: int) -> Tensor:
     """[B or 1, H or 1, T]"""
     (batch, heads, rows, _), device = given.q.shape, given.q.device
     place = torch.arange(rows, device=device)
-    env = {"B": batch, "H": heads, "T": rows, "S": given.k.shape[2], "q": place, "k": place + past}
+    env: dict[str, Any] = {"B": batch, "H": heads, "T": rows, "S": given.k.shape[2]}
+    env |= {"q": place, "k": place + past}
     env["b"] = torch.arange(batch, device=device).view(-1, 1, 1)
     env["h"] = torch.arange(heads, device=device).view(-1, 1)
     allowed = evaluate(Program.parse(given.program).mask, env, given.reads, given.ints)
@@ -84,12 +86,14 @@ def _sees_itself(given: Inputs, past: int) -> Tensor:
 def _largest(x: Tensor) -> Tensor:
     """[B, H, n] -> [B, H, tiles]; a tile that reaches over the end has its last element again."""
     over = -x.shape[-1] % SIDE
-    return pad(x, (0, over), mode="replicate").unflatten(-1, (-1, SIDE)).amax(-1)
+    found: Tensor = pad(x, (0, over), mode="replicate").unflatten(-1, (-1, SIDE)).amax(-1)
+    return found
 
 
 def pooled(least: Tensor, rows: int, keys: int) -> Tensor:
     """Of tiles of rows x keys, which divide SIDE, the smallest of each SIDE x SIDE."""
     steps = SIDE // rows, SIDE // keys
     over = (0, -least.shape[2] % steps[1], 0, -least.shape[1] % steps[0])
-    found = pad(least, over, value=torch.inf)
-    return found.unflatten(2, (-1, steps[1])).unflatten(1, (-1, steps[0])).amin((2, 4))
+    wide = pad(least, over, value=torch.inf)
+    found: Tensor = wide.unflatten(2, (-1, steps[1])).unflatten(1, (-1, steps[0])).amin((2, 4))
+    return found
