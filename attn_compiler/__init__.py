@@ -35,6 +35,7 @@ _HOMES = {
     "expert_usage": "attn_compiler.train.switchhead",
     "explain": "attn_compiler.api",
     "fx_pass": "attn_compiler.api",
+    "get_budgets": "attn_compiler.train.selective",
     "last_report": "attn_compiler.backend",
     "memory_loss": "attn_compiler.train.selective",
     "op_samples": "attn_compiler.kernels.operators",

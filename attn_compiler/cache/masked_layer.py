@@ -4,7 +4,8 @@
     layer.amount                F of the next row, [B, S]: one number for each key
 
 So a step of generation goes on where the pass over the prompt ended. With a budget the layer is one
-of fixed size instead (`cache.selective`).
+of fixed size instead (`cache.selective`). A layer of a sliding window becomes one that holds all
+tokens too, and its mask forbids those outside: the library makes masks as long as layers say.
 
 transformers 5.23 is what this was written for.
 
@@ -13,12 +14,12 @@ Source: Selective Attention (arXiv 2410.02703).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attn_compiler.cache.layer import layer_for
 from attn_compiler.cache.selective import SelectiveLayer
@@ -111,12 +112,16 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         None where it is no cache of transformers.
 
     Raises:
-        UnsupportedCall: the layer is of another kind, or holds keys already.
+        UnsupportedCall: the layer is of another kind, or holds keys already; or another one of the
+            cache keeps a window.
     """
     layer = layer_for(cache, index)
-    if layer is None or isinstance(layer, SelectiveLayer | MaskedLayer):
+    if layer is None:
+        return None
+    _check_windows(cache.layers)
+    if isinstance(layer, SelectiveLayer | MaskedLayer):
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         raise UnsupportedCall(
             f"Selective attention cannot go on with a {type(layer).__name__}",
             why=(f"it holds {layer.get_seq_length()} tokens, and not how much they are masked",),
@@ -124,6 +129,21 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         )
     cache.layers[index] = made = MaskedLayer() if budget is None else SelectiveLayer(budget)
     return made
+
+
+def _check_windows(layers: Sequence[Any]) -> None:
+    """All layers have masks of the same length: those of a window alone would shorten the others'.
+
+    Raises:
+        UnsupportedCall: a layer keeps a window already.
+    """
+    for number, layer in enumerate(layers):
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length():
+            raise UnsupportedCall(
+                f"layer {number} keeps a window, and others all tokens for Selective attention",
+                why=("masks are as long as one of the layers says",),
+                do="rewrite all layers of a model with sliding windows, or generate without cache",
+            )
 
 
 def joined(old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -6,47 +6,108 @@ before token i attends; of equals the one that came first. A protected token cou
 goes only when nothing else is left, and token i itself never goes. What was evicted never returns.
 F of a kept token does not depend on what else its own layer evicts.
 
+    attn_compiler::selective_deaths(q, k, reads, ints, selector, *, program, scale, head,
+        select_from, budget) -> death
+
+death [B, S] int64 is the row that evicts each key when all rows come one after the other: S for a
+key that is never evicted, 0 for one that is never cached because its own row may not see it
+(padding). Pair (i, j) attends while i < death[j], so pruning a whole pass is one number for a key.
+Arguments as in `selective`, of a whole sequence: T = S, nothing carried. It has no derivative.
+
 Source: Selective Attention (arXiv 2410.02703) prunes by F down to a budget for each layer; it does
 not say whether the new token attends before or after, nor what happens to equals.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attn_compiler.errors import UnsupportedCall
+from attn_compiler.ir.evaluate import evaluate
+from attn_compiler.ir.score import Program
+from attn_compiler.kernels import devices, eviction_triton
 from attn_compiler.kernels.grid import spans
-from attn_compiler.kernels.masking import PROTECTED, Masked, Masking
-from attn_compiler.kernels.selective_paths import Selection
+from attn_compiler.kernels.masking import PROTECTED
+from attn_compiler.kernels.schema import LIBRARY
+from attn_compiler.kernels.selective import selection_of
+from attn_compiler.kernels.selective_paths import Selection, scan_of
 
 _BUDGET = 2**20
 _ROWS = 128
+LIBRARY.define(
+    "selective_deaths(Tensor q, Tensor k, Tensor[] reads, SymInt[] ints, Tensor[] selector, *, "
+    "str program, float scale, int head, str select_from, int budget) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+selective_deaths = torch.ops.attn_compiler.selective_deaths.default
 
 
-def deaths(selection: Selection, budget: int) -> Tensor:
-    """The row that evicts each key when all rows come one after the other, [B, S] int64.
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    selector: Sequence[Tensor],
+    *,
+    budget: int,
+    **options: Any,
+) -> Tensor:
+    args = (q, k, k, reads, ints, None, selector, None, None)
+    selection = selection_of(*args, dropout=0.0, **options)
+    if budget < 2 or q.shape[2] != k.shape[2]:
+        raise UnsupportedCall(
+            "selective_deaths cannot evict",
+            why=(f"given: budget {budget}, {q.shape[2]} rows, {k.shape[2]} keys",),
+            do="give a budget of at least 2, and a whole sequence",
+        )
+    with devices.full_precision(q.device.type):
+        cached = _see_themselves(selection)
+        found = _by_kernels(selection, cached, budget)
+        return _row_by_row(selection, cached, budget) if found is None else found
 
-    S for a key that is never evicted, 0 for one that is never cached because its own row may not
-    see it (padding). `pruned` makes a program of it.
 
-    Args:
-        selection: a whole sequence: T = S, nothing carried.
-        budget: tokens that stay, the newest included; at least 2.
-    """
+def _see_themselves(selection: Selection) -> Tensor:
+    """Which rows may see their own key, [B, T]."""
+    alone = selection.alone
+    (batch, _, length, _), device = alone.q.shape, alone.q.device
+    place = torch.arange(length, device=device)
+    env: dict[str, Any] = {"B": batch, "T": length, "S": length, "q": place, "k": place}
+    env["b"] = torch.arange(batch, device=device).unsqueeze(1)
+    allowed = evaluate(Program.parse(alone.program).mask, env, alone.reads, alone.ints)
+    return allowed.to(device).bool().expand(batch, length)
+
+
+def _by_kernels(selection: Selection, cached: Tensor, budget: int) -> Tensor | None:
+    """None where there are no kernels."""
+    (batch, _, keys, _), state = selection.given.k.shape, None
+    death = torch.zeros(batch, keys, dtype=torch.int64, device=cached.device)
+    for start, end in selection.bands():
+        part = selection.band(start, end, state)
+        scan = scan_of(part)
+        if scan is None or not eviction_triton.runs(keys):
+            return None
+        amount, state, _ = scan.amounts()
+        own = cached[:, start:end].contiguous()
+        eviction_triton.evict(amount, scan.protected, own, death, start, budget)
+    return death
+
+
+def _row_by_row(selection: Selection, cached: Tensor, budget: int) -> Tensor:
     masking = selection.masking()
     grid = masking.frame.grid
     amount = torch.zeros(grid.B, grid.S, dtype=masking.frame.dtype, device=masking.frame.device)
     death = torch.zeros_like(amount, dtype=torch.int64)
     for span in spans(grid, grid.B, _BUDGET, _ROWS):
         found = masking.block(span)
-        cached = _sees_itself(masking, found)
         protected = masking.protected(grid.whole())
         for a in range(span.r1 - span.r0):
             row = span.r0 + a
             amount[:, span.lo : span.hi] = found.amount[:, a]
-            death[:, row] = cached[:, a].long() * grid.S
+            death[:, row] = cached[:, row].long() * grid.S
             alive = death == grid.S
             rank = amount.masked_fill(protected, PROTECTED).masked_fill(~alive, -torch.inf)
             rank[:, row] = -torch.inf
@@ -57,18 +118,23 @@ def deaths(selection: Selection, budget: int) -> Tensor:
     return death
 
 
-def _sees_itself(masking: Masking, found: Masked) -> Tensor:
-    """Which rows of a block may see their own key, [B, rows]."""
-    span, frame = found.span, masking.frame
-    batch, rows, keys = found.chosen.shape
-    allowed = frame.mask(replace(span, masked=True), found.tensors)
-    if allowed is None:
-        return torch.ones(batch, rows, dtype=torch.bool, device=frame.device)
-    places = torch.arange(span.r0, span.r1, device=frame.device) - span.lo
-    inside = (places >= 0) & (places < keys)
-    own = allowed[:, 0].expand(batch, rows, keys)
-    own = own.gather(2, places.clamp(0, keys - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
-    return own & inside
+LIBRARY.impl("selective_deaths", _forward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("attn_compiler::selective_deaths", lib=LIBRARY)
+def _fake(q: Tensor, k: Tensor, *_: Any, **__: Any) -> Tensor:
+    return k.new_empty((k.shape[0], k.shape[2]), dtype=torch.int64)
+
+
+def samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """(operator, args, kwargs), small, on the CPU."""
+    draw = torch.Generator().manual_seed(4)
+    options: dict[str, Any] = {"program": "score: dot; mask: (k <= q); empty: any", "scale": 0.5}
+    options |= {"head": 1, "select_from": "qk", "budget": 3}
+    for number in (0, 2):
+        selector = [torch.randn(2, 1, 7, 3, generator=draw) for _ in range(number)]
+        q, k = (torch.randn(2, heads, 7, 8, generator=draw) for heads in (4, 2))
+        yield selective_deaths, (q, k, [], [], selector), options
 
 
 def kept(death: Tensor, budget: int) -> Tensor:

@@ -28,7 +28,7 @@ from attn_compiler.kernels.rows import pull_back, through
 from attn_compiler.kernels.slope import slope
 
 PROTECTED = -1.0
-Pull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Pull = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +174,13 @@ class Unmasking:
         self.dgate = masking.key.new_zeros(())
 
     def whole(self, grad: Tensor, amount: Tensor, pull: Pull) -> None:
-        """All blocks at once, by what brings the gradient of F [B, T, S] to q, k and row 0."""
+        """All blocks at once, by what brings the gradient of F [B, T, S], and of F after them, to
+        q, k and row 0.
+        """
         if self._gate is not None:
             self.dgate += (grad * amount).sum()
             grad = grad * self._gate
-        dq, dk, self.total = pull(grad)
+        dq, dk, self.total = pull(grad, self.total)
         self._dq += dq
         self._dk += dk
 

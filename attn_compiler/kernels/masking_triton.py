@@ -12,6 +12,7 @@ Source: the passes are those of Selective Attention (arXiv 2410.02703) cut into 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from attn_compiler.kernels.launch import (
     structure_of,
 )
 from attn_compiler.kernels.masking import PROTECTED
+from attn_compiler.kernels.selective_tiles import pooled
 from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import masking_source
 
@@ -47,9 +49,9 @@ def runs(alone: Inputs) -> bool:
     return gpu.generates(alone) and alone.dtype is torch.float32
 
 
-def differentiates(alone: Inputs, wanted: dict[int, Tensor]) -> bool:
+def differentiates(alone: Inputs, wanted: Sequence[int]) -> bool:
     """Is the selecting head's gradient one of its query and key alone?"""
-    return not wanted.keys() & set(slots(Frame(alone).plan.program.score))
+    return not set(wanted) & set(slots(Frame(alone).plan.program.score))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +82,25 @@ class Scan:
         found.protect().run()
         return found
 
-    def amounts(self) -> tuple[Tensor, Tensor]:
-        """F [B, T, S] and the state [B, S]; F is 0 where no row sees a key."""
-        amount, after = self._whole(torch.float32), torch.empty_like(self.start)
-        self.launch("amounts", (self.start, amount, after)).run()
-        return amount, after.masked_fill(self.protected.bool(), PROTECTED)
+    def amounts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """F [B, T, S], the state [B, S], and the smallest F of tiles (see `selective_tiles`).
 
-    def pull(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the selecting query and key and of F in row 0, from that of F."""
-        alone = self.alone
-        ddot, total = self._whole(alone.q.dtype), torch.empty_like(self.start)
+        F is 0 where no row sees a key.
+        """
+        amount, after = self._whole(torch.float32), torch.empty_like(self.start)
+        tile, sizes = self._tile, amount.shape[1:]
+        tiles = (-(-n // m) for n, m in zip(sizes, (tile.rows, tile.keys), strict=True))
+        least = after.new_zeros(len(after), *tiles)
+        self.launch("amounts", (self.start, amount, after, least)).run()
+        state = after.masked_fill(self.protected.bool(), PROTECTED)
+        return amount, state, pooled(least, tile.rows, tile.keys)
+
+    def pull(self, grad: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the selecting query and key and of F in row 0, from that of F and of F after
+        the last row [B, S].
+        """
+        alone, total = self.alone, below.to(torch.float32, copy=True)
+        ddot = self._whole(alone.q.dtype)
         self.launch("unmask", (grad.contiguous(), ddot, total)).run()
         q, k = alone.q.squeeze(1), alone.k.squeeze(1)
         dq, dk = ddot @ k, ddot.transpose(1, 2) @ q

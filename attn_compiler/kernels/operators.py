@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attn_compiler.kernels import el, experts, gau, library, selective, selective_need
+from attn_compiler.kernels import el, eviction, experts, gau, library, selective, selective_need
 
 
 def op_samples() -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """(operator, args, kwargs) for every public operator, small, on the CPU: for `opcheck`."""
-    for home in (library, el, experts, gau, selective, selective_need):
+    for home in (library, el, experts, gau, selective, selective_need, eviction):
         yield from home.samples()

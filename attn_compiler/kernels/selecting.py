@@ -4,7 +4,8 @@
                                  ->   dot - t0[h] * float(q - k) - t1[b, q, k]    with F as t1
 
 The selecting logits of a score with a soft-cap are capped; an additive bias is left out of them
-unless it is asked for. F is subtracted after everything else.
+unless it is asked for. F is subtracted after everything else. A tensor of zeros and large negative
+numbers that is added is a mask, and only its numbers tell.
 
 Source: Selective Attention (arXiv 2410.02703); it is silent about biases and caps.
 """
@@ -14,9 +15,25 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from attn_compiler.ir.expr import Call, Const, Dot, Expr, Int, Read, Var, call, substitute
+from attn_compiler.ir.expr import (
+    TRUE,
+    Call,
+    Const,
+    Dot,
+    Expr,
+    Int,
+    Read,
+    Var,
+    call,
+    substitute,
+    walk,
+)
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.plan import NO_BIAS, has_dot
+
+# no key with this added has a weight: exp(-9000) is 0. Models write -10000 (in bfloat16 -9984), the
+# lowest number of float16, -1e9, the lowest of their dtype and -inf
+_HIDDEN = -9000.0
 
 
 @lru_cache(maxsize=512)
@@ -35,12 +52,59 @@ def selecting(program: str, head: int, heads: int, select_from: str) -> str:
     return str(Program(substitute(score, table), substitute(own.mask, table)))
 
 
+def forbidding(program: Program) -> Program:
+    """The program whose mask also says what numbers in added tensors forbid.
+
+    score: dot + t0[b, 0, q, k]   ->   score: dot + t0[b, 0, q, k]; mask: t0[b, 0, q, k] > -9000
+
+    Rows that see no key stay as they are where a number swallows their logits: all keys alike.
+    """
+    mask = program.mask
+    for term in added_masks(program):
+        allowed = call("gt", term, _HIDDEN)
+        mask = allowed if mask == TRUE else call("and", mask, allowed)
+    if mask == program.mask:
+        return program
+    empty = "uniform" if program.empty in ("any", "nan_added") else program.empty
+    return replace(program, mask=mask, empty=empty)
+
+
+def added_masks(program: Program) -> tuple[Read, ...]:
+    """Tensors over keys that are added to the score as they are, and so may forbid keys."""
+    found, left = [], [program.score]
+    while left:
+        term = left.pop()
+        if isinstance(term, Call) and term.op == "add":
+            left.extend(term.args)
+        elif isinstance(term, Read) and any(Var("k") in walk(index) for index in term.index):
+            found.append(term)
+    return tuple(found)
+
+
 @lru_cache(maxsize=512)
 def subtracting(program: str, slot: int) -> str:
     """The program with F, a tensor [B, T, S] in `slot`, subtracted from its score."""
     own = Program.parse(program)
     index = (Var("b"), Var("q"), Var("k"))
     return str(replace(own, score=call("sub", own.score, Read(slot, index))))
+
+
+@lru_cache(maxsize=512)
+def lower(program: str, number: int) -> str:
+    """The program of some rows alone, numbered from 0.
+
+    k <= q   ->   k <= q + n0        T   ->   n1
+
+    Args:
+        program: of all rows.
+        number: of the first of two integers: the first of these rows, and how many there are in
+            all.
+    """
+    own, table = Program.parse(program), dict[Expr, Expr]()
+    table[Var("q")], table[Var("T")] = call("add", Var("q"), Int(number)), Int(number + 1)
+    sink = None if own.sink is None else substitute(own.sink, table)
+    made = replace(own, score=substitute(own.score, table), mask=substitute(own.mask, table))
+    return str(replace(made, sink=sink))
 
 
 @lru_cache(maxsize=512)

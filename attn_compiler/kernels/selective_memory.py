@@ -4,7 +4,8 @@
     memory.seen             logits of the last training pass, for the memory loss
 
 It is a module, so that copies and pickles of the model have their own. The last pass holds on to
-its graph and is left out of both.
+its graph and is left out of both. A budget is one more entry of the state_dict while there is one:
+without budgets a model's state is what it was, and may be loaded either way.
 
 Source: Selective Attention (arXiv 2410.02703).
 """
@@ -91,6 +92,18 @@ class Memory(nn.Module):
             q, k = q[:, rule.head : rule.head + 1].clone(), k[:, group : group + 1].clone()
         program = _alone(rule.program, rule.head, heads, rule.select_from)
         self.seen = Seen(q, k, program, rule.scale, rule.reads, rule.ints)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if self.budget is not None:
+            destination[f"{prefix}budget"] = torch.tensor(self.budget)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        # a state that says nothing of budgets leaves those of the model
+        found = state.get(f"{prefix}budget")
+        if found is not None:
+            self.budget = int(found)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "seen": None}

@@ -1,7 +1,9 @@
-"""How Selective attention runs: block by block, or with F as one tensor.
+"""How Selective attention runs: block by block, or with F as a tensor.
 
     blocked         F of a block of rows exists while the block runs: extra memory O(T * block)
-    materialised    F [B, T, S] is a tensor that attention's own kernels read, and differentiate
+    materialised    F [B, T, S] is a tensor that attention's own kernels read, and differentiate;
+                    where it is too large, of bands of rows one after the other, each with the
+                    sums that the band before it ended with
 
 A CPU runs blocked. Other devices have kernels for whole calls and read F; so does a program whose
 reads are no slices of their tensors.
@@ -11,8 +13,9 @@ Source: the two passes are those of Selective Attention (arXiv 2410.02703) cut i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,11 +28,14 @@ from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads,
 from attn_compiler.kernels.grid import Grid, Span, spans
 from attn_compiler.kernels.masking import Masking, Unmasking
 from attn_compiler.kernels.plan import Slice
-from attn_compiler.kernels.selecting import selecting, subtracting
+from attn_compiler.kernels.selecting import lower, selecting, subtracting
+from attn_compiler.kernels.selective_tiles import left_out
 
 # elements of a block of the selecting head alone
 _BUDGET = 2**20
 _ROWS = 256
+# bytes of F as a tensor; its gradient has as many. A band has whole tiles of rows
+_LARGEST, _TILE = 2**29, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,26 @@ class Selection:
 
     def masking(self, keep: bool = False) -> Masking:
         return Masking(Frame(self.alone), self.past, self.carry, keep)
+
+    def bands(self) -> list[tuple[int, int]]:
+        """Rows that run at a time where F is a tensor; dropout draws for all of them."""
+        given = self.given
+        rows, wide = given.q.shape[2], 4 * given.q.shape[0] * given.k.shape[2]
+        each = max(_TILE, _LARGEST // wide // _TILE * _TILE)
+        each = rows if given.drop.rate else each
+        return [(start, min(start + each, rows)) for start in range(0, rows, each)]
+
+    def band(self, start: int, end: int, state: Tensor | None) -> Selection:
+        """Some rows as a call of its own, after those that ended with `state`."""
+        given = self.given
+        if end - start == given.q.shape[2]:
+            return self
+        mine = slice(None), slice(None), slice(start, end)
+        ints = [*given.ints, start, given.q.shape[2]]
+        part = replace(given, q=given.q[mine], program=lower(given.program, len(given.ints)))
+        carry = self.carry if state is None else state[:, : self.past + start]
+        selector = [x[mine] for x in self.selector[:1]] + list(self.selector[1:])
+        return replace(self, given=replace(part, ints=ints), selector=selector, carry=carry)
 
     def reading(self, amount: Tensor) -> Inputs:
         """The attention with F, or what stands for it, as one more tensor."""
@@ -116,9 +142,7 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         return *composite.forward(given), masking.state()
     frame = _blocked(selection, masking)
     if frame is None:
-        amount, state = _materialised(selection, masking, scan_of(selection))
-        read = selection.reading(selection.weighed(amount))
-        return *devices.kernels_for(read).forward(read), state
+        return _banded(selection)
     if flash.fits(frame):
         out, lse = flash.forward(frame)
     else:
@@ -126,6 +150,24 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         out, lse = empty_heads(given.v, shape), empty_lse(given.q, given.dtype)
         rows.forward(frame, out, lse)
     return out, lse, masking.state()
+
+
+def _banded(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    outs, totals = [], []
+    state: Tensor | None = None
+    for start, end in selection.bands():
+        part = selection.band(start, end, state)
+        read, _, state = _reading(part, part.masking(), scan_of(part))
+        out, lse = devices.kernels_for(read).forward(read)
+        outs.append(out)
+        totals.append(lse)
+    assert state is not None
+    if len(outs) == 1:
+        return outs[0], totals[0], state
+    given = selection.given
+    out = empty_heads(given.v, (*given.q.shape[:3], given.v.shape[-1]))
+    lse = empty_lse(given.q, given.dtype)
+    return torch.cat(outs, 2, out=out), torch.cat(totals, 2, out=lse), state
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +226,42 @@ def _whole_steps(
     saved: tuple[Tensor, Tensor],
     into: dict[int, Tensor],
 ) -> Gradients:
-    given, scan = selection.given, scan_of(selection)
-    if scan is not None and not masking_triton.differentiates(scan.alone, into):
+    """Bands of rows from below; before the last one can run, those above tell where it starts."""
+    order = selection.bands()
+    states: list[Tensor | None] = [None]
+    for start, end in order[:-1]:
+        part = selection.band(start, end, states[-1])
+        states.append(_reading(part, part.masking(), scan_of(part))[2])
+    found: list[Gradients] = []
+    for (start, end), state in zip(reversed(order), reversed(states), strict=True):
+        part, mine = selection.band(start, end, state), (slice(None),) * 2 + (slice(start, end),)
+        three = grad[mine], saved[0][mine], saved[1][mine]
+        found.append(_band_steps(part, three, list(into), found[-1].carry if found else None))
+    return _joined(found[::-1])
+
+
+def _band_steps(
+    selection: Selection,
+    three: tuple[Tensor, Tensor, Tensor],
+    wanted: list[int],
+    below: Tensor | None,
+) -> Gradients:
+    """`three` is the gradient of out, out and lse, `below` that of F after these rows."""
+    given, scan, (grad, *saved) = selection.given, scan_of(selection), three
+    if scan is not None and not masking_triton.differentiates(scan.alone, wanted):
         scan = None
-    amount, _ = _materialised(selection, masking, scan)
-    read = selection.reading(selection.weighed(amount))
-    needs = [i in into for i in range(len(given.reads))] + [True]
-    dq, dk, dv, found = devices.kernels_for(read).backward(read, grad, saved, needs)
+    masking = selection.masking(keep=True)
+    read, amount, _ = _reading(selection, masking, scan)
+    needs = [i in wanted for i in range(len(given.reads))] + [True]
+    needs += [False] * (len(read.reads) - len(needs))
+    out, lse = saved
+    dq, dk, dv, found = devices.kernels_for(read).backward(read, grad, (out, lse), needs)
     *own, damount = found
-    into = {i: x.to(given.dtype) for i, x in zip(into, own, strict=True)}
+    into = {i: x.to(given.dtype) for i, x in zip(wanted, own, strict=True)}
     dq, dk = (x.to(given.dtype) for x in (dq, dk))
     unmasking, selector = unmasking_of(selection, masking, into, (dq, dk))
+    if below is not None:
+        unmasking.total = below
     if scan is not None:
         unmasking.whole(damount, amount, scan.pull)
     else:
@@ -202,6 +269,28 @@ def _whole_steps(
             part = damount[span.b0 : span.b1, span.r0 : span.r1, span.lo : span.hi]
             unmasking.block(span, part)
     return Gradients(dq, dk, dv, into, selector, unmasking.dgate, unmasking.total)
+
+
+def _joined(bands: Sequence[Gradients]) -> Gradients:
+    """Of bands of rows, from above."""
+    first = bands[0]
+    if len(bands) == 1:
+        return first
+
+    def total(parts: Iterable[Tensor]) -> Tensor:
+        return reduce(torch.add, parts)
+
+    return Gradients(
+        torch.cat([x.q for x in bands], 2),
+        total(x.k for x in bands),
+        total(x.v for x in bands),
+        {i: total(x.reads[i] for x in bands) for i in first.reads},
+        [torch.cat([x.selector[0] for x in bands], 2), total(x.selector[1] for x in bands)]
+        if first.selector
+        else [],
+        total(x.gate for x in bands),
+        first.carry,
+    )
 
 
 def scan_of(selection: Selection) -> masking_triton.Scan | None:
@@ -242,18 +331,22 @@ def _blocked(selection: Selection, masking: Masking) -> _Subtracted | None:
     return frame if frame.sliced else None
 
 
-def _materialised(
+def _reading(
     selection: Selection, masking: Masking, scan: masking_triton.Scan | None
-) -> tuple[Tensor, Tensor]:
-    """F as a tensor [B, T, S], 0 at keys that no row of a block may see; and the state."""
-    if scan is not None:
-        return scan.amounts()
+) -> tuple[Inputs, Tensor, Tensor]:
+    """The attention with F as a tensor [B, T, S], F itself, 0 at keys that no row of a block may
+    see, and the state.
+    """
     given = selection.given
+    if scan is not None:
+        amount, state, least = scan.amounts()
+        read = selection.reading(selection.weighed(amount))
+        return left_out(read, given, least, selection.past, selection.gate), amount, state
     shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
     amount = torch.zeros(shape, dtype=given.dtype, device=given.q.device)
     for span in _spans(masking):
         amount[:, span.r0 : span.r1, span.lo : span.hi] = masking.block(span).amount
-    return amount, masking.state()
+    return selection.reading(selection.weighed(amount)), amount, masking.state()
 
 
 def _spans(masking: Masking) -> Iterator[Span]:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from attn_compiler.ir.expr import DOT
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.eviction import deaths, kept, victim
+from attn_compiler.kernels.eviction import kept, selective_deaths, victim
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.library import attention
 from attn_compiler.kernels.masking import PROTECTED
 from attn_compiler.kernels.selecting import in_slots, pruned, selecting
 from attn_compiler.kernels.selective import selective_attention
-from attn_compiler.kernels.selective_paths import Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,21 +198,23 @@ def rows_with_deaths(
     """All rows of a sequence, each seeing what a cache of `budget` tokens would have left it.
 
     Returns:
-        The row that evicts each key (see `eviction.deaths`), F after the last row, and what `step`
+        The row that evicts each key (see `eviction`), F after the last row, and what `step`
         returns, for all rows.
     """
     q, k, v = token.q, token.k, token.v
     selector = list(token.selector[:2])
-    given = Inputs(q, k, v, rule.reads, rule.ints, Drop(None, 0.0), rule.program, rule.scale)
-    selection = Selection(given, selector, rule.gate, None, rule.head, rule.select_from)
-    death = deaths(selection, budget)
+    reads, ints = list(rule.reads), list(rule.ints)
+    death = selective_deaths(
+        q, k, reads, ints, selector, program=rule.program, scale=rule.scale, head=rule.head,
+        select_from=rule.select_from, budget=budget,
+    )  # fmt: skip
     options = {
         "program": pruned(rule.program, len(rule.reads)),
         "scale": rule.scale,
         "dropout": 0.0,
         "select_from": rule.select_from,
     }
-    rest = ([*rule.reads, death], list(rule.ints), None)
+    rest = ([*reads, death], ints, None)
     out, _, state = selective_attention(
         q, k, v, *rest, selector, rule.gate, None, head=rule.head, **options
     )

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.expr import TRUE, Expr, Int, call, parse, walk
+from attn_compiler.ir.expr import TRUE, Int, Var, call, parse, walk
 from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.score import Program
+from attn_compiler.kernels.selecting import added_masks
 
 
 def sparse(
@@ -81,7 +82,7 @@ def left_out(program: Program, pattern: Tensor, block: int, length: int) -> Tens
 
     Keys of padding count, as they do for the authors; keys after the query do not.
     """
-    causal = is_causal(program.mask, length)
+    causal = is_causal(program, length)
     if program.sink is not None or causal is None:
         raise BadOption(
             "the logits of 0 of what is left out have no meaning here",
@@ -103,9 +104,14 @@ def left_out(program: Program, pattern: Tensor, block: int, length: int) -> Tens
     return (lost * sizes).sum(-1).to(pattern.device, torch.float32).log()
 
 
-def is_causal(mask: Expr, length: int) -> bool | None:
-    """Beside padding: is a mask causal, or nothing? None where it is something else."""
-    structural, _, other = classify(mask).split()
+def is_causal(program: Program, length: int) -> bool | None:
+    """Beside padding: is a mask causal, or nothing? None where it is something else, or where the
+    numbers of a tensor that is added to each row may say so.
+    """
+    added = (index for read in added_masks(program) for index in read.index)
+    if any(Var("q") in walk(index) for index in added):
+        return None
+    structural, _, other = classify(program.mask).split()
     terms = classify(structural).terms
     if not terms and other == TRUE:
         return False

@@ -11,16 +11,17 @@ Source: SPION (arXiv 2309.12578), algorithm 1 and its authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from attn_compiler.errors import BadOption
 from attn_compiler.train.criterion import SwitchCriterion
-from attn_compiler.train.spion import layers_of, watched, without_maps
+from attn_compiler.train.spion import Layer, layers_of, watched, without_maps
 from attn_compiler.variants.base import VariantSpec
 
 
@@ -37,7 +38,8 @@ class SpionSchedule:
     Patterns are written in place: an optimiser keeps its parameters, an outer torch.compile its
     code. A map is taken from the forward passes, in training mode, before a `step` that is due: of
     the first batch, and of every `every`-th. `max_lost_mass` plays no part: training goes on after
-    the switch.
+    the switch. Where several processes train, maps are summed over all of them, so that every one
+    turns sparse after the same batch and with the same patterns: all of them call `step`.
 
     Attributes:
         sparse: have the patterns been put in?
@@ -66,13 +68,16 @@ class SpionSchedule:
                 training has just been resumed.
 
         Raises:
-            BadOption: the model has no such site, or an option has a wrong value.
+            BadOption: the model has no such site or was rewritten with another spec, or an option
+                has a wrong value.
         """
         if every < 1:
             raise BadOption(f"every={every}", where="option every", do="give a number from 1")
         self.layers = layers_of(model, lambda path: spec)
         if not self.layers:
             raise without_maps()
+        for layer in self.layers:
+            layer.demand_fits()
         self.criterion = SwitchCriterion(percent)
         self.every, self.most = every, most
         self.sparse = False
@@ -98,7 +103,8 @@ class SpionSchedule:
         settled = self._watch is not None and self._looked()
         late = self.most is not None and batch_index + 1 >= self.most
         # a training that was resumed has the criterion's maps, and none to make a pattern of
-        if settled or (late and all(layer.rows for layer in self.layers)):
+        seen = self._watch is None and all(layer.rows for layer in self.layers)
+        if settled or (late and seen):
             self._put(batch_index)
             return True
         if late or (batch_index + 1) % self.every == 0:
@@ -108,12 +114,13 @@ class SpionSchedule:
     def _looked(self) -> bool:
         """Take the maps of the batch that is done; True if all of them have settled."""
         self._waited += 1
-        if not all(layer.rows for layer in self.layers):
+        if not _everywhere(all(layer.rows for layer in self.layers), self.layers[0]):
             if self._waited > self.every:
                 for layer in self.layers:
                     layer.demand_seen("the training", "call the model in training mode, or less")
             return False
         self._stop()
+        _together(self.layers)
         for layer in self.layers:
             layer.demand_seen("the training", "give batches that are not all padding")
         return self.criterion.look({x.path: x.maps.convolved / x.rows for x in self.layers})
@@ -180,9 +187,35 @@ class SpionSchedule:
                 schedule.step(state.global_step - 1)
 
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                torch.save(schedule.state_dict(), _file(args, state))
+                if state.is_world_process_zero:
+                    torch.save(schedule.state_dict(), _file(args, state))
 
         return Switch()
+
+
+def _shared() -> bool:
+    """Do several processes train?"""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _everywhere(here: bool, layer: Layer) -> bool:
+    """Does it hold in all processes?"""
+    if not _shared():
+        return here
+    flag = torch.tensor(int(here), device=layer.blocks.device)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _together(layers: Sequence[Layer]) -> None:
+    """Sums of maps over all processes: all have to turn sparse at once, and alike."""
+    if not _shared():
+        return
+    for layer in layers:
+        rows = torch.tensor(layer.rows, dtype=torch.float64, device=layer.blocks.device)
+        for each in (layer.maps.convolved, layer.maps.plain, rows):
+            dist.all_reduce(each)
+        layer.rows = float(rows)
 
 
 def _file(args: Any, state: Any) -> Path:

@@ -3,6 +3,7 @@
     loss = cross_entropy(model(x), y) + 0.02 * memory_loss(model)     in a training loop
     found = search_budgets(model, batches, target=dense_loss)         {"layers.0.attn": 40, ...}
     set_budgets(model, found)                                         prunes from now on
+    Selective(budgets=get_budgets(model))                             the same in another model
 
 The memory loss is that of `cache.budgets`, the search too; here both are told to a model.
 
@@ -123,6 +124,23 @@ def set_budgets(model: nn.Module, budgets: Mapping[str, int] | Sequence[int] | N
     given = _by_path(found, budgets)
     for path, memory in found.items():
         memory.budget = given.get(path)
+
+
+def get_budgets(model: nn.Module) -> dict[str, int]:
+    """The budgets that stand in a model, by module path: for a file, or for `set_budgets` and
+    `Selective(budgets=...)` where another model is rewritten. The state_dict has them too.
+
+    Args:
+        model: rewritten with Selective.
+
+    Returns:
+        Tokens of the sites that have a budget.
+
+    Raises:
+        BadOption: the model has no Selective attention.
+    """
+    found = _memories(model)
+    return {path: m.budget for path, m in found.items() if m.budget is not None}
 
 
 def _by_path(

@@ -84,6 +84,8 @@ class Layer:
 
     def add(self, given: Inputs) -> None:
         """Add the probabilities of one call."""
+        if self.rows == 0:  # the model may have been moved since
+            self.forget()
         add_blocks(
             given.q, given.k, given.reads, given.ints,
             program=given.program, scale=given.scale, into=self.maps,
@@ -103,6 +105,28 @@ class Layer:
             density=float(density) if density != "auto" else None,
             causal=causal,
         )
+
+    def demand_fits(self) -> None:
+        """Is the map of blocks the one that the spec asks for?
+
+        Raises:
+            BadOption: it is not.
+        """
+        assert self.site.length is not None and isinstance(self.spec.block, int)
+        side = -(-self.site.length // self.spec.block)
+        names = [t.name for t in self.site.decision.tensors]
+        rest = any(name.startswith(REST) for name in names)
+        if (
+            self.blocks.shape[-1] != side
+            or (self.blocks.dim() == 3) != self.spec.per_head
+            or rest != (self.spec.softmax == "zero_logit")
+        ):
+            raise BadOption(
+                "the model was rewritten with another SPION",
+                where=self.path or "the root",
+                why=[f"its map of blocks is {list(self.blocks.shape)}"],
+                do="give the spec that `rewrite` was given",
+            )
 
     def demand_seen(self, who: str, do: str) -> None:
         """Is there attention in the sum of maps?
@@ -225,9 +249,10 @@ def without_maps() -> BadOption:
 @contextmanager
 def watched(layers: list[Layer], *, training: bool = False) -> Iterator[None]:
     """Add the maps of every call to the sums of its layer; of training alone, if asked."""
-    by_place = {layer.blocks.data_ptr(): layer for layer in layers}
 
     def observe(given: Inputs) -> None:
+        # a model may be moved to another device meanwhile, and its maps of blocks with it
+        by_place = {layer.blocks.data_ptr(): layer for layer in layers}
         layer = next(filter(None, (by_place.get(r.data_ptr()) for r in given.reads)), None)
         if layer is not None and (layer.owner.training or not training):
             with torch.no_grad():

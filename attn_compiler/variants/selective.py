@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # bytes that a kept token needs beside its key and value: F, float32, and its position, int32
 _STATE = 8
-# a tensor F of T x T numbers is worth its traffic up to here
-_LONGEST_TENSOR = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +105,10 @@ def _by_and_by(site: AttentionSite) -> bool:
     """May it be causal for what the program does not say? Behind a cache, where one row is, and
     with a mask that is a tensor: a living module then looks at the mask in every call.
     """
+    from attn_compiler.kernels.selecting import added_masks
+
     tensor = any(isinstance(term, TensorMask) for term in site.mask.terms)
+    tensor = tensor or bool(added_masks(site.program))
     return site.cached or (tensor and site.obstacles is not None)
 
 
@@ -119,12 +120,13 @@ MEMORY = "attn_memory"
 
 def lower(site: AttentionSite, spec: Selective, length: int, slots: int) -> Lowering:
     """The operator with F; a gate starts at 0, and leaves the function as it was."""
+    from attn_compiler.kernels.selecting import forbidding
     from attn_compiler.kernels.selective_memory import Memory  # which loads Dynamo
 
     gate = NewTensor(GATE, (1,), torch.float32, 0.0, trained=True)
     own = spec.start == "dedicated_head"
     return Lowering(
-        site.program,
+        forbidding(site.program),
         operator="selective_attention",
         extra=([], gate if spec.start == "gate" else None, None),
         options=(("head", 0 if own else spec.head), ("select_from", spec.select_from)),
@@ -200,11 +202,6 @@ def extra_operations(heads: int, group: int = 1, materialise: bool = False) -> f
     a sequence never becomes cheaper: what pays is generation.
     """
     return 1 / (2 * heads) + (0 if materialise else 1 / (2 * group))
-
-
-def materialises(length: int) -> bool:
-    """Is F better written once than computed again by every group of heads?"""
-    return length <= _LONGEST_TENSOR
 
 
 SELECTIVE = Variant(

@@ -192,7 +192,9 @@ BLOCKS, REST = "attn_blocks", "attn_rest"
 
 def legality(site: AttentionSite, spec: SPION) -> Iterator[Reason]:
     if site.length is None or site.length < 2:
-        text = "a pattern belongs to a sequence that attends to itself, all rows at once"
+        text = (
+            "a pattern belongs to a sequence that attends to itself, all at once, without a cache"
+        )
         yield Reason("spion.not_square", text, site.location)
         return
     try:
@@ -203,7 +205,7 @@ def legality(site: AttentionSite, spec: SPION) -> Iterator[Reason]:
     assert isinstance(made.block, int)
     if site.length <= made.block:
         yield Reason("spion.one_block", f"{site.length} tokens are one block", site.location)
-    known = is_causal(site.program.mask, site.length) is not None and site.program.sink is None
+    known = is_causal(site.program, site.length) is not None and site.program.sink is None
     if spec.softmax == "zero_logit" and not known:
         text = "zero logits have no meaning beside a sink, or a mask not causal or padding"
         yield Reason("spion.softmax", text, site.location)

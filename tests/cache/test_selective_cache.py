@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attn_compiler.cache.selective import SelectiveCache, SelectiveLayer
 from attn_compiler.errors import BadOption, UnsupportedCall
-from attn_compiler.kernels import eviction
-from attn_compiler.kernels.selective import selection_of, selective_attention
+from attn_compiler.kernels.eviction import selective_deaths
+from attn_compiler.kernels.selective import selective_attention
 from attn_compiler.kernels.slots import Rule, Slots, Token, prompt, step
 
 B, H, G, T, D, DV, E = 2, 6, 2, 29, 8, 5, 3
@@ -138,11 +138,13 @@ def test_worked_case_with_a_budget() -> None:
     one_hot = torch.eye(5).double()[None, None]
     given = Token(one_hot, z.T[None, None], one_hot)
     rule = replace(SQUARE, scale=1.0)
-    selection = selection_of(
-        given.q, given.k, given.v, [], [], None, [], None, None,
-        program=rule.program, scale=1.0, dropout=0.0, head=0, select_from="qk",
-    )  # fmt: skip
-    assert eviction.deaths(selection, 3).tolist() == [[5, 3, 4, 5, 5]]
+    options: dict[str, Any] = {"program": rule.program, "scale": 1.0, "head": 0}
+    options |= {"select_from": "qk"}
+    death = selective_deaths(given.q, given.k, [], [], [], **options, budget=3)
+    assert death.tolist() == [[5, 3, 4, 5, 5]]
+    for length, budget in ((5, 1), (4, 3)):
+        with pytest.raises(UnsupportedCall, match="at least 2, and a whole sequence"):
+            selective_deaths(given.q[:, :, :length], given.k, [], [], [], **options, budget=budget)
     for out in (prompt(rule, given, 3)[1][0], stepped(rule, given, 3)[0]):
         row3 = torch.softmax(torch.tensor([0.5, 2.0, 1.0]).double(), 0)
         row4 = torch.softmax(torch.tensor([1.5, 0.5, 2.0]).double(), 0)

@@ -39,6 +39,24 @@ def gpt2() -> Any:
     return _sharp(tf.GPT2LMHeadModel(config))
 
 
+def llama_eager() -> Any:
+    """Its mask is a tensor of zeros and large negative numbers that is added."""
+    model = llama()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def mistral() -> Any:
+    """Layers of a sliding window, which the library's cache keeps short."""
+    torch.manual_seed(0)
+    config = tf.MistralConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=6,
+        num_key_value_heads=2, vocab_size=61, max_position_embeddings=64, sliding_window=3,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _sharp(tf.MistralForCausalLM(config))
+
+
 def _sharp(model: Any) -> Any:
     """Logits that mask something, in float64."""
     for name, parameter in model.named_parameters():
@@ -47,7 +65,7 @@ def _sharp(model: Any) -> Any:
     return model.double().eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2}
+MODELS = {"llama": llama, "gpt2": gpt2, "llama, eager": llama_eager, "mistral": mistral}
 
 
 def inputs(padded: bool) -> dict[str, Tensor]:
@@ -79,6 +97,8 @@ CASES = [
     pytest.param("llama", True, {"start": "dedicated_head"}, marks=SLOW),
     pytest.param("llama", True, {"start": "gate"}, marks=SLOW),
     pytest.param("gpt2", True, {}, marks=SLOW),
+    pytest.param("llama, eager", True, {}, marks=SLOW),
+    pytest.param("mistral", True, {}, marks=SLOW),
     pytest.param("gpt2", True, {"start": "gate"}, marks=SLOW),
 ]
 
@@ -98,7 +118,7 @@ def test_steps_are_the_whole_pass(name: str, padded: bool, spec: dict[str, Any])
     real = torch.ones_like(IDS, dtype=torch.bool) if not padded else IDS > 0
     with torch.no_grad():
         whole = model(**given, use_cache=False).logits
-        cache = tf.DynamicCache()
+        cache = tf.DynamicCache(config=model.config)
         steps = stepwise(model, given, 4, cache)
         dense = MODELS[name]()(**given).logits
     torch.testing.assert_close(steps[real], whole[real], rtol=0, atol=1e-11)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,29 @@ def test_budgets_that_do_not_fit(model: Model) -> None:
     torch.compile(model, backend="attn_compiler", options=options)(x)
     codes = {r.code for s in ac.last_report().sites for r in s.decision.reasons}
     assert codes == {"needs_rewrite"}
+
+
+def test_budgets_are_part_of_the_state(model: Model, tmp_path: Path) -> None:
+    x = draw()
+    new = ac.rewrite(model, (x,), to=ac.Selective())
+    plain = new.eval()(x)
+    # without budgets the state is that of the model, and fits either way
+    assert set(new.state_dict()) == set(model.state_dict())
+    new.load_state_dict(model.state_dict())
+    ac.set_budgets(new, {PATHS[1]: 5})
+    kept = {f"{PATHS[1]}.attn_memory_0.budget"}
+    assert set(new.state_dict()) == set(model.state_dict()) | kept
+    torch.save(new.state_dict(), tmp_path / "state.pt")
+    other = ac.rewrite(copy.deepcopy(model), (x,), to=ac.Selective()).eval()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert ac.get_budgets(other) == {PATHS[1]: 5}
+    assert torch.equal(other(x), new(x)) and not torch.equal(other(x), plain)
+    # by hand, and a state that says nothing changes nothing
+    third = ac.rewrite(model, (x,), to=ac.Selective(budgets=ac.get_budgets(new))).eval()
+    third.load_state_dict(model.state_dict())
+    assert torch.equal(third(x), new(x))
+    with pytest.raises(BadOption, match="has no Selective attention"):
+        ac.get_budgets(model)
 
 
 def test_memory_loss_is_the_definition(model: Model) -> None:

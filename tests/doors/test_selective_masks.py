@@ -82,6 +82,39 @@ def selective(layer: Attention, x: Tensor, given: Tensor | None, select_from: st
     return layer.out(mixed)
 
 
+class Added(Attention):
+    """A mask of zeros and large negative numbers is added, as libraries do."""
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        q, k, v = self.parts(x)
+        weights = (self.logits(q, k)[1] + given).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("number", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+def test_numbers_that_are_added_forbid(number: float) -> None:
+    """Left padding and causality in one tensor, which only its numbers tell."""
+    torch.manual_seed(2)
+    layer = Added("padding").eval()
+    for parameter in layer.parameters():
+        parameter.data *= 3
+    x, allowed = torch.randn(B, T, H * D), layer.allowed(T, KEEP)
+    given = torch.zeros(B, 1, T, T).masked_fill(~allowed[:, None], number)
+    new = ac.rewrite(layer, (x, given), to=ac.Selective(head=HEAD))
+    assert [s.decision.variant for s in ac.last_report().sites] == ["selective"]
+    exact = selective(copy.deepcopy(layer).double(), x.double(), KEEP, "qk")
+    found = new(x, given)
+    torch.testing.assert_close(found.double()[KEEP], exact[KEEP], rtol=1e-4, atol=1e-4)
+    # a gate of 0 leaves all rows as they were, also those of padding, if they are any numbers
+    gated = ac.rewrite(layer, (x, given), to=ac.Selective(head=HEAD, start="gate"))
+    plain = layer(x, given)
+    seen = plain.isfinite() & (KEEP[..., None] | (number < -1e4))
+    torch.testing.assert_close(gated(x, given)[seen], plain[seen], rtol=1e-4, atol=1e-4)
+    ac.rewrite(layer, (x, torch.zeros(B, 1, T, T)), to=ac.Selective(head=HEAD))
+    (reason,) = ac.last_report().sites[0].decision.reasons
+    assert reason.code == "verify.failed" and "no row see later keys" in reason.text
+
+
 CASES = {
     "plain": None,
     "window": None,

@@ -13,6 +13,7 @@ import torch
 from ahead import SHARED, compile_for
 from attention_cases import text
 
+from attn_compiler.kernels import eviction_triton
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.launch import Launch
 from attn_compiler.kernels.masking_triton import Scan
@@ -48,7 +49,7 @@ def launches(program: str, width: int, dtype: torch.dtype) -> dict[str, Launch]:
     whole = torch.empty(2, LENGTH, LENGTH)
     return {
         "protect": scan.protect(),
-        "amounts": scan.launch("amounts", (start, whole, start)),
+        "amounts": scan.launch("amounts", (start, whole, start, start)),
         "unmask": scan.launch("unmask", (whole, whole.to(dtype), start)),
     }
 
@@ -64,3 +65,15 @@ def test_kernels_compile(target: str, width: int, dtype: torch.dtype) -> None:
             assert found.shared <= SHARED[target], name
             if name != "protect" and dtype is torch.bfloat16:
                 assert MATRIX[target] in found.text, name
+
+
+@pytest.mark.parametrize("keys", [1024, 2**14])
+@pytest.mark.parametrize("target", MATRIX)
+def test_eviction_compiles(target: str, keys: int) -> None:
+    shape, rows = (2, keys), 128
+    amount = torch.empty(2, rows, keys)
+    bytes_of = [torch.empty(*shape, dtype=t) for t in (torch.int8, torch.int64)]
+    cached = torch.empty(2, rows, dtype=torch.bool)
+    launch = eviction_triton.launch(amount, bytes_of[0], cached, bytes_of[1], 128, 40)
+    found = compile_for(target, launch)
+    assert found.spilled == 0 and found.shared <= SHARED[target]

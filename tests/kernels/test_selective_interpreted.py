@@ -13,9 +13,18 @@ pytest.importorskip("triton")
 
 import torch
 from attention_cases import text
-from selective_cases import CASES, WINDOW, B, Case, call, eager, qkv, with_gradients
+from selective_cases import CASES, WINDOW, B, Case, H, call, eager, qkv, with_gradients
+from torch import Tensor
 
-from attn_compiler.kernels import devices, gpu, masking_triton
+from attn_compiler.kernels import (
+    devices,
+    eviction_triton,
+    gpu,
+    masking_triton,
+    selective_paths,
+    selective_tiles,
+)
+from attn_compiler.kernels.eviction import selective_deaths
 from attn_compiler.kernels.launch import Tile
 from attn_compiler.kernels.selective import reference, selective_attention
 
@@ -60,12 +69,104 @@ def test_numbers_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert ran == (
         ["amounts"] if own or name == "temperature" else ["amounts", "amounts", "unmask"]
     )
+    judged(ours, usual, exact)
+
+
+def judged(ours: list[Tensor], usual: list[Tensor], exact: list[Tensor]) -> None:
     for number, (a, b, c) in enumerate(zip(ours, usual, exact, strict=True)):
         keep = c.isfinite()
         assert torch.equal(keep, a.isfinite()), number
         x, y, z = (t.double()[keep] for t in (a, b if number != 1 else a, c))
         budget = 4 * float((y - z).abs().max()) + 2e-6 * max(1.0, float(z.abs().max()))
         assert float((x - z).abs().max()) <= budget, number
+
+
+@pytest.mark.parametrize("name", ["left padding", "softcap, gate, selector", "alibi"])
+def test_bands_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F is never a tensor of all rows: each band goes on with the sums of the one before."""
+    monkeypatch.setattr(selective_paths, "_LARGEST", 0)
+    monkeypatch.setattr(selective_paths, "_TILE", 16)
+    seen: list[int] = []
+    plain = masking_triton.Scan._whole
+
+    def whole(scan: Any, dtype: torch.dtype) -> Tensor:
+        seen.append(scan.alone.q.shape[2])
+        return plain(scan, dtype)
+
+    monkeypatch.setattr(masking_triton.Scan, "_whole", whole)
+    case = CASES[name]
+    ours = with_gradients(case, selective_attention, torch.float32)
+    usual = with_gradients(case, eager, torch.float32)
+    exact = with_gradients(case, reference, torch.float32, wide=True)
+    judged(ours, usual, exact)
+    # 16 + 16 + 5 rows: forward, its sums again, and for each band F and its gradient
+    assert seen == [16, 16, 5, 16, 16, 5, 5, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("gate", [None, 0.75, -0.01])
+def test_tiles_that_are_masked_away_are_left_out(
+    gate: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token masks all before it, by 4: two tiles away only the first token is left."""
+    monkeypatch.setattr(selective_tiles, "SIDE", 16)
+    monkeypatch.setattr(selective_tiles.blocks, "_LEAST", 0)
+    monkeypatch.setitem(masking_triton.TILES_32_BITS, 64, Tile(16, 16))
+    small = Tile(16, 16)
+    monkeypatch.setattr(gpu, "forward_tile", lambda given, family, hardware: small)
+    monkeypatch.setattr(gpu, "backward_tiles", lambda given, family, hardware: (small, small))
+    maps: list[Tensor] = []
+    plain = selective_tiles._kept
+
+    def kept(*args: Any) -> Tensor:
+        maps.append(plain(*args))
+        return maps[-1]
+
+    monkeypatch.setattr(selective_tiles, "_kept", kept)
+    options = {} if gate is None else {"gate": torch.tensor(gate)}
+    q, k, v = qkv(torch.float32, 96)
+    q[:, 0], k[:, 0] = q.new_tensor([4 / 0.3, *[0] * 15]), k.new_tensor([1, *[0] * 15])
+    found = []
+    for fn, dtype in ((selective_attention, torch.float32), (reference, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out, _, state = call(Case(text(mask="(k <= q)")), fn, leaves, dict(options), [])
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        found.append([out, state, *torch.autograd.grad(out, leaves, weight)])
+    for a, b in zip(*found, strict=True):
+        scale = float(b.detach().abs().max())
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6 * max(1.0, scale))
+    assert len(maps) == 2 and torch.equal(*maps) and maps[0].shape == (B, 6, 6, 6)
+    # tiles between the first column, which holds the protected token, and those near the diagonal
+    far = maps[0][..., 1:].tril(-3)
+    assert maps[0][..., 0].all() and int(far.sum()) == (B * H * 6 if gate == -0.01 else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [("left padding", "by bands"), ("selector", "by bands"), ("window", "whole")]
+)
+def test_deaths(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel evicts what the loop over rows does."""
+    case, (q, k, _) = CASES[name], qkv(torch.float32)
+    selector = case.options(q.shape[2]).get("selector", [])
+    reads, ints = case.reads(q.shape[2]), list(case.ints)
+    options: dict[str, Any] = {"program": case.program, "scale": 0.3, "head": 4, "budget": 7}
+    args = (q, k, reads, ints, selector)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eviction_triton, "_MOST", 0)
+        exact = selective_deaths(*args, select_from="qk", **options)
+    if way == "by bands":
+        monkeypatch.setattr(selective_paths, "_LARGEST", 0)
+        monkeypatch.setattr(selective_paths, "_TILE", 16)
+    launched = []
+    plain = eviction_triton.evict
+
+    def evict(*given: Any) -> None:
+        launched.append(1)
+        plain(*given)
+
+    monkeypatch.setattr(eviction_triton, "evict", evict)
+    found = selective_deaths(*args, select_from="qk", **options)
+    assert torch.equal(found, exact) and len(launched) == (1 if way == "whole" else 3)
+    assert (exact < q.shape[2]).any()
 
 
 def test_a_carry() -> None:

@@ -178,6 +178,10 @@ def test_how_many_are_left_out() -> None:
     shifted = Program(mask=parse("k <= q + (S - T)"))
     _, reads = sparse(shifted, eye, block=BLOCK, length=LENGTH, slot=0, softmax="zero_logit")
     assert reads[1].exp().tolist() == pytest.approx([0, 8, 16, 24, 32])
+    # padding that is added
+    padded = Program(parse("dot + t0[b, 0, 0, k]"))
+    _, reads = sparse(padded, eye, block=BLOCK, length=LENGTH, slot=1, softmax="zero_logit")
+    assert reads[1].exp().tolist() == pytest.approx([29, 29, 29, 29, 32])
 
 
 @pytest.mark.parametrize(
@@ -189,6 +193,8 @@ def test_how_many_are_left_out() -> None:
         (Program(mask=parse("k <= q + n0")), pattern(0), "no meaning here"),
         (Program(mask=parse("t0[b, q] == t0[b, k]")), pattern(0), "no meaning here"),
         (Program(sink=parse("t0[h]")), pattern(0), "no meaning here"),
+        # a tensor's numbers may be a causal mask
+        (Program(parse("dot + t0[b, 0, q, k]")), pattern(0), "no meaning here"),
         (CAUSAL, ~torch.eye(5).bool(), "diagonal is missing"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -134,6 +135,51 @@ def test_what_a_schedule_refuses() -> None:
         for index in range(4):
             new(draw(index))
             schedule.step(index)
+
+
+@pytest.mark.parametrize("other", [{"block": 32}, {"per_head": True}, {"softmax": "zero_logit"}])
+def test_another_spec_than_the_model_s(other: dict[str, Any]) -> None:
+    with pytest.raises(ac.BadOption, match="another SPION"):
+        ac.SpionSchedule(rewritten_model(), dataclasses.replace(SPEC, **other))
+
+
+def test_a_model_may_be_moved_after_the_schedule_was_made() -> None:
+    """Trainers move it to their device; its maps of blocks are then other tensors."""
+    training, whole = Training(), Training()
+    for layer in training.model.layers:
+        layer.attn_blocks_0 = layer.attn_blocks_0.clone()
+    assert training.run(0, 8) == whole.run(0, 8) != []
+    assert all(map(torch.equal, patterns(whole.model), patterns(training.model)))
+
+
+def _process(rank: int, file: str, results: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    training = Training(most=6)
+    training.call = nn.parallel.DistributedDataParallel(training.model, broadcast_buffers=False)
+    turned = []
+    for index in range(8):
+        training.optimizer.zero_grad()
+        training.call(draw(2 * index + rank)).square().mean().backward()
+        training.optimizer.step()
+        turned += [index] if training.schedule.step(index) else []
+    results.put((turned, [p.tolist() for p in patterns(training.model)]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_turn_sparse_together(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    args = (str(tmp_path / "rendezvous"), results)
+    processes = [context.Process(target=_process, args=(rank, *args)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    (turned, found), other = (results.get(timeout=600) for _ in processes)
+    for process in processes:
+        process.join()
+    assert len(turned) == 1 and other == (turned, found)
+    assert not all(all(map(all, pattern)) for pattern in found)
 
 
 def test_batches_of_padding_alone() -> None:

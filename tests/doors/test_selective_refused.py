@@ -1,0 +1,45 @@
+"""What keeps Selective attention out where a cache hands over keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from doors.test_rewrite_el import Form, Part, Shown, draw
+from torch import nn
+
+import attn_compiler as ac
+from attn_compiler.errors import UnsupportedCall
+
+tf = pytest.importorskip("transformers")
+masked_layer = pytest.importorskip("attn_compiler.cache.masked_layer")
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "selective.cache_form": Form,
+    "selective.cache_layout": Part,
+    "selective.kv_read_elsewhere": Shown,
+}
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_it_is_refused(code: str) -> None:
+    model = REFUSED[code]().eval()
+    new = ac.rewrite(model, (draw(2, 7), tf.DynamicCache()), to=ac.Selective())
+    (site,) = ac.last_report().sites
+    assert code in {reason.code for reason in site.decision.reasons}, str(site.decision)
+    assert type(new) is type(model)
+
+
+def test_windows_become_layers_of_all_tokens() -> None:
+    """Some of them only: masks have one length, so those of the library cannot go on beside."""
+    config = tf.MistralConfig(num_hidden_layers=2, sliding_window=5)
+    cache = tf.DynamicCache(config=config)
+    assert cache.is_sliding == [True, True]
+    held: Any = masked_layer.hold(cache, 0, None)
+    assert type(held) is masked_layer.MaskedLayer and cache.is_sliding == [False, True]
+    keys = draw(2, 3).unsqueeze(1)
+    for index in range(2):
+        cache.update(keys, keys, index)
+    with pytest.raises(UnsupportedCall, match="layer 1 keeps a window"):
+        masked_layer.hold(cache, 0, None)
