@@ -241,6 +241,7 @@ class Replacement:
         words: what it is, for the report.
         training: does it depend on the mode? Then it is made once for each.
         cached: the same for a layer with a cache.
+        origin: what is known of the weights that leave, for a start from them.
     """
 
     function: Callable[..., Any]
@@ -250,6 +251,7 @@ class Replacement:
     words: str = ""
     training: bool = False
     cached: CachedLayer | None = None
+    origin: Any = None
 
 
 @dataclass(frozen=True)
