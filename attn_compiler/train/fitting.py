@@ -30,7 +30,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
     specs = [spec for _, spec in config.to if isinstance(spec, VariantSpec)]
     fitted = [spec for spec in specs if needs_data(spec)]
     converted = [spec for spec in fitted if gau.converts(spec)]
-    if calibration is None and fitted or calibration == "later" and converted:
+    if (calibration is None and fitted) or (calibration == "later" and converted):
         later_too = "" if converted else '; or "later" with a schedule'
         raise BadOption(
             "calibration is missing",

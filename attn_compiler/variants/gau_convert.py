@@ -105,6 +105,11 @@ def kept_back(calls: Sequence[C]) -> tuple[list[C], list[C]]:
     return [c for i, c in enumerate(calls) if step <= 1 or i % step != step - 1], kept
 
 
+def judged(calls: Sequence[C]) -> Sequence[C]:
+    """Those that were kept back, or all where none were."""
+    return kept_back(calls)[1] or calls
+
+
 def missed(calls: Sequence[Taught], outputs: Sequence[Tensor]) -> float:
     """Squares of what outputs miss, over those of what there is, tokens that count alone."""
     off, whole = 0.0, torch.finfo(torch.float64).tiny
@@ -186,7 +191,7 @@ def _fitted_map(
     unit: GauParameters, form: GauForm, calls: Sequence[Taught], covariance: Tensor
 ) -> GauParameters:
     """A fitted to the targets: the size of Z that is best, then descent."""
-    _, expanded, s = unit.sizes
+    expanded = unit.sizes[1]
     z = unit.w_uvz[:, 2 * expanded :]
     large = (z.mT @ covariance.to(z) @ z).diagonal().mean().sqrt()
     data = [_part(call, form.causal) for call in calls]
