@@ -53,9 +53,13 @@ def attended(given: Inputs, v: Tensor) -> Tensor:
     return found
 
 
-def target(given: Inputs) -> Tensor:
-    """[B, T, S] the mean map of its heads, some columns at a time."""
+def target(given: Inputs, valid: Tensor | None) -> Tensor:
+    """[B, T, S] the mean map of its heads, some columns at a time; how large the values of a head
+    are is asked of tokens that count, `valid` [B, T].
+    """
     v = given.v.repeat_interleave(given.q.shape[1] // given.v.shape[1], 1)
+    if valid is not None:
+        v = v * valid[:, None, :, None]
     each = torch.eye(v.shape[2], dtype=v.dtype, device=v.device)
     parts = (x.expand(*given.k.shape[:2], -1, -1) for x in each.split(_COLUMNS, 1))
     return torch.cat([mean_map(attended(given, part), v) for part in parts], 2)
@@ -97,7 +101,7 @@ class TrainedBlock:
         if call.number == 0:
             given = self._heard(x)
             heads = attended(given, given.v).transpose(1, 2).flatten(2).to(x.dtype)
-            y, wanted = _through(heads, self.out), target(given).to(x.dtype)
+            y, wanted = _through(heads, self.out), target(given, call.valid).to(x.dtype)
         else:
             y = self._net_of(x)
         self.forms[call.number] = replace(call.form, dropout=0.0)

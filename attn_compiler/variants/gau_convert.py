@@ -34,8 +34,8 @@ from attn_compiler.variants.conversion.regression import Products, regressed
 
 # of the fit of A: steps, the highest rate relative to the size of a weight, sizes of Z that are
 # tried, the longest sequence where a prefix is one too
-_STEPS, _RATE, _SIZES, _LONGEST = 120, 0.03, (0.25, 0.5, 1.0, 2.0), 512
-# silu(e z) is nearly e z / 2
+_STEPS, _RATE, _SIZES, _LONGEST = 120, 0.03, (0.05, 0.25, 0.5, 1.0, 2.0), 512
+# root mean square of what goes into a SiLU that is to be nearly linear: silu(z) is z / 2 + z^2 / 4
 _SMALL = 0.125
 # silu(k x) / k is nearly the activation
 _SHARPNESS = {"gelu": 1.702, "gelu_tanh": 1.702, "gelu_sigmoid": 1.702, "relu": 8.0}
@@ -283,9 +283,8 @@ def net_start(like: GauParameters, net: Net, calls: Sequence[Taught]) -> GauPara
     if net.gate is not None and net.activation == "silu" and plain and 2 * width <= expanded:
         unit = glu_unit(like, net.gate, net.up, net.down)
         return unit if net.b_down is None else replace(unit, b_o=net.b_down)
-    unit = _channels(like, net, list(range(width))[:expanded])
-    if width > expanded:
-        unit = _channels(like, net, _largest(net, calls, expanded))
+    chosen = range(width) if width <= expanded else _largest(net, calls, expanded)
+    unit = _channels(like, net, chosen, calls)
 
     def hidden(call: Taught) -> Tensor:
         gate, v, _ = projected(call.x, unit)
@@ -317,25 +316,31 @@ def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return x @ w if b is None else x @ w + b
 
 
-def _channels(like: GauParameters, net: Net, chosen: Sequence[int]) -> GauParameters:
+def _channels(
+    like: GauParameters, net: Net, chosen: Sequence[int], calls: Sequence[Taught]
+) -> GauParameters:
     """U and V of some channels: silu(k x gate) and a nearly linear x up, or 1; W_o of the net."""
     width, expanded, _ = like.sizes
-    k, count, at = _SHARPNESS.get(net.activation, 1.0), len(chosen), torch.tensor(list(chosen))
-    nothing = glu_unit(like, *(like.w_o.new_zeros(width, 0) for _ in range(2)), like.w_o[:0])
-    w_uvz, w_o = nothing.w_uvz, nothing.w_o
-    assert nothing.b_uvz is not None
-    b_uvz, second = nothing.b_uvz, slice(expanded, expanded + count)
+    k, count = _SHARPNESS.get(net.activation, 1.0), len(chosen)
+    at = torch.tensor(list(chosen), device=net.up.device)
+    nothing = like.w_o.new_zeros(width, 0)
+    unit = glu_unit(like, nothing, nothing, nothing.mT)
+    w_uvz, w_o, b_uvz = unit.w_uvz, unit.w_o, unit.b_uvz
+    assert b_uvz is not None
+    second = slice(expanded, expanded + count)
     first, b_first = (net.up, net.b_up) if net.gate is None else (net.gate, net.b_gate)
-    at = at.to(first.device)
     w_uvz[:, :count] = k * first[:, at]
     if b_first is not None:
         b_uvz[:count] = k * b_first[at]
     if net.gate is None:
         b_uvz[second] = OPEN_GATE
         w_o[:count] = net.down[at] / k
-    else:
-        w_uvz[:, second] = _SMALL * net.up[:, at]
-        if net.b_up is not None:
-            b_uvz[second] = _SMALL * net.b_up[at]
-        w_o[:count] = net.down[at] * (2 / (_SMALL * k))
-    return replace(nothing, w_uvz=w_uvz, b_uvz=b_uvz, w_o=w_o)
+        return unit
+    values = torch.cat([_affine(call.rows(call.x)[0], net.up, net.b_up) for call in calls])
+    tiny = torch.finfo(values.dtype).tiny
+    small = _SMALL / values.square().mean(0).sqrt().clamp_min(tiny)[at]
+    w_uvz[:, second] = small * net.up[:, at]
+    if net.b_up is not None:
+        b_uvz[second] = small * net.b_up[at]
+    w_o[:count] = net.down[at] * (2 / (small * k))[:, None]
+    return unit
