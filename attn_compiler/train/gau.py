@@ -131,7 +131,7 @@ class _Reader:
     def __init__(self, path: str, owner: nn.Module, sites: Sequence[AttentionSite]) -> None:
         self.path, self.owner, self.base = path, owner, base_of(owner)
         self.blocks = [TrainedBlock(owner, site) for site in sites]
-        plan: Plan = owner._attn_plan  # type: ignore[assignment]
+        plan: Plan = owner.__dict__["_attn_plan"]
         self.plan = replace(plan, config=_EXACT)
         self.variants: list[tuple[Variant, Report]] = []
 

@@ -186,13 +186,10 @@ def units_of(owner: nn.Module, site: AttentionSite) -> tuple[GauParameters, GauP
 
 def _wide(unit: GauParameters) -> GauParameters:
     """Its numbers, in float32 at least."""
-    found = {n: getattr(unit, n) for n in NAMES}
-    return GauParameters(
-        **{
-            n: None if x is None else x.detach().to(accumulator(x), copy=True)
-            for n, x in found.items()
-        }
-    )
+    found: dict[str, Any] = {n: getattr(unit, n) for n in NAMES}
+    for name, x in found.items():
+        found[name] = None if x is None else x.detach().to(accumulator(x), copy=True)
+    return GauParameters(**found)
 
 
 def _affine(owner: nn.Module, held: HeldMap) -> tuple[Tensor, Tensor | None]:
@@ -209,9 +206,10 @@ def _net(owner: nn.Module, held: HeldBlock) -> Net:
     gate: Tensor | None = None
     b_gate: Tensor | None = None
     if held.packed:
-        halves = [up.chunk(2, 1), (None, None) if b_up is None else b_up.chunk(2)]
-        first = 0 if held.packed == "first" else 1
-        (gate, up), (b_gate, b_up) = ((h[first], h[1 - first]) for h in halves)  # type: ignore[misc]
+        halves, first = up.chunk(2, 1), int(held.packed == "last")
+        biases: Sequence[Tensor | None] = (None, None) if b_up is None else b_up.chunk(2)
+        gate, up = halves[first], halves[1 - first]
+        b_gate, b_up = biases[first], biases[1 - first]
     elif held.gate is not None:
         gate, b_gate = _affine(owner, held.gate)
     return Net(up, b_up, down, b_down, held.activation, gate, b_gate)

@@ -227,9 +227,10 @@ def _map_loss(unit: GauParameters, form: GauForm, calls: Sequence[Taught]) -> Te
 
 def _descended(unit: GauParameters, form: GauForm, calls: Sequence[Taught]) -> GauParameters:
     """Z, its scales and offsets and the bias by distance, after descent; the best that was met."""
-    _, expanded, _ = unit.sizes
+    expanded = unit.sizes[1]
+    assert unit.b_uvz is not None
     parts = {
-        "w": unit.w_uvz[:, 2 * expanded :], "b": unit.b_uvz[2 * expanded :],  # type: ignore[index]
+        "w": unit.w_uvz[:, 2 * expanded :], "b": unit.b_uvz[2 * expanded :],
         "gamma": unit.gamma, "beta": unit.beta, "rel_bias": unit.rel_bias,
     }  # fmt: skip
     leaves = {n: p.detach().clone().requires_grad_() for n, p in parts.items() if p is not None}
