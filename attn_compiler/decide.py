@@ -191,6 +191,7 @@ def _replaced(
     decision = Decision(
         True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
         spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
+        origin=made.origin,
     )  # fmt: skip
     facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
     return replace(site, decision=decision, facts={**site.facts, **facts})

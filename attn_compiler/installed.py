@@ -279,6 +279,19 @@ def as_before(owner: nn.Module) -> Iterator[None]:
         swap.put_back(owner, held)
 
 
+@contextmanager
+def original(owner: nn.Module) -> Iterator[None]:
+    """The owner as it was, with the numbers that it had; not after `settle`."""
+    kind = type(owner)
+    held = swap.give_back(owner, owner.__dict__.get("_attn_taken", ()))
+    owner.__class__ = base_of(owner)
+    try:
+        yield
+    finally:
+        owner.__class__ = kind
+        swap.put_back(owner, held)
+
+
 def rewritten(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]]:
     """The sites that stand rewritten in a model: path of the owner, the owner, the site."""
     for path, module in model.named_modules():

@@ -108,11 +108,11 @@ class _Calls:
         path = self.names.get(id(module))
         if path in self.wanted and path not in self.found:
             values = copied(bound(base_of(module), args, kwargs))
-            self.found[path] = Recorded(values, tuple(_autocast()))
+            self.found[path] = Recorded(values, tuple(autocast()))
         return module._call_impl(*args, **kwargs)
 
 
-def _autocast() -> Iterator[tuple[str, bool, torch.dtype]]:
+def autocast() -> Iterator[tuple[str, bool, torch.dtype]]:
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             yield device, True, torch.get_autocast_dtype(device)

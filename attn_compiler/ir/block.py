@@ -82,3 +82,51 @@ class FoundBlock:
 
     block: Block | None
     obstacles: tuple[Reason, ...]
+
+
+# ---------------------------------------------------------------- where its weights are
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMap:
+    """A linear map by the paths of its parameters; the weight is [D, outputs] if transposed."""
+
+    weight: str
+    bias: str | None
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeldBlock:
+    """The maps of a block, without its graph.
+
+    Attributes:
+        projections, out: of the attention.
+        gate, up, down, activation, packed: of the net, see `FeedForward`.
+    """
+
+    projections: tuple[HeldMap, ...]
+    out: HeldMap
+    gate: HeldMap | None
+    up: HeldMap
+    down: HeldMap
+    activation: str
+    packed: str
+
+
+def held(block: Block) -> HeldBlock:
+    """Where the weights of a block are."""
+    net = block.net
+    return HeldBlock(
+        tuple(map(_held, block.projections)),
+        _held(block.out),
+        None if net.gate is None else _held(net.gate),
+        _held(net.up),
+        _held(net.down),
+        net.activation,
+        net.packed,
+    )
+
+
+def _held(found: LinearMap) -> HeldMap:
+    return HeldMap(found.weight, found.bias, found.transposed)

@@ -93,6 +93,11 @@ class FeedForward:
         return self.gate is not None
 
 
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """What `FeedForward.activation` names."""
+    return _ACTIVATIONS[name]
+
+
 def find_feed_forward(made: fx.Node) -> FeedForward:
     """The feed-forward net whose output a host node is.
 

@@ -74,6 +74,7 @@ class Decision:
         spec: what was asked for, with numbers for every "auto"; None where nothing was open.
         cached: heads and width of what a cache holds instead of keys and values; None where it
             holds these.
+        origin: what is known of the weights that leave, where new ones are started from them.
     """
 
     accepted: bool
@@ -89,6 +90,7 @@ class Decision:
     taken: tuple[str, ...] = ()
     spec: Any = None
     cached: tuple[int, int] | None = None
+    origin: Any = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

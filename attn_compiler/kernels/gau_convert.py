@@ -31,6 +31,8 @@ from attn_compiler.kernels.gau_layer import (
 # silu of it is 1
 OPEN_GATE = 1.2784645427610740
 _BIASES = ("b_uvz", "b_o")
+# which tokens are no padding, and of which document they are
+Counted = tuple[Tensor | None, Tensor | None]
 
 
 def linear_values(into: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,22 +62,36 @@ def attention_unit(
     Raises:
         BadOption: there is no bias to open the gate with, or n is below s.
     """
-    width, expanded, s = like.sizes
+    _, expanded, s = like.sizes
     if like.b_uvz is None:
         raise BadOption("a unit without biases has no gate to open", where="option biases")
     if q_and_k.shape[1] < s:
         what = f"queries and keys of the teacher have {q_and_k.shape[1]} columns and not {s}"
         raise BadOption(what, where="option s", do="give a unit of a smaller s")
-    channels = min(expanded // 2, width)
-    outputs = _directions(value_output, covariance, channels)
-    v, o = linear_values(value_output @ outputs, outputs.mT)
-    w_uvz, w_o, b_uvz = (torch.zeros_like(x) for x in (like.w_uvz, like.w_o, like.b_uvz))
-    w_uvz[:, expanded : expanded + 2 * channels] = v
-    w_o[: 2 * channels] = o
+    w_uvz, b_uvz = torch.zeros_like(like.w_uvz), torch.zeros_like(like.b_uvz)
     w_uvz[:, 2 * expanded :] = q_and_k @ _directions(q_and_k, covariance, s)
     b_uvz[:expanded] = OPEN_GATE
     ones, zeros = torch.ones_like(like.gamma), torch.zeros_like(like.beta)
-    return replace(like, w_uvz=w_uvz, b_uvz=b_uvz, gamma=ones, beta=zeros, w_o=w_o)
+    found = replace(like, w_uvz=w_uvz, b_uvz=b_uvz, gamma=ones, beta=zeros)
+    return with_values(found, value_output, covariance)
+
+
+def with_values(unit: GauParameters, value_output: Tensor, covariance: Tensor) -> GauParameters:
+    """A unit whose gate is open, with linear values of a product: the channels that lose least.
+
+    Args:
+        value_output: [D, D].
+        covariance: [D, D] mean of m^T m over what the product is applied to, mixed or not.
+    """
+    width, expanded, _ = unit.sizes
+    channels = min(expanded // 2, width)
+    outputs = _directions(value_output, covariance, channels)
+    v, o = linear_values(value_output @ outputs, outputs.mT)
+    w_uvz, w_o = unit.w_uvz.clone(), torch.zeros_like(unit.w_o)
+    w_uvz[:, expanded : 2 * expanded] = 0
+    w_uvz[:, expanded : expanded + 2 * channels] = v
+    w_o[: 2 * channels] = o
+    return replace(unit, w_uvz=w_uvz, w_o=w_o)
 
 
 def _directions(weights: Tensor, covariance: Tensor, number: int) -> Tensor:
@@ -120,24 +136,37 @@ def glu_unit(like: GauParameters, gate: Tensor, up: Tensor, down: Tensor) -> Gau
 # ---------------------------------------------------------------- targets
 
 
-def mixing_map(x: Tensor, weights: GauParameters, form: GauForm) -> Tensor:
+def mixing_map(
+    x: Tensor, weights: GauParameters, form: GauForm, seen: Counted = (None, None)
+) -> Tensor:
     """[B, T, T] what a unit multiplies values with, A and the linear part: to be trained towards
     `mean_map`. Differentiable; without dropout.
     """
+    each = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
+    return mixed(x, each, weights, form, seen)
+
+
+def mixed(
+    x: Tensor, values: Tensor, weights: GauParameters, form: GauForm, seen: Counted = (None, None)
+) -> Tensor:
+    """[B, T, dv] the map of a unit times values [B, T, dv], which its gate and its own values have
+    no part in.
+
+    Args:
+        seen: `valid` and `documents` of `gau_layer`.
+    """
     _, _, z = projected(x, weights)
     q, k, *linear = queries_and_keys(z, weights, form)
-    each = torch.eye(x.shape[1], dtype=z.dtype, device=z.device).expand(x.shape[0], -1, -1)
     table = relative(weights, form, x.shape[1])
     found: Tensor
     found, _ = gau_attention(
         q,
         k,
-        each,
+        values,
         *(linear or (None, None)),
         None,
         table,
-        None,
-        None,
+        *seen,
         None,
         chunk=form.chunk,
         causal=form.causal,

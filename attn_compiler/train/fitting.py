@@ -14,7 +14,7 @@ from torch import nn
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption
 from attn_compiler.report import Report
-from attn_compiler.train import selective, spion
+from attn_compiler.train import gau, selective, spion
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
 
@@ -29,11 +29,13 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
     """
     specs = [spec for _, spec in config.to if isinstance(spec, VariantSpec)]
     fitted = [spec for spec in specs if needs_data(spec)]
-    if calibration is None and fitted:
+    converted = [spec for spec in fitted if gau.converts(spec)]
+    if (calibration is None and fitted) or (calibration == "later" and converted):
+        later_too = "" if converted else '; or "later" with a schedule'
         raise BadOption(
             "calibration is missing",
-            why=[f"{type(fitted[0]).__name__} is fitted to a model's own attention"],
-            do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
+            why=[f"{type((converted or fitted)[0]).__name__} is fitted to a model's own attention"],
+            do=f"give calibration=batches, pairs (args, kwargs){later_too}",
         )
     later = calibration == "later" and not fitted
     measured = fitted or any(map(selective.changes, specs))
@@ -42,8 +44,9 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             "calibration is given, and nothing that is asked for is fitted to data",
             do="leave it out",
         )
-    # a loss is measured twice over the same data
-    if calibration is None or calibration == "later" or not any(map(selective.changes, specs)):
+    # it is gone through more than once
+    again = bool(converted) or any(map(selective.changes, specs))
+    if calibration is None or calibration == "later" or not again:
         return calibration
     return list(calibration)
 
@@ -76,6 +79,8 @@ def fitted(
     if left and data is not None and data != "later":
         done |= spion.calibrate(model, left, data)
     report = replace(report, sites=spion.described(report.sites, done))
+    if isinstance(data, list):
+        report = gau.convert(model, report, data)
     if before is not None and isinstance(data, list):
         after = selective.losses(model, data)
         report = replace(report, sites=selective.described(report.sites, before, after))

@@ -23,6 +23,8 @@ __all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary
 
 def needs_data(spec: VariantSpec) -> bool:
     """Has it to see a model's attention before it can take its place?"""
+    if isinstance(spec, gau.GAU):
+        return spec.init == "convert"
     return isinstance(spec, spion.SPION) and spec.pattern is None
 
 

@@ -243,6 +243,7 @@ class Replacement:
         training: does it depend on the mode? Then it is made once for each.
         cached: the same for a layer with a cache.
         net: what takes the place of the feed-forward net, where that is replaced by itself.
+        origin: what is known of the weights that leave, for a start from them.
     """
 
     function: Callable[..., Any]
@@ -253,6 +254,7 @@ class Replacement:
     training: bool = False
     cached: CachedLayer | None = None
     net: Replacement | None = None
+    origin: Any = None
 
     @property
     def all_tensors(self) -> tuple[NewTensor, ...]:

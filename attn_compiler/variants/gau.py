@@ -49,7 +49,7 @@ class GAU(VariantSpec):
             of the sequence, "chunk" a chunk's length, "seqlen" the length, "fixed(512)" a number.
         relative_bias: a learned bias by distance.
         rope: rotate queries and keys.
-        init: "fresh", or "convert" from the block that is replaced.
+        init: "fresh", or "convert" from the block that is replaced, with calibration.
 
     Raises:
         BadOption: a field has a wrong value.
@@ -84,6 +84,9 @@ class GAU(VariantSpec):
         if mode == "chunk":
             demand(self, "scale_mode", self.chunk is not None, "give chunk too", "no chunks")
         demand_one_of(self, "init", "fresh", "convert")
+        if self.init == "convert":
+            why = "a unit starts as a feed-forward net by a bias that shows a token itself alone"
+            demand(self, "relative_bias", self.relative_bias, 'leave it True, or init="fresh"', why)
 
 
 def cost(spec: GAU, work: Work, *, causal: bool = False) -> Cost:
@@ -121,6 +124,16 @@ def filled(spec: GAU, *, width: int, replaced: int, length: int, causal: bool = 
         if chunk is None:  # which has fewer parameters
             s, expansion = sizes(replace(spec, chunk=None), width, replaced)
     return replace(spec, chunk=chunk, s=s, expansion=expansion)
+
+
+def second_of(spec: GAU) -> GAU:
+    """The form of the unit in the place of the feed-forward net, given numbers for "auto": a
+    converted one starts by seeing the token itself alone, so nothing may divide, and it has a table
+    of distances.
+    """
+    if spec.init == "fresh":
+        return spec
+    return replace(spec, chunk=spec.chunk or _CHUNK, scale_mode="fixed(1)")
 
 
 def sizes(spec: GAU, width: int, replaced: int) -> tuple[int, float]:

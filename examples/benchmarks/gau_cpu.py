@@ -144,6 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"T={row['length']}: pair {found['median']:.1f} us for a token "
             f"({found['min']:.1f} to {found['max']:.1f})"
         )
+    if len(grown) > 1:
+        each = [row["microseconds_per_token"]["median"] for row in grown]
+        say(f"a token of the longest takes {each[-1] / each[0] - 1:+.1%} to one of the shortest")
     if options.json:
         print(json.dumps({"width": options.width, "speed": rows, "growth": grown}, indent=2))
     return 0

@@ -189,7 +189,6 @@ class Sines(Pre):
         (Windowed(), (), SMALL, "gau.mask"),
         (Biased(), (torch.randn(2, 7, 7),), SMALL, "gau.score"),
         (Pre(), (), ac.GAU(s=4096), "gau.sizes"),
-        (Pre(), (), ac.GAU(init="convert"), "gau.convert"),
         (Sines(), (), SMALL, "feed_forward.unlike"),
         (Pre().attend, (), SMALL, "block.outside"),
     ],

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.block import held
 from attn_compiler.ir.expr import Expr, Int, Read, depends, walk
 from attn_compiler.ir.mask import Causal, Documents, Mask, Padding, Term
 from attn_compiler.ir.no_attention import NotAttention
@@ -28,7 +29,7 @@ from attn_compiler.variants.base import (
     Variant,
     normal,
 )
-from attn_compiler.variants.gau import GAU, break_even_length, filled, parameters
+from attn_compiler.variants.gau import GAU, break_even_length, filled, parameters, second_of
 
 _STD = 0.02
 # offsets of a causal mask that lets a row see up to itself
@@ -36,13 +37,10 @@ _DIAGONALS = ("0", "S - T")
 
 
 def legality(site: AttentionSite, spec: GAU) -> Iterator[Reason]:
-    """Codes: those of `ir.blocks` (block.*) and `ir.feed_forward` (feed_forward.*), and gau.mask,
-    .score, .convert.
+    """Codes: those of `ir.blocks` (block.*) and `ir.feed_forward` (feed_forward.*), and gau.mask
+    and gau.score.
     """
     yield from site.obstacles or ()
-    if spec.init == "convert":
-        text = "a start from the block's own weights is made by kernels.gau_convert, not in place"
-        yield Reason("gau.convert", text, site.location)
     problem = _mask_problem(site.mask)
     if problem:
         yield Reason("gau.mask", f"{problem}: {site.mask}", site.location)
@@ -113,24 +111,29 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
         except BadOption as error:
             raise NotAttention("gau.sizes", error.what) from error
         tensors = tuple(
-            t for home in facts["homes"] for t in _tensors(made, block.width, home, facts)
+            tensor
+            for home, one in zip(facts["homes"], (made, second_of(made)), strict=True)
+            for tensor in _tensors(one, block.width, home, facts)
         )
         words = _words(made, block, causal, facts["rows"])
-    form = (
-        ("chunk", made.chunk),
-        ("causal", causal),
-        ("scale_mode", made.scale_mode),
-        ("rope", made.rope),
-        ("dropout", site.dropout),
+    forms = tuple(
+        (
+            ("chunk", one.chunk),
+            ("causal", causal),
+            ("scale_mode", one.scale_mode),
+            ("rope", one.rope),
+            ("dropout", site.dropout),
+        )
+        for one in (made, second_of(made))
     )
     seen = seen_by(site.mask)
     _check_seen(site, facts, seen)
     options = (
         ("names", tuple(n for n in gau_unit.NAMES if n != "rel_bias" or made.relative_bias)),
-        ("form", form),
+        ("forms", forms),
         ("seen", (seen.padding, seen.documents, seen.whole)),
     )
-    return Replacement(gau_unit.unit, tensors, options, made, words)
+    return Replacement(gau_unit.unit, tensors, options, made, words, origin=held(block))
 
 
 def _check_seen(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
