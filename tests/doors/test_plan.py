@@ -32,6 +32,26 @@ def test_only_a_generated_kernel_where_pytorch_has_none() -> None:
     assert ac.plan("fastest", uneven, hardware="h200").name == "triton"
 
 
+@pytest.mark.parametrize(
+    ("shape", "hardware", "expected"),
+    [
+        (LONG, "h200", {"cudnn", "flash", "triton"}),
+        (LONG, "a100", {"flash", "triton"}),  # cuDNN's is not called there
+        (replace(LONG, head_dim=160), "h200", {"flash", "triton"}),
+        (replace(LONG, head_dim=320), "h200", set()),
+        (replace(LONG, head_dim=44), "h200", {"triton"}),  # PyTorch's want a multiple of 8
+        (replace(LONG, query=1), "h200", {"triton"}),  # what runs a short query
+        (LONG, "t4", set()),
+    ],
+)
+def test_only_kernels_that_would_be_called(
+    shape: ac.Shape, hardware: str, expected: set[str]
+) -> None:
+    found = ac.plan("fastest", shape, hardware=hardware)
+    assert {found.name, *(p.name for p in found.alternatives)} == expected | {"keep"}
+    assert found.keep == (not expected)
+
+
 def test_open_sizes_are_filled_in() -> None:
     spec = ac.plan(ac.SwitchHead(), LONG, hardware="h200").spec
     assert isinstance(spec, ac.SwitchHead)
