@@ -9,6 +9,8 @@ projections, or the block with its feed-forward net. `keep` says that it does no
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,11 +25,12 @@ from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, Template, TileConfig
 from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
+from attn_compiler.crossing import crossing
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import Flash, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
-_SHOWN = 5
+_SHOWN, _WIDTH = 5, 100
 # forward and backward of a training, in forwards: seven products for two
 _WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
@@ -51,6 +54,8 @@ class Plan:
         hardware: name of the device.
         alternatives: other plans, the fastest first.
         assumed: what of this nobody has measured.
+        crossing: from which length, density or budget on it pays.
+        formulas: what it costs in the letters of `cost.letters`, simplified, by what is counted.
         roofline: the roofs of the device with this plan and its alternatives as points.
     """
 
@@ -66,6 +71,8 @@ class Plan:
     hardware: str
     alternatives: tuple[Plan, ...] = ()
     assumed: str = ""
+    crossing: str = ""
+    formulas: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     roofline: Roofline | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -82,7 +89,10 @@ class Plan:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([head, *table, *([f"assumed: {self.assumed}"] if self.assumed else [])])
+        lines = [*textwrap.wrap(head, _WIDTH, break_on_hyphens=False), *table]
+        lines += [self.crossing] if self.crossing else []
+        lines += [f"assumed: {self.assumed}"] if self.assumed else []
+        return "\n".join(lines)
 
 
 def _row(p: Plan, first: bool) -> tuple[str, ...]:
@@ -120,21 +130,26 @@ def plan(
         BadOption: an unknown hardware, a spec of no known variant, or sizes that it cannot have.
     """
     machine = resolve(hardware)
-    found = _planned(spec, shape, machine, dtype)
+    found = planned(spec, shape, machine, dtype)
     drawn = roofline(machine, dtype.itemsize)
     for p in (found, *found.alternatives):
         drawn = drawn.with_point(p.name, (p.flops, p.bytes), p.seconds, p.limit)
-    return replace(found, roofline=drawn)
+    turn, cost = "", ordinary(shape, Scope.CORE)
+    if isinstance(spec, VariantSpec) and not isinstance(spec, Flash):
+        turn = crossing(spec, shape, lambda s, sizes: not planned(s, sizes, machine, dtype).keep)
+        cost = costed(spec, shape)[1]
+    return replace(found, roofline=drawn, crossing=turn, formulas=cost.texts())
 
 
-def _planned(
+def planned(
     spec: VariantSpec | Literal["fastest"], shape: Shape, machine: Hardware, dtype: torch.dtype
 ) -> Plan:
+    """The same without what is only for people: the answer of one question."""
     exact = _exact(shape, machine, dtype)
     if spec == "fastest" or isinstance(spec, Flash):
         best = exact[0] if spec == "fastest" else _first(exact, "keep")
         rest = tuple(p for p in exact if p is not best)
-        return replace(best, keep=best.name == "keep", alternatives=rest)
+        return replace(best, keep=exact[0].name == "keep", alternatives=rest)
     if not isinstance(spec, VariantSpec):
         raise BadOption(f"spec is {spec!r}", do='give a spec such as Flash(), or "fastest"')
     return _variant(spec, shape, machine, dtype, exact[0])
@@ -329,7 +344,7 @@ def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost
 def advice(spec: VariantSpec, shape: Shape, hardware: Hardware | None, dtype: torch.dtype) -> str:
     """Whether a variant pays at a shape, in words; "" where nothing is known."""
     try:
-        found = plan(spec, shape, hardware=hardware, dtype=dtype)
+        found = planned(spec, shape, resolve(hardware), dtype)
     except BadOption:
         return ""
     if not found.keep:

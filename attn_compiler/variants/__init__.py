@@ -42,9 +42,9 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     if isinstance(spec, el.ELAttention):
         return spec, el.cost(spec, work, causal=causal, cross=cross), Scope.SITE, {}
     if isinstance(spec, selective.Selective):
-        kept = spec.budgets if isinstance(spec.budgets, tuple) else ()
-        length = sum(kept) / len(kept) if kept else float(shape.key)
-        return spec, selective.cost(spec, work), Scope.CORE, {"C": length}
+        # in a step the keys are those that are kept; a whole sequence sees them all
+        kept = selective.kept_tokens(spec, shape.key) if work == "decode" else float(shape.key)
+        return spec, selective.cost(spec, work), Scope.CORE, {"S": kept}
     if isinstance(spec, spion.SPION):
         filled = spion.filled(spec, shape.key)
         made = filled.pattern

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_compiler as ac
+from attn_compiler.variants.base import VariantSpec
 
 LONG = ac.Shape(1, 8192, 8192, 16, 64, width=1024)
 
@@ -121,6 +122,74 @@ def test_a_plan_says_what_is_assumed() -> None:
     measured = replace(ac.Hardware.named("cpu"), mark="measured")
     assert "assumed" not in str(ac.plan(ac.SPION(), LONG, hardware=measured))
     assert "assumed" not in str(ac.plan("fastest", LONG, hardware="h200"))
+
+
+DECODE = replace(LONG, query=1, batch=8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "words"),
+    [
+        (ac.SwitchHead(), LONG, "pays from about 1,536 tokens"),
+        (ac.GAU(), LONG, "pays from about"),
+        (ac.GAU(chunk=None), LONG, "never pays"),
+        (ac.SPION(), LONG, "pays up to about 4"),
+        (ac.Selective(), LONG, "pays in generation with budgets alone"),
+        (ac.Selective(), DECODE, "pays up to about 8,064 kept tokens of 8,192"),
+        (ac.ELAttention(), LONG, "pays in steps of generation alone"),
+        (ac.ELAttention(), replace(DECODE, beams=4), "pays from about"),
+        (ac.Flash(), LONG, ""),
+        ("fastest", LONG, ""),
+    ],
+)
+def test_a_plan_says_where_the_answer_turns(
+    spec: VariantSpec, shape: ac.Shape, words: str
+) -> None:
+    found = ac.plan(spec, shape, hardware="h200")
+    assert found.crossing.startswith(words) and bool(found.crossing) == bool(words)
+    assert found.crossing in str(found)
+
+
+def test_the_answer_turns_where_it_says() -> None:
+    def keep(spec: VariantSpec, shape: ac.Shape) -> bool:
+        return ac.plan(spec, shape, hardware="h200").keep
+
+    short = replace(LONG, query=1024, key=1024)
+    assert keep(ac.SwitchHead(), short)
+    assert not keep(ac.SwitchHead(), replace(LONG, query=1536, key=1536))
+    assert not keep(ac.SPION(density=0.35), LONG) and keep(ac.SPION(density=0.5), LONG)
+    assert keep(ac.Selective(), DECODE)
+
+
+def test_budgets_are_paid_for_by_what_a_step_reads() -> None:
+    few, by_path = ac.Selective(budgets=(512, 256)), ac.Selective(budgets={"a": 512, "b": 256})
+    found = ac.plan(few, DECODE, hardware="h200")
+    assert not found.keep and found.seconds < found.alternatives[0].seconds / 5
+    # 384 tokens of 8192, each with a state of 8 bytes
+    assert found.memory == 8 * 384 * (4 * 1024 + 8)
+    assert ac.plan(by_path, DECODE, hardware="h200").seconds == found.seconds
+    assert ac.plan(ac.Selective(budgets=(10**6,)), DECODE, hardware="h200").keep
+    assert ac.plan(few, LONG, hardware="h200").keep  # a whole sequence sees every token
+
+
+def test_what_it_costs_in_letters() -> None:
+    found = ac.plan("fastest", LONG, hardware="h200").formulas
+    assert found["flops"] == "B*H*S*T*(d + e)" and found["cache"] == "B*G*S*n*(d + e)"
+    assert "near" in found and "saved" not in found
+    assert "D" in ac.plan(ac.SwitchHead(), LONG, hardware="h200").formulas["flops"]
+    assert ac.plan("fastest", replace(LONG, training=True), hardware="h200").formulas["saved"]
+
+
+def test_flash_says_where_the_code_as_it_is_written_is_faster() -> None:
+    found = ac.plan(ac.Flash(), replace(LONG, query=1), hardware="cpu", dtype=torch.float32)
+    assert found.name == "sdpa" and found.keep
+    assert found.alternatives[0].name == "keep" and "keep it as it is" in str(found)
+
+
+def test_no_line_is_wider_than_a_terminal() -> None:
+    for spec in (ac.SwitchHead(), ac.SPION(), ac.GAU()):
+        text = str(ac.plan(spec, LONG, hardware="l4"))
+        assert max(map(len, text.splitlines())) <= 100
 
 
 def test_a_map_of_blocks_pays_on_a_cpu_until_it_is_dense() -> None:
