@@ -63,9 +63,9 @@ COUNTED = {
 }
 
 LETTERS = (
-    "B batch, T queries, S keys, H heads, G kv heads, d and e head dims of keys and values, D width "
-    "of the model, n bytes of a number, K beams, L layers, E experts and k of them active, C a "
-    "chunk's or block's tokens, rho share of the pairs that is left, M rows of a tile."
+    "B batch, T queries, S keys, H heads, G kv heads, d and e head dims of keys and values, D "
+    "width of the model, n bytes of a number, K beams, L layers, E experts and k of them active, "
+    "C tokens of a chunk or block, rho share of the pairs that is left, M rows of a tile."
 )
 
 WAYS = {

@@ -142,9 +142,7 @@ DECODE = replace(LONG, query=1, batch=8)
         ("fastest", LONG, ""),
     ],
 )
-def test_a_plan_says_where_the_answer_turns(
-    spec: VariantSpec, shape: ac.Shape, words: str
-) -> None:
+def test_a_plan_says_where_the_answer_turns(spec: VariantSpec, shape: ac.Shape, words: str) -> None:
     found = ac.plan(spec, shape, hardware="h200")
     assert found.crossing.startswith(words) and bool(found.crossing) == bool(words)
     assert found.crossing in str(found)
