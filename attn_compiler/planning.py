@@ -27,7 +27,7 @@ from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
 from attn_compiler.crossing import crossing
 from attn_compiler.errors import BadOption
-from attn_compiler.variants import Flash, costed, ordinary
+from attn_compiler.variants import Flash, core_of, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
 _SHOWN, _WIDTH = 5, 100
@@ -36,6 +36,11 @@ _WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
 # chunks are small, where states are as wide as the model: assumed, to be measured
 _EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
+# of the core and of the rest, where that is not the rest alone; EL runs the ordinary attention but
+# in steps
+_RATES = {"SPION": (0.8, 1.0), "Selective": (0.9, 0.9), "ELAttention": (1.0, 1.0)}
+# whose scores no kernel but a generated one computes
+_OWN_KERNELS = ("SPION", "Selective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,18 +273,24 @@ def _variant(
     spec, cost, scope, extra = costed(spec, shape)
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
-    core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
     name, theirs = type(spec).__name__, _time(dense, hardware, dtype)
     if hardware.kind == "cpu" and (name == "SPION" or _over_states(name, shape)):
         ours = _on_a_cpu(name, numbers, shape, hardware, dtype, extra)
         theirs = replace(theirs, seconds=exact.seconds) if scope is Scope.CORE else theirs
-    else:
-        # what the best kernel needs beyond the formula, in proportion to the scores computed
-        slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
-        share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+    elif _over_states(name, shape):
+        # neither step is taken apart: no kernel's time is known for heads as wide as the model
         ours = _time(numbers, hardware, dtype, _EFFICIENCY[name])
-        ours = replace(ours, seconds=ours.seconds + slack * share)
-        theirs = replace(theirs, seconds=theirs.seconds + slack)
+    else:
+        theirs = _with_core(dense, shape, exact, hardware, dtype, (1.0, 1.0))
+        inner = core_of(spec, shape, extra)
+        if inner is None:
+            ours = _time(numbers, hardware, dtype, _EFFICIENCY[name])
+        else:
+            ways = _exact(inner, hardware, dtype)
+            generated = (p for p in ways if p.name == "triton" and name in _OWN_KERNELS)
+            fastest = next(generated, ways[0])
+            rates = _RATES.get(name, (1.0, _EFFICIENCY[name]))
+            ours = _with_core(numbers, inner, fastest, hardware, dtype, rates)
     kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
     return replace(
         _plan(name, spec, ours, numbers, hardware),
@@ -287,6 +298,29 @@ def _variant(
         alternatives=(kept,),
         assumed=_assumed(name, hardware),
     )
+
+
+def _with_core(
+    whole: Cost,
+    shape: Shape,
+    core: Plan,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    rates: tuple[float, float],
+) -> Time:
+    """A core by the fastest kernel, and what is around it by its formula.
+
+    Args:
+        whole: numbers of both.
+        shape: of the core.
+        core: the fastest way to compute it.
+        rates: share of the ordinary rate of the core, and of the rest.
+    """
+    inner = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
+    rest = _time(whole.beyond(inner), hardware, dtype, rates[1])
+    seconds = core.seconds / rates[0]
+    limit = core.limit if seconds >= rest.seconds else rest.limit
+    return Time(seconds + rest.seconds, limit, (("core", seconds), ("rest", rest.seconds)))
 
 
 def _over_states(name: str, shape: Shape) -> bool:

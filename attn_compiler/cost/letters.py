@@ -54,6 +54,12 @@ class Cost:
     def __add__(self, more: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
 
+    def beyond(self, part: Cost) -> Cost:
+        """Numbers without those of a part, nowhere less than 0."""
+        return Cost(
+            *(max(0.0, getattr(self, f.name) - getattr(part, f.name)) for f in fields(self))
+        )
+
     def times(self, factor: Number) -> Cost:
         return Cost(*(getattr(self, f.name) * factor for f in fields(self)))
 

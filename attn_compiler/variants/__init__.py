@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_compiler.errors import BadOption
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, GAU_)
 
-__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
+__all__ = ["VARIANTS", "ELAttention", "Flash", "core_of", "costed", "needs_data", "ordinary"]
 
 
 def needs_data(spec: VariantSpec) -> bool:
@@ -33,6 +35,27 @@ def ordinary(shape: Shape, scope: Scope) -> Cost:
 def _is_cross(shape: Shape) -> bool:
     """Do keys come from another sequence?"""
     return not shape.causal and shape.query != shape.key
+
+
+def core_of(spec: VariantSpec, shape: Shape, letters: dict[str, float]) -> Shape | None:
+    """The core that a variant runs, as sizes of exact attention; None if it runs none.
+
+    Args:
+        spec: with numbers, as `costed` gives it.
+        shape: what it replaces.
+        letters: its own, of `costed`.
+    """
+    if isinstance(spec, switchhead.SwitchHead):
+        heads, width = int(spec.heads), int(spec.head_dim)
+        return replace(
+            shape, heads=heads, kv_heads=heads, head_dim=width, value_dim=None, width=shape.channels
+        )
+    if isinstance(spec, spion.SPION):
+        # as many pairs, nothing of which a mask cuts away
+        return replace(shape, key=max(1, math.ceil(letters["rho"] * shape.key)), causal=False)
+    if isinstance(spec, selective.Selective):
+        return replace(shape, key=max(shape.query, math.ceil(letters["S"])))
+    return shape if isinstance(spec, el.ELAttention) else None
 
 
 def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_compiler as ac
+from attn_compiler.planning import planned
 from attn_compiler.variants.base import VariantSpec
 
 LONG = ac.Shape(1, 8192, 8192, 16, 64, width=1024)
@@ -85,7 +87,7 @@ def test_a_cpu_is_a_target() -> None:
     assert found.seconds > 100 * ac.plan("fastest", LONG, hardware="h200").seconds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     length=st.sampled_from([256, 1024, 4096]),
     heads=st.sampled_from([8, 16]),
@@ -130,12 +132,12 @@ DECODE = replace(LONG, query=1, batch=8)
 @pytest.mark.parametrize(
     ("spec", "shape", "words"),
     [
-        (ac.SwitchHead(), LONG, "pays from about 1,536 tokens"),
+        (ac.SwitchHead(), LONG, "pays from about"),
         (ac.GAU(), LONG, "pays from about"),
         (ac.GAU(chunk=None), LONG, "never pays"),
-        (ac.SPION(), LONG, "pays up to about 4"),
+        (ac.SPION(), LONG, "pays up to about"),
         (ac.Selective(), LONG, "pays in generation with budgets alone"),
-        (ac.Selective(), DECODE, "pays up to about 8,064 kept tokens of 8,192"),
+        (ac.Selective(), DECODE, "pays up to about"),
         (ac.ELAttention(), LONG, "pays in steps of generation alone"),
         (ac.ELAttention(), replace(DECODE, beams=4), "pays from about"),
         (ac.Flash(), LONG, ""),
@@ -152,11 +154,61 @@ def test_the_answer_turns_where_it_says() -> None:
     def keep(spec: VariantSpec, shape: ac.Shape) -> bool:
         return ac.plan(spec, shape, hardware="h200").keep
 
-    short = replace(LONG, query=1024, key=1024)
-    assert keep(ac.SwitchHead(), short)
-    assert not keep(ac.SwitchHead(), replace(LONG, query=1536, key=1536))
-    assert not keep(ac.SPION(density=0.35), LONG) and keep(ac.SPION(density=0.5), LONG)
-    assert keep(ac.Selective(), DECODE)
+    def said(spec: VariantSpec, shape: ac.Shape) -> int:
+        return int(re.findall(r"about ([\d,]+)", ac.plan(spec, shape, hardware="h200").crossing)[0]
+                   .replace(",", ""))  # fmt: skip
+
+    length = said(ac.SwitchHead(), LONG)
+    assert 1024 < length <= 4096  # at a thousand tokens it is slower than flash attention
+    assert not keep(ac.SwitchHead(), replace(LONG, query=length, key=length))
+    assert keep(ac.SwitchHead(), replace(LONG, query=1024, key=1024))
+    share = said(ac.SPION(), LONG) / 100
+    assert 0.1 < share < 0.5  # dense attention visits half of the pairs
+    assert not keep(ac.SPION(density=share - 0.02), LONG)
+    assert keep(ac.SPION(density=share + 0.04), LONG)
+    kept = said(ac.Selective(), DECODE)
+    assert not keep(ac.Selective(budgets=(kept,)), DECODE)
+    assert keep(ac.Selective(budgets=(8192,)), DECODE)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    spec=st.sampled_from([
+        ac.SwitchHead(heads=4, experts=4, k=2, head_dim=64), ac.Selective(),
+        ac.GAU(chunk=256, s=128, expansion=2.0), ac.Selective(budgets=(64,)),
+        ac.SPION(block=64, density=0.1, alpha=0.9), ac.ELAttention(),
+    ]),
+    length=st.sampled_from([100, 777, 2048, 5000]),
+    more=st.integers(1, 5000),
+    step=st.booleans(),
+    training=st.booleans(),
+    hardware=st.sampled_from(["h200", "a100", "l4", "b200", "mi300x", "cpu"]),
+    factor=st.floats(1.0, 3.0),
+)  # fmt: skip
+def test_no_variant_gains_by_more_work_or_a_slower_machine(
+    spec: VariantSpec,
+    length: int,
+    more: int,
+    step: bool,
+    training: bool,
+    hardware: str,
+    factor: float,
+) -> None:
+    step = step and not isinstance(spec, ac.SPION) and not training
+    shape = ac.Shape(2, 1 if step else length, length, 8, 64, width=512, training=training)
+    longer = replace(shape, query=1 if step else length + more, key=length + more)
+    row = ac.Hardware.named(hardware)
+
+    def seconds(shape: ac.Shape, row: ac.Hardware) -> float:
+        return planned(spec, shape, row, torch.bfloat16).seconds
+
+    one = seconds(shape, row) * (1 - 1e-9)
+    assert seconds(replace(shape, batch=4), row) >= one
+    assert seconds(longer, row) >= one
+    for field in ("clock", "dram_rate", "l2_rate"):
+        assert (
+            seconds(shape, replace(row, **{field: getattr(row, field) * factor})) <= one * 1.00001
+        )
 
 
 def test_budgets_are_paid_for_by_what_a_step_reads() -> None:
