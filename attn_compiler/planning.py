@@ -154,10 +154,18 @@ def planned(
     if spec == "fastest" or isinstance(spec, Flash):
         best = exact[0] if spec == "fastest" else _first(exact, "keep")
         rest = tuple(p for p in exact if p is not best)
-        return replace(best, keep=exact[0].name == "keep", alternatives=rest)
+        keep = exact[0].name == "keep"
+        return replace(best, keep=keep, alternatives=rest, assumed=_unknown(exact, machine))
     if not isinstance(spec, VariantSpec):
         raise BadOption(f"spec is {spec!r}", do='give a spec such as Flash(), or "fastest"')
     return _variant(spec, shape, machine, dtype, exact[0])
+
+
+def _unknown(exact: tuple[Plan, ...], hardware: Hardware) -> str:
+    """What a comparison of exact ways had to leave out."""
+    if hardware.kind == "cpu" or any(p.name == "triton" for p in exact):
+        return ""
+    return f"no generated kernel runs: none was compiled for {hardware.arch} at these sizes"
 
 
 def _first(plans: tuple[Plan, ...], but: str) -> Plan:

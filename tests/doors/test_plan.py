@@ -242,6 +242,17 @@ def test_no_line_is_wider_than_a_terminal() -> None:
         assert max(map(len, text.splitlines())) <= 100
 
 
+def test_what_was_never_compiled_is_said() -> None:
+    for hardware, arch in (("t4", "sm_75"), ("mi355x", "gfx950")):
+        found = ac.plan("fastest", LONG, hardware=hardware)
+        assert found.keep and f"none was compiled for {arch} at these sizes" in str(found)
+    for hardware in ("mi300x", "b200"):
+        for training in (False, True):
+            found = ac.plan("fastest", replace(LONG, training=training), hardware=hardware)
+            names = [found.name, *(p.name for p in found.alternatives)]
+            assert "triton" in names and not found.keep and "compiled for" not in str(found)
+
+
 def test_a_map_of_blocks_pays_on_a_cpu_until_it_is_dense() -> None:
     def keep(density: float) -> bool:
         blocks = torch.zeros(128, 128, dtype=torch.bool)
