@@ -113,24 +113,26 @@ def test_a_tile_that_spills_as_it_is_launched_is_never_legal() -> None:
             assert all(row[4] <= OF_ARCH["sm_90"].shared_block for row in rows)
 
 
-@pytest.mark.parametrize("name", known())
-def test_whatever_is_legal_was_compiled_and_does_not_spill(name: str) -> None:
+@pytest.mark.parametrize("arch", [arch for arch in OF_ARCH if arch != "cpu"])
+def test_whatever_is_legal_was_compiled_and_does_not_spill(arch: str) -> None:
     """Every tile that the search can return, over kinds of calls, against the raw table."""
-    row = Hardware.named(name)
+    row = OF_ARCH[arch]
     table = json.loads((files("attn_compiler.cost") / "compiled.json").read_text())["3.7.1"]
-    arch = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}.get(row.arch, row.arch)
+    asked = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}.get(arch, arch)
+    compiled = {
+        key: {tuple(r[:4]): r[4:] for r in rows} for key, rows in table.get(asked, {}).items()
+    }
     found = 0
-    for template, width, size, rows, extra, heads in itertools.product(
-        TEMPLATES, (40, 64, 96, 128, 192, 256), (2, 4), (1, 5, 333, 4096), (False, True), (1, 4)
+    for template, width, size, rows, extra in itertools.product(
+        TEMPLATES, (40, 128, 192), (2, 4), (1, 333), (False, True)
     ):
-        problem = Problem(2, 8, 8 // heads, rows, 4096, width, width, size, extra=extra)
+        problem = Problem(2, 8, 2, rows, 4096, width, width, size, extra=extra)
+        key = f"{template} {max(64, padded(width))} {size}"
         for tile, lives in legal(row, problem, template):
-            key = f"{template} {max(64, padded(width))} {size}"
-            compiled = {tuple(r[:4]): r[4:] for r in table[arch][key]}
-            taken = compiled[tile.block_m, tile.block_n, tile.warps, tile.stages]
+            taken = compiled[key][tile.block_m, tile.block_n, tile.warps, tile.stages]
             assert taken[2] == 0 and taken[0] <= row.shared_block and lives >= 1
             found += 1
-    assert bool(found) == (row.arch in ("sm_90", "sm_100", "gfx942") or arch == "sm_80")
+    assert bool(found) == bool(compiled)
 
 
 def test_what_is_not_known_is_not_guessed() -> None:
