@@ -13,10 +13,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from attn_compiler.variants import ELAttention, Flash
+from attn_compiler.variants import SPION, ELAttention, Flash, Pattern, Selective
 from attn_compiler.variants.base import Shape, VariantSpec
-from attn_compiler.variants.selective import Selective
-from attn_compiler.variants.spion import SPION, Pattern
 
 Pays = Callable[[VariantSpec, Shape], bool]
 _LENGTHS = tuple(n for k in range(6, 20) for n in (2**k, 3 * 2 ** (k - 1)))

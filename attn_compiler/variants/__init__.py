@@ -11,15 +11,28 @@ from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
+from attn_compiler.variants.selective import Selective
 from attn_compiler.variants.sites.gau import GAU_
 from attn_compiler.variants.sites.switchhead import SWITCHHEAD
+from attn_compiler.variants.spion import SPION, Pattern
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
 VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, GAU_)
 
-__all__ = ["VARIANTS", "ELAttention", "Flash", "core_of", "costed", "needs_data", "ordinary"]
+__all__ = [
+    "SPION",
+    "VARIANTS",
+    "ELAttention",
+    "Flash",
+    "Pattern",
+    "Selective",
+    "core_of",
+    "costed",
+    "needs_data",
+    "ordinary",
+]
 
 
 def needs_data(spec: VariantSpec) -> bool:
