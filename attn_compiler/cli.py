@@ -19,12 +19,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from attn_compiler.errors import AttnCompilerError, BadOption
 
 if TYPE_CHECKING:
     from attn_compiler.planning import Plan
+    from attn_compiler.variants.base import VariantSpec
 
 Command = Callable[[argparse.Namespace], int]
 _WIDTH = 100
@@ -156,24 +157,30 @@ def _plan_parser(commands: Any) -> None:
         commands,
         "plan",
         plan,
-        "what a variant would cost at a shape, and whether it pays; no model is needed",
+        "what a variant would cost at a shape or in a model, and whether it pays",
         "attn-compiler plan fastest --shape batch=1,query=8192,heads=16,head_dim=64 "
         "--hardware h200",
         "attn-compiler plan SwitchHead --shape batch=8,query=2048,heads=16,head_dim=64,"
         "training=true --hardware l4",
+        "attn-compiler plan fastest --model model.py:make --hardware h200",
     )
     parser.add_argument(
         "spec", metavar="SPEC", help='fastest, Flash, GAU, "SPION(alpha=0.96)", ...'
     )
-    parser.add_argument(
+    sizes = parser.add_mutually_exclusive_group(required=True)
+    sizes.add_argument(
+        "--model",
+        metavar="FILE:FUNCTION",
+        help="plan every attention of a model: a function that returns (model, args, kwargs)",
+    )
+    sizes.add_argument(
         "--shape",
-        required=True,
         metavar="SIZES",
         help="batch, query, key, heads, head_dim, kv_heads, value_dim, width, layers, beams, "
         "causal, training; key is query where it is left out",
     )
     _hardware(parser)
-    parser.add_argument("--dtype", choices=_TYPES, default=_TYPES[0])
+    parser.add_argument("--dtype", choices=_TYPES, help=f"of a shape's tensors ({_TYPES[0]})")
 
 
 def _calibrate_parser(commands: Any) -> None:
@@ -234,16 +241,43 @@ def plan(options: argparse.Namespace) -> int:
 
     from attn_compiler import given, planning
 
+    spec = given.spec(options.spec)
+    if options.model:
+        return _plan_of_model(options, spec)
     found = planning.plan(
-        given.spec(options.spec),
+        spec,
         given.shape(options.shape),
         hardware=options.hardware,
-        dtype=getattr(torch, options.dtype),
+        dtype=getattr(torch, options.dtype or _TYPES[0]),
     )
     if options.json:
         print(json.dumps(_plain(found), indent=2))
     else:
         print(found)
+    return 0
+
+
+def _plan_of_model(options: argparse.Namespace, spec: VariantSpec | Literal["fastest"]) -> int:
+    """The same for every site of a model."""
+    from attn_compiler import api, given
+    from attn_compiler.cost.hardware import resolve
+    from attn_compiler.site_plans import site_plans
+
+    if options.dtype:
+        raise BadOption("a model has numbers of its own type", do="leave --dtype out")
+    hardware, found = resolve(options.hardware), given.load(options.model)
+    try:
+        report = api.explain(found.model, found.args, found.kwargs, hardware=hardware)
+    except AttnCompilerError:
+        raise
+    except Exception as error:
+        raise given.failure(found, error) from error
+    plans = list(site_plans(report, spec, hardware))
+    if options.json:
+        parts = [{"site": p.site, "plan": _plain(p.plan) if p.plan else None} for p in plans]
+        print(json.dumps({"sites": parts}, indent=2))
+    else:
+        print("\n\n".join(map(str, plans)) or "no attention is found")
     return 0
 
 

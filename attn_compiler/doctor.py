@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -60,7 +60,7 @@ def examine() -> list[Check]:
         _torch(),
         *(_package(name, do) for name, do in _OPTIONAL.items()),
         *_devices(),
-        _calibration(),
+        *_calibration(),
         _triton(),
         _compiler(),
         *_folders(),
@@ -120,16 +120,21 @@ def _device(name: str, device: torch.device, text: str) -> Check:
     return Check(name, "ok", f'{text}; row "{row.name}", {row.arch}: {_MARKS[row.mark]}')
 
 
-def _calibration() -> Check:
+def _calibration() -> Iterator[Check]:
+    """Was anything fitted, and to what: one line for each kernel or way."""
     name = "GPU" if torch.cuda.is_available() else "CPU"
     try:
         fitted = Hardware.from_device().constants
     except BadOption:
         fitted = ()
-    if fitted:
-        return Check("calibration", "ok", f"the cost model was fitted to this {name}")
-    text = f"predictions for this {name} come from its data sheet"
-    return Check("calibration", "absent", text, "attn-compiler calibrate")
+    if not fitted:
+        text = f"predictions for this {name} come from its data sheet"
+        yield Check("calibration", "absent", text, "attn-compiler calibrate")
+        return
+    yield Check("calibration", "ok", f"the cost model was fitted to this {name}")
+    for template, constants in fitted:
+        text = ", ".join(f"{key} {value:.3g}" for key, value in asdict(constants).items())
+        yield Check(f"fit of {template}", "ok", text)
 
 
 def _triton() -> Check:

@@ -9,6 +9,8 @@ projections, or the block with its feed-forward net. `keep` says that it does no
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,16 +25,22 @@ from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.cost.problem import Problem, Template, TileConfig
 from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
+from attn_compiler.crossing import crossing
 from attn_compiler.errors import BadOption
-from attn_compiler.variants import Flash, costed, ordinary
+from attn_compiler.variants import Flash, core_of, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
-_SHOWN = 5
+_SHOWN, _WIDTH = 5, 100
 # forward and backward of a training, in forwards: seven products for two
 _WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
 # chunks are small, where states are as wide as the model: assumed, to be measured
 _EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
+# of the core and of the rest, where that is not the rest alone; EL runs the ordinary attention but
+# in steps
+_RATES = {"SPION": (0.8, 1.0), "Selective": (0.9, 0.9), "ELAttention": (1.0, 1.0)}
+# whose scores no kernel but a generated one computes
+_OWN_KERNELS = ("SPION", "Selective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ class Plan:
         hardware: name of the device.
         alternatives: other plans, the fastest first.
         assumed: what of this nobody has measured.
+        crossing: from which length, density or budget on it pays.
+        formulas: what it costs in the letters of `cost.letters`, simplified, by what is counted.
         roofline: the roofs of the device with this plan and its alternatives as points.
     """
 
@@ -66,6 +76,8 @@ class Plan:
     hardware: str
     alternatives: tuple[Plan, ...] = ()
     assumed: str = ""
+    crossing: str = ""
+    formulas: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
     roofline: Roofline | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -82,7 +94,10 @@ class Plan:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([head, *table, *([f"assumed: {self.assumed}"] if self.assumed else [])])
+        lines = [*textwrap.wrap(head, _WIDTH, break_on_hyphens=False), *table]
+        lines += [self.crossing] if self.crossing else []
+        lines += [f"assumed: {self.assumed}"] if self.assumed else []
+        return "\n".join(lines)
 
 
 def _row(p: Plan, first: bool) -> tuple[str, ...]:
@@ -120,24 +135,37 @@ def plan(
         BadOption: an unknown hardware, a spec of no known variant, or sizes that it cannot have.
     """
     machine = resolve(hardware)
-    found = _planned(spec, shape, machine, dtype)
+    found = planned(spec, shape, machine, dtype)
     drawn = roofline(machine, dtype.itemsize)
     for p in (found, *found.alternatives):
         drawn = drawn.with_point(p.name, (p.flops, p.bytes), p.seconds, p.limit)
-    return replace(found, roofline=drawn)
+    turn, cost = "", ordinary(shape, Scope.CORE)
+    if isinstance(spec, VariantSpec) and not isinstance(spec, Flash):
+        turn = crossing(spec, shape, lambda s, sizes: not planned(s, sizes, machine, dtype).keep)
+        cost = costed(spec, shape)[1]
+    return replace(found, roofline=drawn, crossing=turn, formulas=cost.texts())
 
 
-def _planned(
+def planned(
     spec: VariantSpec | Literal["fastest"], shape: Shape, machine: Hardware, dtype: torch.dtype
 ) -> Plan:
+    """The same without what is only for people: the answer of one question."""
     exact = _exact(shape, machine, dtype)
     if spec == "fastest" or isinstance(spec, Flash):
         best = exact[0] if spec == "fastest" else _first(exact, "keep")
         rest = tuple(p for p in exact if p is not best)
-        return replace(best, keep=best.name == "keep", alternatives=rest)
+        keep = exact[0].name == "keep"
+        return replace(best, keep=keep, alternatives=rest, assumed=_unknown(exact, machine))
     if not isinstance(spec, VariantSpec):
         raise BadOption(f"spec is {spec!r}", do='give a spec such as Flash(), or "fastest"')
     return _variant(spec, shape, machine, dtype, exact[0])
+
+
+def _unknown(exact: tuple[Plan, ...], hardware: Hardware) -> str:
+    """What a comparison of exact ways had to leave out."""
+    if hardware.kind == "cpu" or any(p.name == "triton" for p in exact):
+        return ""
+    return f"no generated kernel runs: none was compiled for {hardware.arch} at these sizes"
 
 
 def _first(plans: tuple[Plan, ...], but: str) -> Plan:
@@ -253,18 +281,24 @@ def _variant(
     spec, cost, scope, extra = costed(spec, shape)
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
-    core = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
     name, theirs = type(spec).__name__, _time(dense, hardware, dtype)
     if hardware.kind == "cpu" and (name == "SPION" or _over_states(name, shape)):
         ours = _on_a_cpu(name, numbers, shape, hardware, dtype, extra)
         theirs = replace(theirs, seconds=exact.seconds) if scope is Scope.CORE else theirs
-    else:
-        # what the best kernel needs beyond the formula, in proportion to the scores computed
-        slack = max(0.0, exact.seconds - _time(core, hardware, dtype).seconds)
-        share = min(1.0, numbers.exps / core.exps) if core.exps else 0.0
+    elif _over_states(name, shape):
+        # neither step is taken apart: no kernel's time is known for heads as wide as the model
         ours = _time(numbers, hardware, dtype, _EFFICIENCY[name])
-        ours = replace(ours, seconds=ours.seconds + slack * share)
-        theirs = replace(theirs, seconds=theirs.seconds + slack)
+    else:
+        theirs = _with_core(dense, shape, exact, hardware, dtype, (1.0, 1.0))
+        inner = core_of(spec, shape, extra)
+        if inner is None:
+            ours = _time(numbers, hardware, dtype, _EFFICIENCY[name])
+        else:
+            ways = _exact(inner, hardware, dtype)
+            generated = (p for p in ways if p.name == "triton" and name in _OWN_KERNELS)
+            fastest = next(generated, ways[0])
+            rates = _RATES.get(name, (1.0, _EFFICIENCY[name]))
+            ours = _with_core(numbers, inner, fastest, hardware, dtype, rates)
     kept = replace(_plan("ordinary attention", Flash(), theirs, dense, hardware), keep=True)
     return replace(
         _plan(name, spec, ours, numbers, hardware),
@@ -272,6 +306,29 @@ def _variant(
         alternatives=(kept,),
         assumed=_assumed(name, hardware),
     )
+
+
+def _with_core(
+    whole: Cost,
+    shape: Shape,
+    core: Plan,
+    hardware: Hardware,
+    dtype: torch.dtype,
+    rates: tuple[float, float],
+) -> Time:
+    """A core by the fastest kernel, and what is around it by its formula.
+
+    Args:
+        whole: numbers of both.
+        shape: of the core.
+        core: the fastest way to compute it.
+        rates: share of the ordinary rate of the core, and of the rest.
+    """
+    inner = _numbers(ordinary(shape, Scope.CORE), shape, dtype)
+    rest = _time(whole.beyond(inner), hardware, dtype, rates[1])
+    seconds = core.seconds / rates[0]
+    limit = core.limit if seconds >= rest.seconds else rest.limit
+    return Time(seconds + rest.seconds, limit, (("core", seconds), ("rest", rest.seconds)))
 
 
 def _over_states(name: str, shape: Shape) -> bool:
@@ -329,7 +386,7 @@ def _numbers(cost: Cost, shape: Shape, dtype: torch.dtype, **extra: Any) -> Cost
 def advice(spec: VariantSpec, shape: Shape, hardware: Hardware | None, dtype: torch.dtype) -> str:
     """Whether a variant pays at a shape, in words; "" where nothing is known."""
     try:
-        found = plan(spec, shape, hardware=hardware, dtype=dtype)
+        found = planned(spec, shape, resolve(hardware), dtype)
     except BadOption:
         return ""
     if not found.keep:

@@ -1,6 +1,7 @@
 """Compiles tiles for GPUs that are not there, and writes down what the compiler says of them.
 
     python tests/compiling.py 600 sm_90 gfx942:forward   ->   more rows of cost/compiled.json
+    python tests/compiling.py 600 sm_90:tma              ->   tight tiles with descriptors
 
 A row is block_m, block_n, warps, stages, bytes of shared memory, registers, spilled bytes or
 registers; rows are kept by target, template, head dim and bytes of an element. The program is
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 import triton
-from ahead import TARGETS, _Driver
+from ahead import SHARED, TARGETS, _Driver
 from attention_cases import CAUSAL, text
 from triton.backends.compiler import GPUTarget
 
@@ -46,7 +47,7 @@ def launch(
 ) -> Launch:
     """The launch of a kernel with this tile, on tensors that hold nothing."""
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    short = template == "forward" and tile.rows < 64
+    short = template == "forward" and tile.rows < 64 and not tile.descriptors
 
     def made(length: int, heads: int) -> torch.Tensor:
         return torch.empty(2, length, heads, width, dtype=dtype).transpose(1, 2)
@@ -135,6 +136,10 @@ def main(seconds: float, targets: list[str]) -> None:
     until = time.monotonic() + seconds
     table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     here = table.setdefault(triton.__version__, {})
+    described = [t.partition(":")[0] for t in targets if t.endswith(":tma")]
+    for target in described:
+        _tight(here[target], target, until, table)
+    targets = [t for t in targets if not t.endswith(":tma")]
     jobs = [
         (target.partition(":")[0], template, width, itemsize, tile)
         for target in targets
@@ -156,6 +161,23 @@ def main(seconds: float, targets: list[str]) -> None:
         rows.append([*tile, *found])
         rows.sort()
         TABLE.write_text(as_text(table))
+
+
+def _tight(found: dict[str, list[Row]], target: str, until: float, table: Any) -> None:
+    """Tiles of 16-bit numbers that nearly fill the registers or the shared memory."""
+    for name in [n for n in found if n.endswith(" 2")]:
+        template, width, itemsize = name.split()
+        rows = found.setdefault(f"{name} tma", [])
+        for *tile, shared, registers, spilled in found[name]:
+            tight = registers >= 200 or 210_000 < shared <= SHARED[target]
+            if spilled or not tight or any(row[:4] == tile for row in rows):
+                continue
+            if time.monotonic() > until:
+                return
+            launched = launch(template, int(width), int(itemsize), Tile(*tile, descriptors=True))
+            rows.append([*tile, *facts_of(target, launched)])
+            rows.sort()
+            TABLE.write_text(as_text(table))
 
 
 def as_text(table: dict[str, Any]) -> str:

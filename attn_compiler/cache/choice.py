@@ -19,7 +19,7 @@ import torch
 from attn_compiler.cache.states import Maps, States
 from attn_compiler.cost.hardware import resolve
 from attn_compiler.errors import BadOption
-from attn_compiler.planning import plan
+from attn_compiler.planning import planned
 from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import Shape
 
@@ -62,4 +62,4 @@ def faster(shape: Shape, device: torch.device, dtype: torch.dtype) -> bool:
         hardware = resolve(None, device)
     except BadOption:
         return True
-    return not plan(ELAttention(), shape, hardware=hardware, dtype=dtype).keep
+    return not planned(ELAttention(), shape, hardware, dtype).keep

@@ -2,7 +2,7 @@
 
     B batch · T query rows · S key rows · H query heads · G kv heads · d head dim · e value dim
     D width of the model · L layers · K beams · n bytes of an element
-    E experts · k active experts · C chunk · rho share of blocks that are kept
+    E experts · k active experts · C chunk · rho share of blocks that are kept · M rows of a tile
 
 Cost(flops=4 * B * H * T * S * d)   --numbers(B=1, H=8, ...)-->   what a machine has to do
 """
@@ -15,9 +15,11 @@ from typing import Any
 
 import sympy
 
-B, T, S, H, G, d, e, D, L, K, n, E, k, C = sympy.symbols(
-    "B T S H G d e D L K n E k C", positive=True, integer=True
+B, T, S, H, G, d, e, D, L, K, n, E, k, C, M = sympy.symbols(
+    "B T S H G d e D L K n E k C M", positive=True, integer=True
 )
+# of a tile, where nobody says
+ROWS_OF_A_TILE = 64
 rho = sympy.Symbol("rho", positive=True)
 
 Number = Any  # a sympy expression, or a number: sympy has no types
@@ -35,6 +37,8 @@ class Cost:
         launches: kernels.
         saved: bytes kept for the backward.
         cache: bytes kept from one decoding step to the next.
+        near: bytes from the last cache to the processors, of kernels of attention in tiles of M x M
+            scores; products with weights are a library's, and not in it.
     """
 
     flops: Number = 0
@@ -45,9 +49,16 @@ class Cost:
     launches: Number = 0
     saved: Number = 0
     cache: Number = 0
+    near: Number = 0
 
     def __add__(self, more: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
+
+    def beyond(self, part: Cost) -> Cost:
+        """Numbers without those of a part, nowhere less than 0."""
+        return Cost(
+            *(max(0.0, getattr(self, f.name) - getattr(part, f.name)) for f in fields(self))
+        )
 
     def times(self, factor: Number) -> Cost:
         return Cost(*(getattr(self, f.name) * factor for f in fields(self)))
@@ -55,13 +66,18 @@ class Cost:
     def simplified(self) -> Cost:
         return Cost(*(sympy.factor(getattr(self, f.name)) for f in fields(self)))
 
+    def texts(self) -> dict[str, str]:
+        """The formulas that are not 0, simplified: "flops" -> "4*B*H*S*T*d"."""
+        return dict(_texts(self))
+
     def numbers(self, **sizes: float) -> Cost:
-        """The same with a number for every letter.
+        """The same with a number for every letter; M need not be given.
 
         Raises:
             KeyError: a letter of a formula has no number.
         """
-        return Cost(*(float(f(sizes)) for f in _compiled(self)))
+        known = {"M": ROWS_OF_A_TILE, **sizes}
+        return Cost(*(float(f(known)) for f in _compiled(self)))
 
 
 @lru_cache(maxsize=256)
@@ -74,3 +90,10 @@ def _function(formula: Number) -> Any:
     names = sorted(str(s) for s in formula.free_symbols)
     compiled = sympy.lambdify(names, formula, "math")
     return lambda sizes: compiled(*(sizes[name] for name in names))
+
+
+@lru_cache(maxsize=256)
+def _texts(cost: Cost) -> tuple[tuple[str, str], ...]:
+    found = cost.simplified()
+    named = [(f.name, getattr(found, f.name)) for f in fields(found)]
+    return tuple((name, str(formula)) for name, formula in named if formula != 0)

@@ -2,7 +2,9 @@
 
     128 x 64 tile, head dim 128, 8 warps, 3 stages on sm_90:  131072 bytes, 176 registers, 1 program
 
-What the compiler said of a tile is kept in `compiled.json`, by Triton version. For other tiles of
+What the compiler said of a tile is kept in `compiled.json`, by Triton version; rows of "tma" are
+tiles near the limit of registers again, as Hopper and Blackwell launch them where tensors allow:
+with descriptors, which take up to 1088 bytes of shared memory more. For other tiles of
 the forward kernel there are formulas: of shared memory exact wherever both exist, of registers an
 estimate (constants in `registers.json`). Where neither is known the answer is None: ask the
 compiler.
@@ -98,12 +100,13 @@ def facts(
         width: the larger of the padded head dims of keys and values.
         itemsize: bytes of an element.
     """
-    found = _compiled(_COMPILED_AS.get(hardware.arch, hardware.arch)).get(
-        (template, width, itemsize, tile.block_m, tile.block_n, tile.warps, tile.stages)
-    )
+    key = template, width, itemsize, tile.block_m, tile.block_n, tile.warps, tile.stages
+    arch = _COMPILED_AS.get(hardware.arch, hardware.arch)
+    found = _compiled(arch).get(key)
     if found is not None:
         shared, registers, spilled = found
         more = _MORE_REGISTERS if hardware.arch in _COMPILED_AS else 0
+        spilled = max(spilled, _compiled(arch, ("tma",)).get(key, found)[2])
         return Facts(shared, registers + more, spilled > 0, True)
     # of short tiles the compiler keeps some on the stack for reasons that no formula sees
     if template != "forward" or tile.block_m < _ROWS_OF_WGMMA:
@@ -196,10 +199,13 @@ def _table(name: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _compiled(arch: str) -> dict[_Key, tuple[int, int, int]]:
+def _compiled(arch: str, form: tuple[str, ...] = ()) -> dict[_Key, tuple[int, int, int]]:
+    """Shared bytes, registers, spilled; `form` is () or ("tma",)."""
     found = {}
     for name, rows in _table("compiled.json").get(arch, {}).items():
-        template, width, itemsize = name.split()
+        template, width, itemsize, *own = name.split()
+        if tuple(own) != form:
+            continue
         for m, n, warps, stages, *rest in rows:
             found[template, int(width), int(itemsize), m, n, warps, stages] = tuple(rest)
     return found

@@ -2,6 +2,9 @@
 
     H200, head dim 128, long sequences:   cuDNN 0.70 x 989 TFLOP/s,   FlashAttention 0.37 x 989
 
+Only kernels that are really called are given (`kernels.sdpa_gpu`, `kernels.gpu`): cuDNN's on Hopper
+and Blackwell, neither for a short query.
+
 Source of the shares: NVIDIA's benchmark files of cuDNN 9.19 on an H200; the FlashAttention-2 and -3
 papers' figures on an A100 and an H100; PyTorch's issue tracker for cuDNN on Ampere and Ada. They
 are of long sequences on one machine each: good for a ranking, not for a promise.
@@ -14,19 +17,22 @@ from typing import Literal
 
 from attn_compiler.cost.calibration import Calibration
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.problem import Problem, Template, TileConfig, blocks, visible
+from attn_compiler.cost.problem import SHORT, Problem, Template, TileConfig, blocks, visible
 from attn_compiler.cost.roofline import Time
 from attn_compiler.cost.search import choose
 
 Peer = Literal["cudnn", "flash"]
 # by architecture: head dims up to 64, up to 128, above
 _FORWARD: dict[Peer, dict[str, tuple[float, float, float]]] = {
-    "cudnn": {"sm_80": (0.5, 0.53, 0.0), "sm_90": (0.42, 0.70, 0.0), "sm_100": (0.45, 0.65, 0.0)},
+    "cudnn": {"sm_90": (0.42, 0.70, 0.0), "sm_100": (0.45, 0.65, 0.0)},
     "flash": {"sm_80": (0.6, 0.64, 0.55), "sm_90": (0.33, 0.375, 0.3), "sm_100": (0.2, 0.25, 0.2)},
 }
+_NONE = (0.0, 0.0, 0.0)
 # of the forward's share
 _BACKWARD = 0.85
 _ROWS = 128
+# the widest head, and what its width is a multiple of
+_WIDEST, _ALIGNED = 256, 8
 # by how much a share from one device may be off on another (assumed)
 _DOUBT = 1.4
 
@@ -37,7 +43,7 @@ def peers(hardware: Hardware, problem: Problem, backward: bool = False) -> dict[
     Args:
         backward: of the backward pass, five products for the forward's two.
     """
-    if hardware.kind != "nvidia" or problem.itemsize != 2 or not _plain(problem):
+    if hardware.kind != "nvidia" or not _plain(problem):
         return {}
     # consumer and inference parts run the code of Ampere
     arch = hardware.arch if hardware.arch in _FORWARD["flash"] else "sm_80"
@@ -46,7 +52,7 @@ def peers(hardware: Hardware, problem: Problem, backward: bool = False) -> dict[
     row = 0 if problem.head_dim <= 64 else 1 if problem.head_dim <= 128 else 2
     found: dict[Peer, Time] = {}
     for name, shares in _FORWARD.items():
-        share = shares[arch][row] * (_BACKWARD if backward else 1.0)
+        share = shares.get(arch, _NONE)[row] * (_BACKWARD if backward else 1.0)
         if share > 0:
             found[name] = _time(hardware, problem, share, backward)
     return found
@@ -91,12 +97,16 @@ def order(
 
 
 def _plain(problem: Problem) -> bool:
-    """Is it what `scaled_dot_product_attention` can say without a mask tensor?"""
+    """Is it what `scaled_dot_product_attention` can say without a mask tensor, and fast kernels
+    take?
+    """
     banded = problem.right is not None or problem.left is not None
     causal = problem.right == 0 and problem.left is None and problem.shift == 0
     square = problem.rows == problem.keys
-    same = problem.head_dim == problem.value_dim
-    return same and not problem.extra and (not banded or (causal and square))
+    width = problem.head_dim
+    fits = width == problem.value_dim and width <= _WIDEST and width % _ALIGNED == 0
+    known = problem.itemsize == 2 and fits and problem.rows > SHORT
+    return known and not problem.extra and (not banded or (causal and square))
 
 
 def _time(hardware: Hardware, problem: Problem, share: float, backward: bool) -> Time:

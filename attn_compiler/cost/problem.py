@@ -13,6 +13,8 @@ from typing import Literal
 
 Template = Literal["forward", "queries", "keys_and_values"]
 TEMPLATES: tuple[Template, ...] = ("forward", "queries", "keys_and_values")
+# a query of at most so many rows shares its keys among the heads of a group, and among programs
+SHORT = 16
 # blocks that are looked at one by one; of more, so many at equal distances stand for all
 _SAMPLES = 32
 

@@ -15,13 +15,13 @@ from functools import lru_cache
 
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.limits import Facts, compiled_tiles, facts, resident
-from attn_compiler.cost.problem import Problem, Template, TileConfig, padded
+from attn_compiler.cost.problem import SHORT, Problem, Template, TileConfig, padded
 
 _WIDEST = 256
 # narrower heads take no more than these
 _NARROWEST = 64
-# a query of at most so many rows shares its keys among the heads of a group, up to so many together
-_SHORT, _PACKED = 16, 64
+# rows of the heads of a group that share their keys (see `SHORT`)
+_PACKED = 64
 _SPLITS = (1, 2, 4, 8, 16, 32, 64)
 # no split where programs fill so much of the processors
 _BUSY = 0.8
@@ -75,7 +75,7 @@ def _with_extra(takes: Facts, tile: TileConfig) -> Facts:
 
 def _heads(problem: Problem) -> int:
     """Query heads that a program takes together."""
-    together = problem.rows <= _SHORT and problem.group * problem.rows <= _PACKED
+    together = problem.rows <= SHORT and problem.group * problem.rows <= _PACKED
     return problem.group if together else 1
 
 

@@ -8,7 +8,7 @@ from attn_compiler.html import mask_picture, pattern_picture, roofline_picture, 
 from attn_compiler.html.mask_picture import MaskPicture
 from attn_compiler.html.pattern_picture import PatternPicture
 from attn_compiler.html.roofline_picture import RooflinePicture
-from attn_compiler.html.ways import Way, drawn, ways
+from attn_compiler.html.ways import Way, drawn, formulas, ways
 from attn_compiler.ir.site import AttentionSite
 from attn_compiler.kernels.shown import Call
 
@@ -40,6 +40,7 @@ class SiteView:
         roofline: None without ways.
         kernels: numbers of its generated kernels on the page, with their names.
         pattern: of blocks that are kept, where a variant has one.
+        formulas: what it costs in letters, by what is counted.
         gone, come: names of the operations before and of those that took their place; empty where
             no graph tells.
     """
@@ -53,6 +54,7 @@ class SiteView:
     roofline: RooflinePicture | None
     kernels: tuple[tuple[int, str], ...]
     pattern: PatternPicture | None
+    formulas: tuple[tuple[str, str], ...] = ()
     gone: tuple[str, ...] = ()
     come: tuple[str, ...] = ()
 
@@ -117,6 +119,10 @@ def view(number: int, sites: tuple[AttentionSite, ...], kernels: dict[str, int])
         else None,
         kernels=tuple((n, name.partition(":")[0]) for n, name in sorted(own.items())),
         pattern=pattern_picture.picture(site.facts.get(site.decision.variant)),
+        formulas=tuple(
+            (name, text.replace("**", "^").replace("*", " · "))
+            for name, text in formulas(site, call.problem if found else None).items()
+        ),
     )
 
 

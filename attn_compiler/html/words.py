@@ -50,6 +50,24 @@ LIMITS = {
     "launch": "starting kernels",
 }
 
+COUNTED = {
+    "flops": "operations of products",
+    "exps": "exponentials",
+    "other": "further operations on scores",
+    "read": "bytes read",
+    "written": "bytes written",
+    "near": "bytes from the last cache, tiles of M rows",
+    "launches": "kernels",
+    "saved": "bytes kept for the backward",
+    "cache": "bytes kept for the next step",
+}
+
+LETTERS = (
+    "B batch, T queries, S keys, H heads, G kv heads, d and e head dims of keys and values, D "
+    "width of the model, n bytes of a number, K beams, L layers, E experts and k of them active, "
+    "C tokens of a chunk or block, rho share of the pairs that is left, M rows of a tile."
+)
+
 WAYS = {
     "keep": "the code as it is written, scores through memory",
     "triton": "the kernel that is generated for this site",

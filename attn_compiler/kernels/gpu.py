@@ -21,12 +21,12 @@ from torch import Tensor
 
 from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.peers import order, predicted
+from attn_compiler.cost.problem import SHORT
 from attn_compiler.errors import BadOption
 from attn_compiler.kernels import attention as composite
 from attn_compiler.kernels import flash_triton, flash_triton_backward, measured, sdpa_gpu
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
 from attn_compiler.kernels.gpu_tiles import (
-    SHORT,
     backward_tiles,
     forward_tile,
     problem_of,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attn_compiler.cost.problem import Problem, Template
+from attn_compiler.cost.problem import SHORT, Problem, Template
 from attn_compiler.ir.expr import DOT, TRUE, Read, depends, walk
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.frame import Inputs
@@ -42,8 +42,6 @@ _BACKWARD = {
     "amd": {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 32, 8, 2)},
 }
 _BACKWARD_32_BITS = {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 8, 2), 256: Tile(16, 16, 8, 1)}
-# a query of at most so many rows shares its keys among the heads of a group
-SHORT = 16
 _ROWS_OF_A_SHORT_QUERY = 64
 _KEYS_OF_A_SHORT_QUERY = 64
 # a part of the keys that is worth a program

@@ -19,8 +19,9 @@ from attn_compiler.cost.search import choose
 from attn_compiler.ir.expr import slots
 from attn_compiler.kernels import blocks, flash_triton, schedule
 from attn_compiler.kernels.frame import Frame, Inputs
-from attn_compiler.kernels.gpu_tiles import SHORT, forward_tile, problem_of
+from attn_compiler.kernels.gpu_tiles import forward_tile, problem_of
 from attn_compiler.kernels.launch import Tile, structure_of
+from attn_compiler.kernels.sdpa_gpu import refusal
 from attn_compiler.kernels.triton_source import Visits, backward_source, forward_source
 
 
@@ -81,7 +82,8 @@ def _runs(given: Inputs, hardware: Hardware, problem: Problem) -> Shown:
     )
     if why:
         return Shown("composite", why)
-    theirs = {} if given.reads or problem.rows <= SHORT else peers(hardware, problem)
+    # a band is nearly the mask; what a kernel is given has to be exactly that
+    theirs = {n: t for n, t in peers(hardware, problem).items() if not refusal(n, given)}
     name = order(hardware, problem.bucketed(), (*theirs, "triton"))[0]
     if name != "triton":
         time = {str(peer): time for peer, time in theirs.items()}[name]

@@ -15,7 +15,7 @@ from attn_compiler.ir.roles import extent
 from attn_compiler.ir.states import Kept
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.show_kernels import number, sizes_of_example
-from attn_compiler.planning import plan
+from attn_compiler.planning import planned
 from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import Shape
 
@@ -42,7 +42,7 @@ def show_states(region: Region, core: Core, kept: Kept, hardware: Hardware | Non
 
 def verdict(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> str:
     """The prediction in words."""
-    found = plan(ELAttention(), shape, hardware=hardware, dtype=dtype)
+    found = planned(ELAttention(), shape, hardware, dtype)
     plain = found.alternatives[0]
     keys = f"{shape.batch} x {shape.key} keys"
     beams = f" for {shape.beams} beams each" if shape.beams > 1 else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_compiler.errors import BadOption
@@ -10,15 +12,28 @@ from attn_compiler.variants.base import Scope, Shape, VariantSpec
 from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
+from attn_compiler.variants.selective import Selective
 from attn_compiler.variants.sites.gau import GAU_
 from attn_compiler.variants.sites.switchhead import SWITCHHEAD
+from attn_compiler.variants.spion import SPION, Pattern
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
 VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_)
 
-__all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary"]
+__all__ = [
+    "SPION",
+    "VARIANTS",
+    "ELAttention",
+    "Flash",
+    "Pattern",
+    "Selective",
+    "core_of",
+    "costed",
+    "needs_data",
+    "ordinary",
+]
 
 
 def needs_data(spec: VariantSpec) -> bool:
@@ -38,6 +53,27 @@ def _is_cross(shape: Shape) -> bool:
     return not shape.causal and shape.query != shape.key
 
 
+def core_of(spec: VariantSpec, shape: Shape, letters: dict[str, float]) -> Shape | None:
+    """The core that a variant runs, as sizes of exact attention; None if it runs none.
+
+    Args:
+        spec: with numbers, as `costed` gives it.
+        shape: what it replaces.
+        letters: its own, of `costed`.
+    """
+    if isinstance(spec, switchhead.SwitchHead):
+        heads, width = int(spec.heads), int(spec.head_dim)
+        return replace(
+            shape, heads=heads, kv_heads=heads, head_dim=width, value_dim=None, width=shape.channels
+        )
+    if isinstance(spec, spion.SPION):
+        # as many pairs, nothing of which a mask cuts away
+        return replace(shape, key=max(1, math.ceil(letters["rho"] * shape.key)), causal=False)
+    if isinstance(spec, selective.Selective):
+        return replace(shape, key=max(shape.query, math.ceil(letters["S"])))
+    return shape if isinstance(spec, el.ELAttention) else None
+
+
 def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, dict[str, float]]:
     """The spec with numbers, its formula, its scope, and letters that are its own."""
     work, causal, width = shape.work, shape.causal, shape.channels
@@ -45,9 +81,9 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     if isinstance(spec, el.ELAttention):
         return spec, el.cost(spec, work, causal=causal, cross=cross), Scope.SITE, {}
     if isinstance(spec, selective.Selective):
-        kept = spec.budgets if isinstance(spec.budgets, tuple) else ()
-        length = sum(kept) / len(kept) if kept else float(shape.key)
-        return spec, selective.cost(spec, work), Scope.CORE, {"C": length}
+        # in a step the keys are those that are kept; a whole sequence sees them all
+        kept = selective.kept_tokens(spec, shape.key) if work == "decode" else float(shape.key)
+        return spec, selective.cost(spec, work), Scope.CORE, {"S": kept}
     if isinstance(spec, spion.SPION):
         filled = spion.filled(spec, shape.key)
         made = filled.pattern

@@ -174,6 +174,15 @@ def mean_budget(length: int, ratio: float) -> float:
     return length / ratio
 
 
+def kept_tokens(spec: Selective, length: int) -> float:
+    """Tokens that a layer keeps of so many, on average over the layers that have a budget."""
+    given = spec.budgets
+    if given is None:
+        return float(length)
+    budgets = list(given.values() if isinstance(given, Mapping) else given)
+    return sum(min(budget, length) for budget in budgets) / len(budgets)
+
+
 def memory_ratio(length: int, budgets: Sequence[int]) -> float:
     """Tokens of ordinary caches over those of budgets: n L / sum of budgets (the state of a kept
     token left out, see `state_share`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from importlib.resources import files
 from pathlib import Path
 from statistics import mean
 
@@ -18,7 +19,8 @@ from attn_compiler.cost.limits import (
     resident,
     shared_bytes,
 )
-from attn_compiler.cost.problem import TEMPLATES, TileConfig
+from attn_compiler.cost.problem import TEMPLATES, Problem, TileConfig, padded
+from attn_compiler.cost.tile import legal
 
 DATA = json.loads((Path(__file__).parent / "data" / "occupancy.json").read_text())
 WIDTHS = (64, 128, 256)
@@ -94,6 +96,43 @@ def test_the_estimate_of_registers() -> None:
                 missed.append(said.spilled and not found[1])
         assert mean(errors) <= 17
         assert mean(refused) < 0.25 and mean(missed) < 0.03
+
+
+def test_a_tile_that_spills_as_it_is_launched_is_never_legal() -> None:
+    """Rows "tma" are compiled with descriptors: without them this one spills nothing."""
+    tile = TileConfig(64, 128, 8, 3)
+    said = facts(OF_ARCH["sm_90"], "queries", 128, 2, tile)
+    assert said is not None and said.spilled
+    table = json.loads((files("attn_compiler.cost") / "compiled.json").read_text())["3.7.1"]
+    plain = {tuple(row[:4]): row for row in table["sm_90"]["queries 128 2"]}
+    assert plain[64, 128, 8, 3][6] == 0
+    for name, rows in table["sm_90"].items():
+        if name.endswith(" tma"):
+            known = {tuple(row[:4]) for row in table["sm_90"][name.removesuffix(" tma")]}
+            assert {tuple(row[:4]) for row in rows} <= known
+            assert all(row[4] <= OF_ARCH["sm_90"].shared_block for row in rows)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in OF_ARCH if arch != "cpu"])
+def test_whatever_is_legal_was_compiled_and_does_not_spill(arch: str) -> None:
+    """Every tile that the search can return, over kinds of calls, against the raw table."""
+    row = OF_ARCH[arch]
+    table = json.loads((files("attn_compiler.cost") / "compiled.json").read_text())["3.7.1"]
+    asked = {"sm_86": "sm_80", "sm_89": "sm_80", "sm_120": "sm_80"}.get(arch, arch)
+    compiled = {
+        key: {tuple(r[:4]): r[4:] for r in rows} for key, rows in table.get(asked, {}).items()
+    }
+    found = 0
+    for template, width, size, rows, extra in itertools.product(
+        TEMPLATES, (40, 128, 192), (2, 4), (1, 333), (False, True)
+    ):
+        problem = Problem(2, 8, 2, rows, 4096, width, width, size, extra=extra)
+        key = f"{template} {max(64, padded(width))} {size}"
+        for tile, lives in legal(row, problem, template):
+            taken = compiled[key][tile.block_m, tile.block_n, tile.warps, tile.stages]
+            assert taken[2] == 0 and taken[0] <= row.shared_block and lives >= 1
+            found += 1
+    assert bool(found) == bool(compiled)
 
 
 def test_what_is_not_known_is_not_guessed() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 
 import attn_compiler as ac
 from attn_compiler import cli, given, terminal
+from attn_compiler.cost import at_hand
+from attn_compiler.cost.calibration import Calibration
 
 FILE = Path(__file__).parent / "given.py"
 SIZES = "batch=2,query=4096,heads=16,head_dim=128"
@@ -189,6 +192,19 @@ def test_plan_as_json(capsys: Run) -> None:
     assert found["spec"].startswith("SwitchHead(heads=")
 
 
+def test_plan_of_a_model(capsys: Run) -> None:
+    asked = ["plan", "fastest", "--model", f"{FILE}:make", "--hardware", "h200"]
+    assert cli.main(asked) == 0
+    printed = capsys.readouterr().out
+    head, table = printed.splitlines()[:2]
+    assert "given.py:" in head and head[0] == "0" and table.startswith("Flash() on h200: ")
+    assert cli.main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sites"]
+    assert found and all(each["plan"]["seconds"] > 0 for each in found)
+    assert cli.main([*asked, "--dtype", "float16"]) == 2
+    assert "leave --dtype out" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bench(capsys: Run) -> None:
     assert cli.main(["bench", f"{FILE}:make", "--rounds", "3", "--json"]) == 0
@@ -211,6 +227,23 @@ def test_doctor(capsys: Run) -> None:
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["torch"]["text"] == torch.__version__
     assert checks["operators"]["state"] == checks["CPU"]["state"] == "ok"
+
+
+def test_doctor_shows_what_was_fitted(
+    capsys: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ATTN_COMPILER_CACHE", str(tmp_path))
+    row = at_hand.plain(torch.device("cpu"))
+    constants = Calibration(hidden=0.43, clock=0.77, dram=0.8, l2=0.6, launch=5e-6, prologue=99.0)
+    at_hand.keep(replace(row, constants=(("sdpa", constants),)), torch.device("cpu"))
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, which comes first")
+    cli.main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "the cost model was fitted to this CPU" in printed
+    (line,) = (line for line in printed.splitlines() if "fit of sdpa" in line)
+    said = "hidden 0.43, clock 0.77, dram 0.8, l2 0.6, launch 5e-06, prologue 99"
+    assert line.endswith(said)
 
 
 def test_doctor_says_what_is_missing(

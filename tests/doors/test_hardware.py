@@ -45,6 +45,19 @@ def test_pytorchs_kernel_where_it_is_expected_to_be_faster() -> None:
     assert report.sites[0].facts["kernel"] == "cudnn" and not report.kernels
 
 
+def test_a_mask_that_is_only_nearly_causal_is_not_given_to_pytorchs_kernel() -> None:
+    class Prefix(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (y.unflatten(-1, (4, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+            above = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+            above[:, :5] = False
+            scores = (q @ k.transpose(-1, -2) / 4).masked_fill(above, float("-inf"))
+            return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    (site,) = ac.explain(Prefix().bfloat16(), (X.bfloat16(),), hardware="h200").sites
+    assert site.decision.accepted and site.facts["kernel"] == "triton"
+
+
 @pytest.mark.parametrize(("name", "words"), [("t4", "no matrix units"), ("v100", "sm_70")])
 def test_why_there_is_no_kernel(name: str, words: str) -> None:
     report = ac.explain(Attention(5.0), (X,), hardware=name)

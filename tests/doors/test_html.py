@@ -113,6 +113,17 @@ def test_the_cost_of_a_site(page: Page) -> None:
     assert [m["class"] for m in page.all("g") if "chosen" in m["class"]] == ["mark chosen"]
 
 
+def test_what_a_site_costs_in_letters(page: Page, report: Report, tmp_path: Path) -> None:
+    """Also where no device is named, of what a variant puts there."""
+    text = page.text
+    assert "In letters" in text and "B · H · S · T · (d + e)" in text
+    (site, *_) = report.sites
+    gated = replace(site, decision=replace(site.decision, call=None, variant="switchhead",
+                    spec=ac.SwitchHead(heads=2, experts=2, k=1, head_dim=16)))  # fmt: skip
+    shown = page_of(replace(report, sites=(gated,)), tmp_path).text
+    assert "In letters" in shown and "No device was named" in shown and "D" in shown
+
+
 def test_nothing_of_a_model_is_markup(report: Report, tmp_path: Path) -> None:
     site = report.sites[0]
     bad = replace(

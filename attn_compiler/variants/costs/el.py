@@ -11,7 +11,7 @@ equations.
 
 from __future__ import annotations
 
-from attn_compiler.cost.letters import B, Cost, D, G, H, K, L, Number, S, T, d, e, n
+from attn_compiler.cost.letters import B, Cost, D, G, H, K, L, M, Number, S, T, d, e, n
 from attn_compiler.variants.base import Work
 from attn_compiler.variants.costs import flash
 from attn_compiler.variants.costs.parts import Core, linear
@@ -65,7 +65,8 @@ def _attention(beams: Number, cross: bool, key_bias: bool) -> Cost:
         core, layers = Core(batch=B * beams, groups=1, qk=D, v=D), 1
     states = n * core.batch * S * D
     # the values are the keys: what Core counts as a second tensor is not there
-    cost = core.forward() + Cost(read=-states, cache=states / layers)
+    again = n * core.pairs * D / M
+    cost = core.forward() + Cost(read=-states, cache=states / layers, near=-again)
     if key_bias:
         rows = B * beams * T * H
         cost += Cost(flops=2 * rows * d, other=core.pairs, read=n * G * d)

@@ -13,7 +13,7 @@ Source: Transformer Quality in Linear Time (arXiv 2202.10447); costs derived fro
 
 from __future__ import annotations
 
-from attn_compiler.cost.letters import B, C, Cost, D, K, Number, S, T, d, e, n
+from attn_compiler.cost.letters import B, C, Cost, D, K, M, Number, S, T, d, e, n
 from attn_compiler.variants.base import Work
 from attn_compiler.variants.costs.parts import filled, linear
 
@@ -49,11 +49,13 @@ def _forward(chunked: bool, share: Number) -> Cost:
     """
     rows, keys = B * T, C if chunked else S
     state = 4 * rows * d * e if chunked else 0
+    read, written = n * rows * (_keys(chunked) + 2 * e), n * rows * e
     return Cost(
         flops=2 * share * rows * keys * (d + e) + state,
-        read=n * rows * (_keys(chunked) + 2 * e),
-        written=n * rows * e,
+        read=read,
+        written=written,
         launches=1,
+        near=n * share * rows * keys * (d + e) / M + read + written,
     )
 
 
@@ -70,6 +72,7 @@ def _backward(chunked: bool, share: Number) -> Cost:
         written=inputs,
         launches=2,
         saved=n * rows * (2 * e + d + e),
+        near=2 * n * share * rows * keys * (d + 2 * e) / M + 2 * (inputs + n * rows * e) + inputs,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sympy import Rational
 
-from attn_compiler.cost.letters import B, Cost, G, H, Number, S, T, d, e, n
+from attn_compiler.cost.letters import B, Cost, G, H, M, Number, S, T, d, e, n
 from attn_compiler.variants.base import Work
 
 
@@ -73,6 +73,7 @@ class Core:
             read=queries + keys + values,
             written=out,
             launches=1,
+            near=self._loaded() + queries + out + sums,
         )
         if keep:
             cost += Cost(written=sums, saved=queries + keys + values + out + sums)
@@ -89,11 +90,17 @@ class Core:
             read=2 * out + 2 * (queries + keys + values + out + 2 * sums),
             written=sums + queries + keys + values,
             launches=3,
+            # row sums, dq, dk and dv
+            near=2 * self._loaded() + 2 * (queries + keys + values) + 3 * out + 3 * sums,
         )
 
     def cache(self) -> Cost:
         """Keys and values, kept from step to step."""
         return Cost(cache=n * self.batch * self.groups * self.keys * (self.qk + self.v))
+
+    def _loaded(self) -> Number:
+        """Bytes of tiles that run past: each block of M rows, or keys, meets the other side."""
+        return n * self.pairs * (self.qk + self.v) / M
 
     def _tensors(self) -> tuple[Number, Number, Number, Number, Number]:
         """Bytes of q, k, v, the output and the logs of the rows' sums."""
