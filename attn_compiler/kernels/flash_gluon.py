@@ -25,7 +25,7 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, empty_lse
 from attn_compiler.kernels.grid import Grid
-from attn_compiler.kernels.launch import Launch, Tile, power, rows_visited, structure_of
+from attn_compiler.kernels.launch import Launch, Tile, folded, power, rows_visited, structure_of
 from attn_compiler.kernels.plan import plan
 from attn_compiler.kernels.template import load, render
 from attn_compiler.kernels.triton_source import Structure, keep
@@ -58,6 +58,8 @@ def refusal(given: Inputs) -> str:
         return "a row without keys takes the mean of all values"
     if program.score == DOT and not given.scale > 0:
         return f"the scale {given.scale} is not positive"
+    if folded(given.q.shape[0] * given.q.shape[1])[1] != 1:
+        return "so many pairs of batch item and head that one axis of a launch does not hold them"
     width, value_width = _width(given.q), _width(given.v)
     if width != value_width:
         return f"head dims {given.q.shape[3]} and {given.v.shape[3]} need tiles of different width"
