@@ -20,7 +20,9 @@ from attn_compiler.kernels.schedule import Visit
 from attn_compiler.kernels.triton_source import Structure, Visits
 from attn_compiler.kernels.triton_text import Kind
 
+# numbers of two axes of a launch, and of elements that 32 bits can count, are below these
 _MOST_OF_AN_AXIS = 65535
+_FAR = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,7 @@ def constants_of(given: Inputs, tile: Tile, *others: Tensor) -> dict[str, Any]:
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
         "PRECISION": precision(),
-        "INDEX": tl.int64 if reach >= 2**31 else tl.int32,
+        "INDEX": tl.int64 if reach >= _FAR else tl.int32,
     }
 
 
