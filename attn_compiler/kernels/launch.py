@@ -6,7 +6,6 @@ Launch(kernel, grid, args, constants).run()
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.ir.lasting import on_device, recorded
 from attn_compiler.kernels import blocks, schedule
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.schedule import Visit
@@ -236,22 +236,12 @@ def _table(visits: Sequence[Visit] | None, device: torch.device) -> Visited:
     if visits is None:
         return Visited("all", ())
     table = _table_on(visits, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _recorded.add(table)
+    recorded(table)
     return Visited("table", (table,))
-
-
-# CUDA graphs read them whenever they are replayed
-_recorded: set[Tensor] = set()
 
 
 @lru_cache(maxsize=256)
 def _table_on(visits: Sequence[Visit], device: torch.device) -> Tensor:
-    """A schedule on the device; a shape that was seen costs no transfer.
-
-    A thread of its own makes it: what a thread allocates while PyTorch warms up or records a CUDA
-    graph lies in the graph's memory, and may not outlive the call.
-    """
+    """A schedule on the device; a shape that was seen costs no transfer."""
     rows = [(v.block, v.lo, v.full_lo, v.full_hi, v.hi) for v in visits]
-    with ThreadPoolExecutor(1) as worker:
-        return worker.submit(torch.tensor, rows, dtype=torch.int32, device=device).result()
+    return on_device(torch.tensor(rows, dtype=torch.int32), device)

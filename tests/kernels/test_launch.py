@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_compiler.kernels import flash_triton, flash_triton_backward, launch
+from attn_compiler.ir import bounds, lasting
+from attn_compiler.kernels import blocks, flash_triton, flash_triton_backward, launch
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.launch import Tile, constants_of, folded, precision, rows_visited
 
+DOCUMENTS = text(mask=f"(t0[b, q] == t0[b, k]) & {CAUSAL}", empty="zero")
 SHAPE = Shape(H=2, G=1, T=70, S=70)
 
 
@@ -117,31 +120,57 @@ def test_both_switches_of_pytorch_are_understood() -> None:
 
 
 class _Seen(TorchDispatchMode):
-    """What the calling thread asks PyTorch for: it is what a CUDA graph's memory would hold."""
+    """What the calling thread copies to a device: a CUDA graph's memory would hold it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[str] = []
+        self.copied: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.made.append(str(func))
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        moved = func is torch.ops.aten._to_copy.default and args[0].device != found.device
+        if moved:
+            self.copied.append(found.device.type)
+        return found
 
 
-def test_a_table_does_not_lie_in_the_memory_of_a_graph() -> None:
-    launch._table_on.cache_clear()
-    frame = Frame(call(*tensors(SHAPE, torch.float32)))
+@pytest.mark.parametrize("program", [text(mask=CAUSAL), DOCUMENTS])
+def test_what_calls_share_does_not_lie_in_the_memory_of_a_graph(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the table of a structural mask nor what lists of tiles are made from."""
+    monkeypatch.setattr(blocks, "_LEAST", 0)
+    for cached in (launch._table_on, bounds._free, bounds._places):
+        cached.cache_clear()
+    q, k, v = (x.to("meta") for x in tensors(SHAPE, torch.float32))
+    reads = [torch.empty(2, 70, dtype=torch.int64, device="meta")] if "t0" in program else []
+    frame = Frame(replace(call(q, k, v, program), reads=reads))
     with _Seen() as seen:
-        torch.zeros(1)
-        (table,) = rows_visited(frame, Tile(16, 16)).args
-    assert seen.made == ["aten.zeros.default"]
+        found = rows_visited(frame, Tile(16, 16))
+    assert found.kind == ("lists" if reads else "table")
+    assert seen.copied == [] and found.args[0].device.type == "meta"
+    with _Seen() as seen:
+        torch.zeros(1).to("meta")
+    assert seen.copied == ["meta"]
+
+
+def test_the_table_of_a_triangle() -> None:
+    (table,) = rows_visited(Frame(call(*tensors(SHAPE, torch.float32))), Tile(16, 16)).args
     assert table.tolist() == [[i, 0, 0, i, i + 1] for i in (4, 3, 2, 1, 0)]
 
 
-def test_a_table_that_was_recorded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_recorded", set())
-    monkeypatch.setattr(launch, "_table_on", lambda visits, device: torch.zeros(3))
+class _There:
+    """Stands for a tensor on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_what_a_graph_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lasting, "_kept", set())
+    table: Any = _There()
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
-        launch._table([], torch.device("cuda"))
-        assert len(launch._recorded) == capturing
+        lasting.recorded(table, torch.zeros(1))
+        assert (table in lasting._kept) is capturing
+    lasting.recorded(torch.zeros(1))
+    assert len(lasting._kept) == 2
