@@ -19,6 +19,7 @@ from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import TRUE
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.attention import reference
+from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.library import attention
 
 INF = float("inf")
@@ -166,25 +167,36 @@ def tensors(s: Shape, dtype: torch.dtype, size: float = 1.0) -> list[Tensor]:
 
 
 def eager(
-    q: Tensor, k: Tensor, v: Tensor, reads: Sequence[Tensor], ints: Sequence[int], program: Program
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    program: Program,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """What a model writes down: every step in the dtype of the inputs."""
+    """What a model writes down: every step in the dtype of the inputs; `factor` drops."""
     shape = (*q.shape[:3], k.shape[2])
     env: dict[str, Any] = dict(zip("BHTS", shape, strict=True))
     for i, (n, size) in enumerate(zip("bhqk", shape, strict=True)):
         env[n] = torch.arange(size).view((-1,) + (1,) * (3 - i))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = evaluate(program.score, env, reads, ints, q @ k.transpose(-1, -2) * SCALE, q.dtype)
-    s = s.to(q.dtype).expand(shape)
+    s = plain = s.to(q.dtype).expand(shape)
     if program.mask != TRUE:
         s = torch.where(evaluate(program.mask, env, reads, ints).bool(), s, -INF)
     if program.sink is not None:
         sink = evaluate(program.sink, env, reads, ints, None, q.dtype).to(q.dtype)
         s = torch.cat([s, sink.expand(*shape[:3], 1)], -1)
     dead = (s == -INF).all(-1, keepdim=True)
-    p = torch.softmax(s if program.empty == "nan" else s.masked_fill(dead, 0.0), -1)
-    p = p[..., : shape[3]]
-    return (p if program.empty in ("nan", "uniform") else p.masked_fill(dead, 0.0)) @ v
+    if program.empty == "absorbed":  # the derivative of adding finfo.min is one
+        s = torch.where(dead, plain - plain.detach(), s)
+    elif program.empty != "nan":
+        s = s.masked_fill(dead, 0.0)
+    p = torch.softmax(s, -1)[..., : shape[3]]
+    if program.empty not in ("nan", "uniform", "absorbed"):
+        p = p.masked_fill(dead, 0.0)
+    return (p if factor is None else p * factor.to(p.dtype)) @ v
 
 
 SCALE = 0.3
@@ -212,24 +224,34 @@ def judge(
     reads: list[Tensor],
     largest: float = 0.0,
     device: str = "cpu",
+    rate: float = 0.0,
 ) -> None:
     """The operator on a device against the CPU.
 
-    `largest` is the absolute value of scores whose rounding alone, in a stored lse, counts.
+    `largest` is the absolute value of scores whose rounding alone, in a stored lse, counts; `rate`
+    the probability to drop.
     """
     program, ints, dtype = Program.parse(case.program), list(case.ints), given[0].dtype
+    drop, factor = Drop(torch.tensor([17]) if rate else None, rate), None
+    (batch, heads, rows, _), keys = given[0].shape, given[1].shape[2]
+    dropped = drop.dropped((heads, rows), (0, batch), (0, rows), (0, keys))
+    if dropped is not None:
+        factor = (~dropped).double() * drop.gain
 
     def ours(q: Tensor, k: Tensor, v: Tensor, reads: list[Tensor]) -> Tensor:
         out, _ = attention(
-            q, k, v, reads, ints, None, program=case.program, scale=SCALE, dropout=0.0
-        )
+            q, k, v, reads, ints, drop.seed if drop.seed is None else drop.seed.to(device),
+            program=case.program, scale=SCALE, dropout=rate,
+        )  # fmt: skip
         return out
 
     there = [[x.to(device) for x in tensors] for tensors in (given, reads)]
     found = [x.cpu() for x in run(ours, *there, case.grads)]
-    plain = run(lambda q, k, v, r: eager(q, k, v, r, ints, program), given, reads, case.grads)
+    plain = run(
+        lambda q, k, v, r: eager(q, k, v, r, ints, program, factor), given, reads, case.grads
+    )
     exact = run(
-        lambda q, k, v, r: reference(q, k, v, r, ints, program, SCALE)[0],
+        lambda q, k, v, r: reference(q, k, v, r, ints, program, SCALE, factor)[0],
         [double(x) for x in given],
         [double(x) for x in reads],
         case.grads,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attn_compiler.ir.evaluate import inside
 from attn_compiler.ir.expr import Call, Const, Dot, Expr, Int, Read, Var, walk
+from attn_compiler.ir.lasting import on_device, recorded
 
 # low and high, ends included; of a predicate: holds everywhere, may hold somewhere
 Pair = tuple[Tensor, Tensor]
@@ -62,7 +63,9 @@ def tile_classes(mask: Expr, tiling: Tiling, reads: Sequence[Tensor]) -> Pair:
 
 def _bounds(expr: Expr, tiling: Tiling, reads: Sequence[Tensor], device: torch.device) -> Pair:
     if not any(isinstance(node, Read | Dot) for node in walk(expr)):
-        return _free(expr, tiling, device)
+        pair = _free(expr, tiling, device)
+        recorded(*pair)
+        return pair
     if isinstance(expr, Read):
         return _read(expr, tiling, reads[expr.slot])
     if not isinstance(expr, Call):
@@ -74,7 +77,7 @@ def _bounds(expr: Expr, tiling: Tiling, reads: Sequence[Tensor], device: torch.d
 def _free(expr: Expr, tiling: Tiling, device: torch.device) -> Pair:
     """Of what reads no tensor: computed by the CPU, once, and then kept on the device."""
     low, high = _numbers(expr, tiling)
-    return low.to(device), high.to(device)
+    return on_device(low, device), on_device(high, device)
 
 
 def _numbers(expr: Expr, tiling: Tiling) -> Pair:
@@ -124,6 +127,7 @@ def _read(expr: Read, tiling: Tiling, tensor: Tensor) -> Pair:
     places = _places(expr, tiling, tensor.device)
     if places is None or tensor.dtype.is_complex or tensor.numel() == 0:
         return _anything(tensor.device)
+    recorded(*places)
     found = tensor[inside(tensor, places)] if places else tensor.view(1, 1, 1, 1)
     if found.dtype is torch.bool:
         every, some = found, found
@@ -159,7 +163,7 @@ def _places(expr: Read, tiling: Tiling, device: torch.device) -> tuple[Tensor, .
     for axis, ((low, high), width) in enumerate(zip(ranges, widths, strict=True)):
         steps = torch.arange(width).view([-1 if i == axis else 1 for i in range(len(widths))])
         ends = [x.view(*x.shape, *(1 for _ in widths)) for x in (low, high)]
-        found.append(torch.minimum(ends[0] + steps, ends[1]).to(device))
+        found.append(on_device(torch.minimum(ends[0] + steps, ends[1]), device))
     return tuple(found)
 
 

@@ -25,7 +25,14 @@ from torch import Tensor
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
 from attn_compiler.kernels.frame import Frame, Inputs
-from attn_compiler.kernels.launch import Launch, Tile, dense, program_arguments, structure_of
+from attn_compiler.kernels.launch import (
+    Launch,
+    Tile,
+    dense,
+    precision,
+    program_arguments,
+    structure_of,
+)
 from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import el_source
 
@@ -197,7 +204,7 @@ def _constants(given: Inputs, tile: WideTile, sizes: tuple[int, int, int]) -> di
         "SLICE": tile.slice,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": precision(),
         "INDEX": tl.int64 if reach >= 2**31 else tl.int32,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

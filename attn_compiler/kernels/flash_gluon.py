@@ -2,8 +2,8 @@
 
     out, lse = forward(frame, tile)
 
-It computes what `flash_triton` does, for the programs that read no tensors. Nothing binds it by
-itself: it is for devices of compute capability 9.0 on which it measured faster.
+It computes what `flash_triton` does, for the programs that read no tensors. It is for devices of
+compute capability 9.0, and runs only where it was measured to be the fastest (`kernels.measure`).
 
 The scheme is that of FlashAttention-3 (Shah et al. 2024, sections 3.1 and 3.2): the products of one
 group run beside the exponentials of the other, and inside of a group the scores of a tile beside
@@ -25,7 +25,7 @@ from attn_compiler.ir.score import Program
 from attn_compiler.kernels import flash_triton
 from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, empty_lse
 from attn_compiler.kernels.grid import Grid
-from attn_compiler.kernels.launch import Launch, Tile, power, rows_visited, structure_of
+from attn_compiler.kernels.launch import Launch, Tile, folded, power, rows_visited, structure_of
 from attn_compiler.kernels.plan import plan
 from attn_compiler.kernels.template import load, render
 from attn_compiler.kernels.triton_source import Structure, keep
@@ -36,6 +36,8 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _NARROWEST = 64
 # what a copy engine wants of an address and of a stride
 _ALIGNMENT = 16
+# by width: rows, keys, warps, stages; its numbers are tested with them
+_TILES = {64: Tile(128, 128, 4, 2), 128: Tile(128, 128, 4, 2), 256: Tile(128, 64, 4, 2)}
 # where so few rows share no key that is looked at, some row is taken to have none
 _FEW_ROWS = 16
 
@@ -58,11 +60,18 @@ def refusal(given: Inputs) -> str:
         return "a row without keys takes the mean of all values"
     if program.score == DOT and not given.scale > 0:
         return f"the scale {given.scale} is not positive"
+    if folded(given.q.shape[0] * given.q.shape[1])[1] != 1:
+        return "so many pairs of batch item and head that one axis of a launch does not hold them"
     width, value_width = _width(given.q), _width(given.v)
     if width != value_width:
         return f"head dims {given.q.shape[3]} and {given.v.shape[3]} need tiles of different width"
     names = zip("qkv", given.qkv, strict=True)
     return next((f"{name}: {why}" for name, x in names if (why := _uncopyable(x))), "")
+
+
+def usual_tile(given: Inputs) -> Tile:
+    """The tile of a call."""
+    return _TILES[_width(given.q)]
 
 
 def _grid(given: Inputs) -> Grid:

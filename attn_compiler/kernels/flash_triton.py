@@ -18,7 +18,7 @@ from attn_compiler.kernels.launch import (
     Launch,
     Tile,
     constants_of,
-    dense,
+    folded,
     power,
     program_arguments,
     rows_visited,
@@ -43,6 +43,8 @@ def refusal(given: Inputs) -> str:
     if any(read.dtype is torch.float64 or read.is_complex() for read in given.reads):
         return "the program reads a tensor in double"
     program = Program.parse(given.program)
+    if not all(folded(given.q.shape[0] * x.shape[1])[0] for x in given.qkv):
+        return "so many pairs of batch item and head that no launch has a place for each"
     missing = untold(program)
     if missing:
         return f"no Triton for {', '.join(missing)}"
@@ -82,15 +84,16 @@ def forward(frame: Frame, tile: Tile) -> tuple[Tensor, Tensor]:
 def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
     """The forward kernel of a call; its results are [splits, B, H, T, dv] and [splits, B, H, T]."""
     given, grid = frame.given, frame.grid
-    q, k, v = (dense(x) for x in given.qkv)
+    q, k, v = given.qkv
     visited = rows_visited(frame, tile)
+    pairs, folds = folded(grid.B * grid.H // tile.heads)
     tile, described = with_descriptors(tile, k, v, tile.keys)
-    strides = [n for x in (q, k, v) for n in x.stride()[:3]]
+    strides = [n for x in given.qkv for n in x.stride()]
     strides += [*part.stride()[:4], *part_lse.stride()]
     sizes = (grid.B, grid.H, grid.T, grid.S)
     return Launch(
         load("forward", forward_source(structure_of(frame, tile, visited.kind))).forward,
-        (-(-grid.T * tile.heads // tile.rows), grid.B * grid.H // tile.heads, tile.splits),
+        (-(-grid.T * tile.heads // tile.rows), pairs, max(folds, tile.splits)),
         (
             *(q, k, v, part, part_lse, *described, *visited.args, *program_arguments(given)),
             *(*strides, *sizes, given.scale),

@@ -20,9 +20,8 @@ from attn_compiler.kernels.launch import (
     Tile,
     Visited,
     constants_of,
-    dense,
+    folded,
     keys_visited,
-    power,
     program_arguments,
     rows_visited,
     structure_of,
@@ -72,7 +71,7 @@ class _Call:
 
     Attributes:
         frame: the call.
-        given: q, k, v and the gradient of out, each with a dense feature axis.
+        given: q, k, v and the gradient of out.
         lse: of the forward.
         wanted: where gradients of the score's reads go, by slot.
         rows: delta, and for scores that may be huge the two parts of a precise lse; [B, H, T] each.
@@ -95,7 +94,7 @@ class _Call:
         name: str,
         tile: Tile,
         visited: Visited,
-        blocks: tuple[int, int],
+        blocks: tuple[int, int, int],
         tensors: Sequence[Tensor],
         rest: Sequence[Any],
     ) -> Launch:
@@ -103,13 +102,13 @@ class _Call:
         grid, (q, k, v, g) = self.frame.grid, self.given
         over = (k, v, tile.keys) if name == "queries" else (q, g, tile.rows)
         tile, described = with_descriptors(tile, *over)
-        strides = [n for x in self.given for n in x.stride()[:3]] + list(self.lse.stride())
+        strides = [n for x in self.given for n in x.stride()] + list(self.lse.stride())
         own = [n for x in tensors if x.dim() == 4 for n in x.stride()[:3]]
-        constants = constants_of(self.frame.given, tile)
+        constants = constants_of(self.frame.given, tile, g)
         del constants["HEADS"], constants["SPLITS"]
         return Launch(
             getattr(self.module(tile, visited.kind), name),
-            (*blocks, 1),
+            blocks,
             (
                 *(*self.given, self.lse, self.rows[0], *tensors, *described, *visited.args),
                 *(*program_arguments(self.frame.given), *rest),
@@ -129,7 +128,7 @@ def prepare_backward(
 ) -> list[Launch]:
     """The three kernels in the order they run."""
     grid, (out, lse), (dq, dk, dv) = frame.grid, saved, results
-    q, k, v, grad, out = (dense(x) for x in (*frame.given.qkv, grad, out))
+    q, k, v = frame.given.qkv
     delta, top, rest = (
         torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3)
     )
@@ -142,7 +141,7 @@ def prepare_backward(
         "keys_and_values",
         by_key,
         visited,
-        (-(-grid.S // by_key.keys), grid.B * k.shape[1]),
+        (-(-grid.S // by_key.keys), *folded(grid.B * k.shape[1])),
         (dead, top, rest, dk, dv),
         (),
     )
@@ -150,16 +149,17 @@ def prepare_backward(
         "queries",
         by_row,
         rows_visited(frame, by_row),
-        (-(-grid.T // by_row.rows), grid.B * grid.H),
+        (-(-grid.T // by_row.rows), *folded(grid.B * grid.H)),
         (top, rest, dq),
         [n for d in wanted.values() for n in (d, *d.stride(), *d.shape)],
     )
-    strides = [n for x in (out, grad, lse) for n in x.stride()[:3]]
+    every = constants_of(frame.given, by_key, grad, out)
+    strides = [n for x in (out, grad, lse) for n in x.stride()]
     before = Launch(
         call.module(by_key, visited.kind).prepare,
-        (-(-grid.T // _ROWS_OF_PREPARE), grid.B * grid.H, 1),
+        (-(-grid.T // _ROWS_OF_PREPARE), *folded(grid.B * grid.H)),
         (out, grad, lse, delta, dead, *strides, grid.H, grid.T),
-        {"DV": v.shape[3], "BLOCK_DV": power(v.shape[3])}
-        | {"BLOCK_M": _ROWS_OF_PREPARE, "num_warps": 4},
+        {"BLOCK_M": _ROWS_OF_PREPARE, "num_warps": 4}
+        | {n: every[n] for n in ("DV", "BLOCK_DV", "INDEX")},
     )
     return [before, first, last]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attn_compiler.kernels.gau_reach import Reach, Sweep
 from attn_compiler.kernels.gau_schema import GauInputs
-from attn_compiler.kernels.launch import Launch, dense, power
+from attn_compiler.kernels.launch import Launch, dense, power, precision
 from attn_compiler.kernels.template import load, render
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -78,9 +78,9 @@ def prepare(given: GauInputs, tile: GauTile, into: tuple[Tensor, Tensor]) -> lis
     states = torch.empty((batch, chunks, s, e), dtype=torch.float32, device=given.v.device)
     module = load("gau", _source(_structure(given, sweep)))
     wide = given.q.dtype is torch.float32
-    precision = "ieee" if wide and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    allowed = precision() if wide else "tf32"
     constants: dict[str, Any] = {"S": s, "E": e, "BLOCK_S": power(s), "BLOCK_E": tile.channels}
-    constants |= {"BLOCK_N": tile.keys, "PRECISION": precision}
+    constants |= {"BLOCK_N": tile.keys, "PRECISION": allowed}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
     slices, sizes = -(-e // tile.channels), (length, chunk, chunks)
     k_lin, v = dense(_given(given.k_lin)), dense(given.v)
@@ -104,7 +104,7 @@ def prepare(given: GauInputs, tile: GauTile, into: tuple[Tensor, Tensor]) -> lis
             module.mix,
             (chunks * -(-chunk // tile.rows), slices, batch),
             (*_mixed(given, reach, (sweep, states), into), *sizes, given.scale),
-            constants | {"BLOCK_M": tile.rows, "STATES": precision, "STEP": min(_STEP, power(s))},
+            constants | {"BLOCK_M": tile.rows, "STATES": allowed, "STEP": min(_STEP, power(s))},
         ),
     ]
 

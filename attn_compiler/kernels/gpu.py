@@ -4,8 +4,9 @@
     score: 30 * tanh(dot / 30)   ->   triton, composite
 
 The cost model orders PyTorch's own kernels, where they express a call, and the generated one (see
-`cost.peers.order`). What was measured comes before any prediction. What no kernel can be generated
-for runs the composite ones.
+`cost.peers.order`). What was measured comes before any prediction; what nothing predicts, PyTorch's
+memory-efficient kernel and ours in Gluon, runs only where it was measured as the fastest. What no
+kernel can be generated for runs the composite ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +25,13 @@ from attn_compiler.cost.peers import order, predicted
 from attn_compiler.cost.problem import SHORT
 from attn_compiler.errors import BadOption
 from attn_compiler.kernels import attention as composite
-from attn_compiler.kernels import flash_triton, flash_triton_backward, measured, sdpa_gpu
+from attn_compiler.kernels import (
+    flash_gluon,
+    flash_triton,
+    flash_triton_backward,
+    measured,
+    sdpa_gpu,
+)
 from attn_compiler.kernels.frame import Frame, Inputs, in_heads_layout
 from attn_compiler.kernels.gpu_tiles import (
     backward_tiles,
@@ -39,23 +46,39 @@ Work = Literal["forward", "backward"]
 
 
 def forward(given: Inputs) -> tuple[Tensor, Tensor]:
-    """out and lse."""
-    return forward_by(given, chosen(given, "forward"))
+    """out and lse; by the next candidate where one refuses a call only when it is made."""
+    choice = chosen(given, "forward")
+    try:
+        return forward_by(given, choice)
+    except RuntimeError as error:
+        if choice.name in ("triton", "composite"):
+            raise
+        _give_up(choice.name, given, error)
+        return forward(given)
 
 
 def forward_by(given: Inputs, choice: Choice) -> tuple[Tensor, Tensor]:
-    """The same by one of the candidates; the next one where PyTorch refuses a call."""
+    """The same by one way.
+
+    Raises:
+        RuntimeError: it does not run here.
+    """
     if choice.name == "composite":
         return composite.forward(given)
     if choice.name == "triton":
         device = given.q.device
         tiles = choice.tiles or (forward_tile(given, family(device), hardware(device)),)
         return flash_triton.forward(Frame(given), tiles[0])
+    if choice.name == "gluon":
+        return _by_gluon(given, choice)
+    return sdpa_gpu.forward(backend_of(choice), given)
+
+
+def _by_gluon(given: Inputs, choice: Choice) -> tuple[Tensor, Tensor]:
     try:
-        return sdpa_gpu.forward(backend_of(choice), given)
-    except RuntimeError as error:  # torch refuses some calls only when they are made
-        _give_up(backend_of(choice), given, error)
-        return forward(given)
+        return flash_gluon.forward(Frame(given), choice.tiles[0])
+    except Exception as error:  # its names move between releases, and its errors are of any kind
+        raise RuntimeError(f"the kernel in Gluon: {error!r}") from error
 
 
 def backward(
@@ -76,7 +99,7 @@ def backward(
     except RuntimeError as error:
         if choice.name == "triton":
             raise
-        _give_up(backend_of(choice), given, error)
+        _give_up(choice.name, given, error)
         return backward(given, grad, saved, needs)
     dq, dk, dv = (in_heads_layout(g, x.dtype) for g, x in zip(found, given.qkv, strict=True))
     return dq, dk, dv, [grad.to(given.reads[i].dtype) for i, grad in into.items()]
@@ -100,7 +123,8 @@ def backward_by(
 
 
 def backend_of(choice: Choice) -> sdpa_gpu.Backend:
-    return "cudnn" if choice.name == "cudnn" else "flash"
+    """The one of PyTorch's that has this name."""
+    return next(name for name in get_args(sdpa_gpu.Backend) if name == choice.name)
 
 
 # ---------------------------------------------------------------- who
@@ -109,7 +133,7 @@ def backend_of(choice: Choice) -> sdpa_gpu.Backend:
 def chosen(given: Inputs, work: Work) -> Choice:
     """What was measured for a call like this one, else the first candidate."""
     found = measured.fastest(given, work)
-    if found is not None and found.name in candidates(given, work):
+    if found is not None and found.name in (*candidates(given, work), *_unpredicted(given, work)):
         return found
     return Choice(next(candidates(given, work)))
 
@@ -120,8 +144,7 @@ def candidates(given: Inputs, work: Work = "forward") -> Iterator[str]:
     if all(x.numel() for x in given.qkv):
         if given.q.shape[2] > SHORT:  # a short query wants its keys divided among programs
             for backend in backends(given.q.device):
-                known = _kind(backend, given) not in _given_up and sdpa_gpu.available(backend)
-                if known and not sdpa_gpu.refusal(backend, given):
+                if _takes(backend, given):
                     names.append(backend)
         if generates(given):
             names.append("triton")
@@ -131,8 +154,29 @@ def candidates(given: Inputs, work: Work = "forward") -> Iterator[str]:
     yield from (*names, "composite")
 
 
+def _takes(backend: sdpa_gpu.Backend, given: Inputs) -> bool:
+    if _kind(backend, given) in _given_up or not sdpa_gpu.available(backend):
+        return False
+    return not sdpa_gpu.refusal(backend, given)
+
+
+def _unpredicted(given: Inputs, work: Work) -> dict[str, Choice]:
+    """What runs a call only where it was measured, by name."""
+    found: dict[str, Choice] = {}
+    device = given.q.device
+    if given.q.shape[2] <= SHORT or not family(device):
+        return found
+    if warp_specialises(device) and work == "forward" and not flash_gluon.refusal(given):
+        found["gluon"] = Choice("gluon", (flash_gluon.usual_tile(given),))
+    if _takes("efficient", given):
+        found["efficient"] = Choice("efficient")
+    return {name: way for name, way in found.items() if _kind(name, given) not in _given_up}
+
+
 def choices(given: Inputs, work: Work) -> Iterator[Choice]:
-    """The candidates of a call with their tiles, the best by the cost model first."""
+    """All ways of a call with their tiles, the best by the cost model first; what it knows nothing
+    about comes beside the best generated kernel.
+    """
     device = given.q.device
     row, problem = hardware(device), problem_of(given)
     found: list[tuple[float, Choice]] = []
@@ -143,6 +187,8 @@ def choices(given: Inputs, work: Work) -> Iterator[Choice]:
                 found.append((guess, Choice(name, tiles)))
         elif name != "composite":
             found.append((seconds.get(name, 0.0), Choice(name)))
+    ours = min((guess for guess, choice in found if choice.name == "triton"), default=0.0)
+    found += [(ours, choice) for choice in _unpredicted(given, work).values()]
     yield from (choice for _, choice in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -176,6 +222,12 @@ def backends(device: torch.device) -> tuple[sdpa_gpu.Backend, ...]:
     # cuDNN's is written for the matrix units of these, FlashAttention's for those of capability 8
     major, _ = torch.cuda.get_device_capability(device)
     return ("cudnn", "flash") if major in (9, 10) else ("flash",)
+
+
+@lru_cache(maxsize=64)
+def warp_specialises(device: torch.device) -> bool:
+    """Is it what the kernel in Gluon is written for?"""
+    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @lru_cache(maxsize=64)

@@ -22,7 +22,7 @@ from attn_compiler.ir.expr import DOT, TRUE, Read, depends, walk
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.frame import Inputs
 from attn_compiler.kernels.grid import Grid, is_free
-from attn_compiler.kernels.launch import Tile, described
+from attn_compiler.kernels.launch import Tile, described, precision
 from attn_compiler.kernels.plan import plan
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def problem_of(given: Inputs) -> Problem:
         head_dim=head_dim,
         value_dim=given.v.shape[3],
         itemsize=given.q.element_size(),
-        tf32=given.q.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        tf32=given.q.dtype is torch.float32 and precision() == "tf32",
         left=left,
         right=right,
         shift=shift,

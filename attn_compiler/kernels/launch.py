@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.ir.lasting import on_device, recorded
 from attn_compiler.kernels import blocks, schedule
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.schedule import Visit
 from attn_compiler.kernels.triton_source import Structure, Visits
 from attn_compiler.kernels.triton_text import Kind
+
+# numbers of two axes of a launch, and of elements that 32 bits can count, are below these
+_MOST_OF_AN_AXIS = 65535
+_FAR = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,7 @@ def structure_of(
         visits,
         drops,
         tile.descriptors,
+        folded(frame.grid.B * frame.grid.H)[1] > 1,
         needs,
     )
 
@@ -140,11 +146,29 @@ def program_arguments(given: Inputs) -> list[Any]:
     return found
 
 
-def constants_of(given: Inputs, tile: Tile) -> dict[str, Any]:
+@lru_cache(maxsize=256)
+def folded(pairs: int) -> tuple[int, int]:
+    """Pairs of batch item and head as the second and third size of a launch: a device takes so many
+    along either, and any number along the first. (0, 0) where no two numbers give that many.
+    """
+    parts = -(-pairs // _MOST_OF_AN_AXIS)
+    while parts <= _MOST_OF_AN_AXIS:
+        if pairs % parts == 0:
+            return pairs // parts, parts
+        parts += 1
+    return 0, 0
+
+
+def constants_of(given: Inputs, tile: Tile, *others: Tensor) -> dict[str, Any]:
+    """What a kernel of a call is compiled for.
+
+    Args:
+        others: what it reads beside the tensors of the call.
+    """
     import triton.language as tl
 
     width, value_width = given.q.shape[3], given.v.shape[3]
-    tensors = (*given.qkv, *given.reads)
+    tensors = (*given.qkv, *given.reads, *others)
     # gradients of reads are dense, also where a read is expanded
     reach = max(
         max(x.numel(), sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)))
@@ -160,9 +184,17 @@ def constants_of(given: Inputs, tile: Tile) -> dict[str, Any]:
         "BLOCK_DV": power(value_width),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "INDEX": tl.int64 if reach >= 2**31 else tl.int32,
+        "PRECISION": precision(),
+        "INDEX": tl.int64 if reach >= _FAR else tl.int32,
     }
+
+
+def precision() -> str:
+    """How products of 32-bit numbers are computed: "tf32" only where PyTorch would round them too.
+
+    PyTorch's older switch, `allow_tf32`, raises where the newer one was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def power(n: int) -> int:
@@ -203,11 +235,13 @@ def _lists(frame: Frame, tile: Tile, found: blocks.Blocks) -> Visited:
 def _table(visits: Sequence[Visit] | None, device: torch.device) -> Visited:
     if visits is None:
         return Visited("all", ())
-    return Visited("table", (_table_on(visits, device),))
+    table = _table_on(visits, device)
+    recorded(table)
+    return Visited("table", (table,))
 
 
 @lru_cache(maxsize=256)
 def _table_on(visits: Sequence[Visit], device: torch.device) -> Tensor:
     """A schedule on the device; a shape that was seen costs no transfer."""
     rows = [(v.block, v.lo, v.full_lo, v.full_hi, v.hi) for v in visits]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return on_device(torch.tensor(rows, dtype=torch.int32), device)

@@ -1,4 +1,5 @@
-"""PyTorch's own fused attention on a GPU, where it can express a call: cuDNN, FlashAttention.
+"""PyTorch's own fused attention on a GPU, where it can express a call: cuDNN, FlashAttention, and
+the memory-efficient one ("efficient").
 
     score: dot; mask: True   or   k <= q with T == S   ->   out, lse   and the gradients of q, k, v
 
@@ -20,13 +21,14 @@ from attn_compiler.kernels.grid import Grid, is_causal
 from attn_compiler.kernels.plan import plan
 
 aten = torch.ops.aten
-Backend = Literal["cudnn", "flash"]
-_WIDEST: dict[Backend, int] = {"cudnn": 128, "flash": 256}
+Backend = Literal["cudnn", "flash", "efficient"]
+_WIDEST: dict[Backend, int] = {"cudnn": 128, "flash": 256, "efficient": 1024}
+# the efficient kernel keeps the logarithms of so many rows together
+_ROWS_OF_LSE = 32
 
 
 def refusal(backend: Backend, given: Inputs) -> str:
     """Why a backend cannot express a call; empty if it can."""
-    q, k, v = given.qkv
     program = Program.parse(given.program)
     if given.reads or program.score != DOT or program.sink is not None:
         return "a score that is more than the product"
@@ -34,13 +36,25 @@ def refusal(backend: Backend, given: Inputs) -> str:
         return "a mask that is not causal, or causal with other numbers of rows and keys"
     if given.drop.rate:
         return "dropout, which has to be the same on every device"
-    if q.dtype not in (torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-        return "numbers of other than 16 bits"
-    if q.shape[3] != v.shape[3] or q.shape[3] % 8 or q.shape[3] > _WIDEST[backend]:
-        return f"head dims {q.shape[3]} and {v.shape[3]}"
     if any(x.numel() == 0 or x.stride(3) != 1 for x in given.qkv):
         return "features that do not lie side by side"
-    return "" if given.scale > 0 else f"the scale {given.scale} is not positive"
+    if not given.scale > 0:
+        return f"the scale {given.scale} is not positive"
+    return _other_tensors(backend, *given.qkv)
+
+
+def _other_tensors(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Why a backend does not take such tensors."""
+    efficient = backend == "efficient"
+    dtypes = {torch.float16, torch.bfloat16} | ({torch.float32} if efficient else set())
+    if q.dtype not in dtypes or not q.dtype == k.dtype == v.dtype:
+        return f"numbers in {q.dtype}, {k.dtype} and {v.dtype}"
+    widths, unit = (q.shape[3], v.shape[3]), 16 // q.element_size()
+    if any(n % unit or n > _WIDEST[backend] for n in widths):
+        return f"head dims {widths[0]} and {widths[1]}"
+    if not efficient and widths[0] != widths[1]:
+        return f"head dims {widths[0]} and {widths[1]}"
+    return "heads that share keys" if efficient and q.shape[1] != k.shape[1] else ""
 
 
 def _causal(given: Inputs) -> bool:
@@ -57,6 +71,8 @@ def available(backend: Backend) -> bool:
     if backend == "flash":
         return cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
     exact = torch.are_deterministic_algorithms_enabled()
+    if backend == "efficient":
+        return cuda.mem_efficient_sdp_enabled() and not exact
     version = torch.backends.cudnn.version() or 0
     return cuda.cudnn_sdp_enabled() and version >= 90000 and not exact
 
@@ -68,10 +84,15 @@ def forward(backend: Backend, given: Inputs) -> tuple[Tensor, Tensor]:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(
             q, k, v, None, True, 0.0, causal, False, scale=given.scale
         )
-    else:
+    elif backend == "flash":
         out, lse, *_ = aten._scaled_dot_product_flash_attention.default(
             q, k, v, 0.0, causal, False, scale=given.scale
         )
+    else:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
+            q, k, v, None, True, 0.0, causal, scale=given.scale
+        )
+        lse = lse.narrow(2, 0, q.shape[2])
     return in_heads_layout(out, v.dtype), lse.reshape(q.shape[:3]).contiguous()
 
 
@@ -90,9 +111,15 @@ def backward(
             grad, q, k, v, out, lse.unsqueeze(-1), seed, offset, None, None, None,
             *lengths, 0.0, causal, scale=given.scale,
         )  # fmt: skip
-    else:
+    elif backend == "flash":
         found = aten._scaled_dot_product_flash_attention_backward.default(
             grad, q, k, v, out, lse, None, None, *lengths, 0.0, causal, seed, offset,
             scale=given.scale,
+        )  # fmt: skip
+    else:
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % _ROWS_OF_LSE), value=float("inf"))
+        found = aten._scaled_dot_product_efficient_attention_backward.default(
+            grad, q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False],
+            causal, scale=given.scale,
         )  # fmt: skip
     return found[0], found[1], found[2]

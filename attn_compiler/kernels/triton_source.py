@@ -33,6 +33,7 @@ class Structure:
             tensor decides; "whole" where it decides about tiles and never about elements).
         dropout: whether any probability is dropped.
         descriptors: what a loop runs over is read through tensor descriptors.
+        folded: pairs of batch item and head lie along two axes of the launch.
         needs: slots whose gradient the score has to give.
     """
 
@@ -44,6 +45,7 @@ class Structure:
     visits: Visits
     dropout: bool
     descriptors: bool = False
+    folded: bool = False
     needs: tuple[int, ...] = ()
 
     def common(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Structure:
             "listed": "lists" in self.visits,
             "dropout": self.dropout,
             "descriptors": self.descriptors,
+            "folded": self.folded,
         }
 
     def masks(self) -> dict[str, Expr]:

@@ -49,7 +49,9 @@ _PATIENCE = 75.0
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if given.table is not None:
-        gpu_table.write(given.page, [json.loads(path.read_text()) for path in given.table])
+        found = [json.loads(path.read_text()) for path in given.table]
+        # the folder holds results of CPUs too, by other scripts
+        gpu_table.write(given.page, [result for result in found if "gpu" in result])
         return 0
     if given.fit is not None:
         print(gpu_fit.report(json.loads(given.fit.read_text())))

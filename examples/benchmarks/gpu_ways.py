@@ -29,8 +29,6 @@ from attn_compiler.kernels.gpu_tiles import backward_tiles, forward_tile
 from attn_compiler.kernels.launch import Launch, Tile
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-# rows, keys, warps, stages: what its numbers are tested with
-_GLUON = {64: Tile(128, 128, 4, 2), 128: Tile(128, 128, 4, 2), 256: Tile(128, 64, 4, 2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +186,7 @@ def _gluon(call: Call) -> Way:
     given = call.given
     if reason := flash_gluon.refusal(given):
         raise NotHere(reason)
-    tile = _GLUON[max(64, call.case.sizes.d)]
+    tile = flash_gluon.usual_tile(given)
 
     def compiled() -> Mapping[str, Any]:
         out, lse = flash_gluon.forward(Frame(given), tile)

@@ -274,8 +274,19 @@ def test_without_a_result_nothing_is_measured() -> None:
 
 def test_the_page_holds_the_table_of_no_result() -> None:
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    if not list((ROOT / "examples" / "benchmarks" / "results").glob("*.json")):
+    files = (ROOT / "examples" / "benchmarks" / "results").glob("*.json")
+    if not any("gpu" in json.loads(path.read_text(encoding="utf-8")) for path in files):
         assert gpu_table.table([]) in text
+
+
+def test_results_of_cpus_do_not_come_into_the_table(tmp_path: Path) -> None:
+    page, other = tmp_path / "page.md", tmp_path / "cpu_choice.json"
+    page.write_text(f"{gpu_table.BEGIN}\n{gpu_table.END}\n", encoding="utf-8")
+    other.write_text('{"threads": 2, "rows": []}', encoding="utf-8")
+    mine = tmp_path / "NVIDIA-H200.json"
+    mine.write_text(json.dumps(result()), encoding="utf-8")
+    assert gpu_speed.main(["--page", str(page), "--table", str(other), str(mine)]) == 0
+    assert page.read_text(encoding="utf-8").split("\n", 1)[1].startswith("NVIDIA H200")
 
 
 def test_the_table_of_a_result() -> None:

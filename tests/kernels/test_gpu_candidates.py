@@ -16,9 +16,11 @@ from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Inputs, empty_heads, empty_lse
 
 
-def call(program: str, T: int = 64, S: int = 64, d: int = 64, G: int = 2) -> Inputs:
+def call(
+    program: str, T: int = 64, S: int = 64, d: int = 64, G: int = 2, device: str = "cuda"
+) -> Inputs:
     def made(length: int, heads: int) -> torch.Tensor:
-        x = torch.empty(2, length, heads, d, dtype=torch.bfloat16, device="cuda")
+        x = torch.empty(2, length, heads, d, dtype=torch.bfloat16, device=device)
         return x.transpose(1, 2)
 
     q, k, v = made(T, 8), made(S, G), made(S, G)
@@ -89,8 +91,10 @@ def test_what_keeps_pytorchs_kernels_out() -> None:
         assert names(call(text(), T=0)) == ["composite"]
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash"])
-@pytest.mark.parametrize("kv_heads", [1, 8])
+@pytest.mark.parametrize(
+    ("backend", "kv_heads"),
+    [("cudnn", 1), ("cudnn", 8), ("flash", 1), ("flash", 8), ("efficient", 8)],
+)
 def test_results_lie_where_the_operator_says(backend: sdpa_gpu.Backend, kv_heads: int) -> None:
     with FakeTensorMode():
         given = call(text(mask=CAUSAL), G=kv_heads)
@@ -102,6 +106,20 @@ def test_results_lie_where_the_operator_says(backend: sdpa_gpu.Backend, kv_heads
             )  # fmt: skip
         grads = sdpa_gpu.backward(backend, given, out, (out, lse))
         assert [g.shape for g in grads] == [x.shape for x in given.qkv]
+
+
+def test_the_efficient_kernel_takes_what_the_others_do_not() -> None:
+    given = call(text(mask=CAUSAL), T=61, S=61, G=8, device="meta")
+    single = replace(given, q=given.q.float(), k=given.k.float(), v=given.v.float())
+    narrow = replace(single, v=single.v[..., :20])
+    for each in (given, single, narrow):
+        assert not sdpa_gpu.refusal("efficient", each)
+        out, lse = sdpa_gpu.forward("efficient", each)
+        assert out.shape == (*each.q.shape[:3], each.v.shape[3]) and lse.shape == (2, 8, 61)
+        grads = sdpa_gpu.backward("efficient", each, out, (out, lse))
+        assert [g.shape for g in grads] == [x.shape for x in each.qkv]
+    assert "share" in sdpa_gpu.refusal("efficient", call(text(), G=2, device="meta"))
+    assert "head dims" in sdpa_gpu.refusal("efficient", call(text(), G=8, d=60, device="meta"))
 
 
 def test_a_backend_that_fails_is_asked_no_more(

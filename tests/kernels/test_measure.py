@@ -150,6 +150,7 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "family", lambda device: "hopper")
     monkeypatch.setattr(gpu, "backends", lambda device: ("cudnn", "flash"))
     monkeypatch.setattr(gpu, "hardware", lambda device: Hardware.named("h200"))
+    monkeypatch.setattr(gpu, "warp_specialises", lambda device: True)
     monkeypatch.setattr(sdpa_gpu, "available", lambda backend: True)
     monkeypatch.setattr(measured, "name_of_device", lambda device: "NVIDIA H200")
 
@@ -184,6 +185,37 @@ def test_a_measurement_overrules(long_call: Inputs, work: gpu.Work) -> None:
     capped = replace(long_call, program=text("30.0 * tanh(dot / 30.0)", CAUSAL))
     measured.keep(measured.place(capped, work), Choice("cudnn"), {})
     assert gpu.chosen(capped, work).name == "triton"
+
+
+def test_what_nothing_predicts_runs_only_where_it_was_measured(
+    long_call: Inputs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = {choice.name: choice for choice in gpu.choices(long_call, "forward")}
+    assert set(tried) == {"cudnn", "flash", "triton", "gluon", "efficient"}
+    assert "gluon" not in [choice.name for choice in gpu.choices(long_call, "backward")]
+    monkeypatch.setattr(gpu, "_given_up", set())
+    for name in ("efficient", "gluon"):
+        assert gpu.chosen(long_call, "forward").name == "cudnn"
+        measured.keep(measured.place(long_call, "forward"), tried[name], {})
+        assert gpu.chosen(long_call, "forward") == tried[name]
+        measured.place(long_call, "forward").unlink()
+        measured.forget()
+    measured.keep(measured.place(long_call, "forward"), tried["gluon"], {})
+    ran: list[str] = []
+
+    def renamed(frame: object, tile: Tile) -> None:
+        ran.append("gluon")
+        raise AttributeError("module 'gl' has no attribute 'barrier'")
+
+    monkeypatch.setattr(gpu.flash_gluon, "forward", renamed)
+    monkeypatch.setattr(sdpa_gpu, "forward", lambda backend, given: ran.append(backend))
+    for _ in range(2):
+        gpu.forward(long_call)
+    assert ran == ["gluon", "cudnn", "cudnn"] and "has no attribute" in caplog.text
+    # a device of another capability, and a program with tensors
+    monkeypatch.setattr(gpu, "_given_up", set())
+    monkeypatch.setattr(gpu, "warp_specialises", lambda device: False)
+    assert gpu.chosen(long_call, "forward").name == "cudnn"
 
 
 def test_the_clock_decides_on_a_gpu_too(long_call: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

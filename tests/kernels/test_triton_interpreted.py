@@ -144,8 +144,11 @@ def test_tiles_from_lists(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     judge(case, given, reads)
 
 
-@pytest.mark.parametrize("turn", range(4))
-@pytest.mark.parametrize("name", ["causal", "documents", "softcap and sink", "learned bias"])
+# with tiles, sizes and what else a kernel may have: tests/kernels/test_triton_covering.py
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [("causal", 0), ("documents", 1), ("softcap and sink", 2), ("learned bias", 3)],
+)
 def test_loads_by_descriptors(name: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tile = replace(TILES[turn % len(TILES)], descriptors=True)
     monkeypatch.setattr(blocks, "_LEAST", 0)
