@@ -75,6 +75,19 @@ class Block:
         """Paths of what a replacement of both branches makes needless."""
         return tuple(dict.fromkeys((*self.attention.parameters, *self.feed_forward.parameters)))
 
+    def held(self) -> HeldBlock:
+        """Where its weights are."""
+        net = self.net
+        return HeldBlock(
+            tuple(map(_held, self.projections)),
+            _held(self.out),
+            None if net.gate is None else _held(net.gate),
+            _held(net.up),
+            _held(net.down),
+            net.activation,
+            net.packed,
+        )
+
 
 @dataclass(frozen=True)
 class FoundBlock:
@@ -112,20 +125,6 @@ class HeldBlock:
     down: HeldMap
     activation: str
     packed: str
-
-
-def held(block: Block) -> HeldBlock:
-    """Where the weights of a block are."""
-    net = block.net
-    return HeldBlock(
-        tuple(map(_held, block.projections)),
-        _held(block.out),
-        None if net.gate is None else _held(net.gate),
-        _held(net.up),
-        _held(net.down),
-        net.activation,
-        net.packed,
-    )
 
 
 def _held(found: LinearMap) -> HeldMap:

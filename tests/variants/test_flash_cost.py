@@ -67,7 +67,8 @@ def test_a_step_reads_every_beam_s_cache_whether_causal_or_not() -> None:
 
 
 def test_site_and_block_add_their_products() -> None:
-    core, site, block = (cost(Flash(), "prefill", scope=scope) for scope in Scope)
+    scopes = (Scope.CORE, Scope.SITE, Scope.BLOCK)
+    core, site, block = (cost(Flash(), "prefill", scope=scope) for scope in scopes)
     square = {e: D / H, d: D / H, G: H, S: T}
     assert same((site.flops - core.flops).subs(square), 8 * B * T * D**2)
     assert same(block.flops - site.flops, 16 * B * T * D**2)

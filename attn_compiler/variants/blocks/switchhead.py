@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attn_compiler.errors import BadOption
-from attn_compiler.ir.net_piece import Net
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
@@ -31,6 +30,9 @@ from attn_compiler.variants.base import (
 )
 from attn_compiler.variants.sites import switchhead
 from attn_compiler.variants.switchhead import NetSizes, SwitchHead, net_sizes
+
+if TYPE_CHECKING:
+    from attn_compiler.ir.net_piece import Net
 
 
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:

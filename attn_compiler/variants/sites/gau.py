@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from attn_compiler.errors import BadOption
-from attn_compiler.ir.block import held
 from attn_compiler.ir.expr import Expr, Int, Read, depends, walk
 from attn_compiler.ir.mask import Causal, Documents, Mask, Padding, Term
 from attn_compiler.ir.no_attention import NotAttention
@@ -133,7 +132,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
         ("forms", forms),
         ("seen", (seen.padding, seen.documents, seen.whole)),
     )
-    return Replacement(gau_unit.unit, tensors, options, made, words, origin=held(block))
+    return Replacement(gau_unit.unit, tensors, options, made, words, origin=block.held())
 
 
 def _check_seen(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
