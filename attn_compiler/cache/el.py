@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from attn_compiler.cache.beside import scores_beside, with_scores_beside
 from attn_compiler.cache.choice import choice
-from attn_compiler.cache.states import Maps, Rows, States
+from attn_compiler.cache.states import Beside, Maps, Rows, States
 from attn_compiler.errors import require
 from attn_compiler.kernels.el import built, el_attention
 from attn_compiler.kernels.schema import attention
@@ -36,7 +37,7 @@ class Pair(NamedTuple):
 
 def keep(
     cache: Any,
-    made: tuple[Tensor, Weights, bool, int],
+    made: tuple[Tensor, Weights, bool, int, tuple[Tensor, Sequence[int]] | None],
     rows: tuple[Sequence[Any], Sequence[Any]],
     index: int,
     *more: Any,
@@ -47,7 +48,8 @@ def keep(
         cache: any object with such a method.
         made: x [B, t, D]; the weights of keys and their bias, of values and their bias; whether x
             is the output of an encoder, which is kept anyway; heads of the queries where keys and
-            values are held if that is faster, else 0.
+            values are held if that is faster, else 0; the keys and which features of them are held
+            besides x, see `Beside`, or None.
         rows: which outputs of the weights are whose features, see `Rows`.
         index: of the layer.
         more: further arguments.
@@ -55,17 +57,20 @@ def keep(
     Returns:
         What `attend` and `shown` read.
     """
-    x, weights, borrowed, heads = made
-    maps = Maps(weights, (Rows(*rows[0]), Rows(*rows[1])))
+    x, weights, borrowed, heads, more_of = made
+    beside = None if more_of is None else Beside(*more_of[1])
+    maps = Maps(weights, (Rows(*rows[0]), Rows(*rows[1])), beside)
     if "transformers" in sys.modules:
         from attn_compiler.cache.layer import hold
 
         pays = choice(heads) if heads else None
-        layer = hold(cache, index, x, maps, borrowed, pays)
+        part = None if more_of is None or beside is None else beside.of(more_of[0])
+        layer = hold(cache, index, (x, part), maps, borrowed, pays)
         if layer is not None:
             return layer
     w_k, b_k, w_v, b_v = maps.views()
-    return Pair(*cache.update(built(x, w_k, b_k), built(x, w_v, b_v), index, *more))
+    keys = built(x, w_k, b_k) if more_of is None else more_of[0]
+    return Pair(*cache.update(keys, built(x, w_v, b_v), index, *more))
 
 
 def attend(
@@ -93,6 +98,10 @@ def attend(
         w_k, b_k, w_v, b_v = kept.maps.views()
         sides = (w_k, b_k if key_bias else None, w_v, b_v)
         x = states.read()
+        if states.beside is not None and kept.maps.beside is not None:
+            q, rest = kept.maps.beside.split(q)
+            reads = (*reads, scores_beside(rest, states.beside, scale))
+            program = with_scores_beside(program, len(reads) - 1)
         out, _ = el_attention(q, x, *sides, reads, ints, program=program, scale=scale)
         return _like(out, q)
     if isinstance(states, States):

@@ -54,26 +54,66 @@ class Rows(NamedTuple):
         return split.narrow(1, inner, self.features)
 
 
+class Beside(NamedTuple):
+    """Features of keys that are no linear image of x, such as rotated ones; a cache holds them.
+
+    Attributes:
+        start, features: features start, start + 1, ... of a key.
+        heads: 1 where all heads have the same, else the number of kv heads.
+    """
+
+    start: int
+    features: int
+    heads: int
+
+    def of(self, keys: Tensor) -> Tensor:
+        """That part of keys [B, G, S, d] as [B, heads, S, features]; a view."""
+        return keys.narrow(1, 0, self.heads).narrow(3, self.start, self.features)
+
+    def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of queries [B, H, T, d]: for x, and for what stands beside it."""
+        end = self.start + self.features
+        rest = q[..., end:] if self.start == 0 else q[..., : self.start]
+        return rest, q[..., self.start : end]
+
+    def join(self, rest: Tensor, beside: Tensor) -> Tensor:
+        """Keys [B, G, S, d] of their two parts."""
+        beside = beside.expand(*rest.shape[:3], self.features)
+        return torch.cat((beside, rest) if self.start == 0 else (rest, beside), -1)
+
+
 class Maps:
     """The two linear maps from x to keys and values, of parameters that a module owns.
 
     A cache must neither keep a model alive nor be counted with its weights: references are weak.
+
+    Attributes:
+        rows: which outputs are the features of keys, and of values.
+        beside: features of keys that are not among them, None where all are.
     """
 
     def __init__(
         self,
         weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
         rows: tuple[Rows, Rows],
+        beside: Beside | None = None,
     ) -> None:
         self._weights = tuple(None if w is None else weakref.ref(w) for w in weights)
         self.rows = rows
+        self.beside = beside
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Of a key and of a value, all of them."""
+        more = 0 if self.beside is None else self.beside.features
+        return self.rows[0].features + more, self.rows[1].features
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
         return self
 
     def same(self, other: Maps) -> bool:
         """Are they of the same parameters?"""
-        if self.rows != other.rows:
+        if (self.rows, self.beside) != (other.rows, other.beside):
             return False
         pairs = zip(self._weights, other._weights, strict=True)
         return all((a and a()) is (b and b()) for a, b in pairs)
@@ -156,18 +196,21 @@ class States:
 
     Attributes:
         x: [rows / beams, S, D].
+        beside: what is kept of each key besides, [rows / beams, heads, S, features], or None.
         beams: how many neighbouring rows share one of x.
         borrowed: is x somebody else's, the output of an encoder?
         changes: how many changes of the batch were made; layers that share x are told of each.
     """
 
-    def __init__(self, x: Tensor, *, borrowed: bool) -> None:
+    def __init__(self, x: Tensor, *, borrowed: bool, beside: Tensor | None = None) -> None:
         """Keep x: as it is where it is borrowed, else as a copy.
 
         Args:
             x: [rows, S, D].
             borrowed: somebody else keeps it anyway, and does not write to it.
+            beside: [rows, heads, S, features], of an x that is not borrowed.
         """
+        self.beside = None if beside is None else beside.clone()
         if type(x) is Repeated:
             self.x, self.beams = x.states, x.beams
         elif borrowed:
@@ -210,33 +253,45 @@ class States:
     def put(self, x: Tensor, beams: int) -> None:
         self.x, self.beams, self._given, self._version = x, beams, None, _version(x)
 
+    def _choose(self, rows: Tensor, beams: int) -> None:
+        self.put(self.x.index_select(0, rows), beams)
+        if self.beside is not None:
+            self.beside = self.beside.index_select(0, rows)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> States:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.put(copy.deepcopy(self.x, memo), self.beams)
+        twin.beside = copy.deepcopy(self.beside, memo)
         return twin
 
     def own(self) -> States:
         """The same for one layer alone."""
         return copy.copy(self)
 
-    def append(self, x: Tensor) -> None:
-        """More rows [rows, t, D] behind those of each batch item."""
-        whole = self.x if self.beams == 1 else self.x.repeat_interleave(self.beams, 0)
-        self.put(torch.cat([whole, x], 1), 1)
+    def append(self, x: Tensor, beside: Tensor | None = None) -> None:
+        """More rows [rows, t, D] behind those of each batch item, [rows, heads, t, features] beside
+        them.
+        """
+        if beside is not None and self.beside is not None:
+            self.beside = torch.cat([self._of_rows(self.beside), beside], 2)
+        self.put(torch.cat([self._of_rows(self.x), x], 1), 1)
+
+    def _of_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self.beams == 1 else tensor.repeat_interleave(self.beams, 0)
 
     def select(self, index: Tensor) -> None:
         """Rows index[0], index[1], ... of the batch take the places 0, 1, ..."""
         rows = index.to(self.x.device) // self.beams
         samples = rows.view(-1, self.beams) if len(rows) % self.beams == 0 else rows[:, None]
         if self.beams > 1 and (samples.shape[1] == 1 or bool((samples != samples[:, :1]).any())):
-            self.put(self.x.index_select(0, rows), 1)
+            self._choose(rows, 1)
             return
         chosen = samples[:, 0]
         same = torch.arange(len(self.x), device=chosen.device)
         if self.beams > 1 and torch.equal(chosen, same):
             return
-        self.put(self.x.index_select(0, chosen), self.beams)
+        self._choose(chosen, self.beams)
 
     def repeat(self, times: int) -> None:
         """Each row of the batch becomes `times` neighbours."""
@@ -244,12 +299,13 @@ class States:
 
     def shorten(self, count: int) -> None:
         """Drop the last keys."""
-        self.put(self.x[:, : self.x.shape[1] - count], self.beams)
+        length = self.x.shape[1] - count
+        self.put(self.x[:, :length], self.beams)
+        self.beside = None if self.beside is None else self.beside[:, :, :length]
 
     def shape_of(self, maps: Maps, position: int) -> Tensor:
         """An empty tensor without memory in the shape of keys (0) or values (1)."""
-        rows = maps.rows[position]
-        shape = (self.rows, rows.heads, self.x.shape[1], rows.features)
+        shape = (self.rows, maps.rows[position].heads, self.x.shape[1], maps.features[position])
         return torch.empty(shape, dtype=self.x.dtype, device="meta")
 
     def keys_and_values(self, maps: Maps) -> tuple[Tensor, Tensor]:
@@ -257,14 +313,14 @@ class States:
         if isinstance(self.x, FakeTensor):
             # while a call is analysed, sizes alone count, and weights are no fakes
             first = (self.rows, maps.rows[0].heads, self.x.shape[1])
-            key, value = (self.x.new_empty((*first, rows.features)) for rows in maps.rows)
+            key, value = (self.x.new_empty((*first, features)) for features in maps.features)
             return key, value
         w_k, b_k, w_v, b_v = maps.views()
         x = self.read()
         key, value = built(x, w_k, b_k), built(x, w_v, b_v)
-        if self.beams == 1:
-            return key, value
-        return key.repeat_interleave(self.beams, 0), value.repeat_interleave(self.beams, 0)
+        if maps.beside is not None and self.beside is not None:
+            key = maps.beside.join(key, self.beside)
+        return self._of_rows(key), self._of_rows(value)
 
 
 def _version(x: Tensor) -> int | None:

@@ -80,6 +80,15 @@ def linear_map(made: fx.Node, name: str) -> LinearMap:
     raise Blocked(made, ("no_projection", text))
 
 
+def is_linear_map(made: fx.Node) -> bool:
+    """Is it the result of one?"""
+    try:
+        linear_map(made, "keys")
+    except Blocked:
+        return False
+    return True
+
+
 def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | None:
     """Weight, bias and whether the weight is [D, outputs], if a module is one linear map.
 

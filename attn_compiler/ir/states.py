@@ -23,8 +23,9 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.affine import Blocked, LinearMap, between, linear_map
 from attn_compiler.ir.axes import Axis, Index, along
 from attn_compiler.ir.core import Core, Operand
+from attn_compiler.ir.key_parts import Beside, linear_part
 from attn_compiler.ir.provenance import location, sources
-from attn_compiler.ir.pull import Puller, shape
+from attn_compiler.ir.pull import Puller, op, shape
 from attn_compiler.ir.region import FunctionalRegion, cut, functionalise, is_boundary, order
 from attn_compiler.ir.site import Reason
 from attn_compiler.ir.trace import Region, RegionError, fake_mode
@@ -42,11 +43,15 @@ class Side:
         rows: start, step, heads, features, transposed: feature f of head g is output
             start + g * step + f of the map; transposed where the weight is [D, outputs].
         nodes: what is dead once nobody asks for them.
+        given: what the cache is given.
+        beside: of keys whose `rows` are not all of their features, the rest.
     """
 
     map: LinearMap
     rows: tuple[int, int, int, int, bool]
     nodes: frozenset[fx.Node]
+    given: fx.Node
+    beside: Beside | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,8 @@ def find_states(
     if obstacles:
         return Found(None, tuple(obstacles))
     cross = key is not None and _query_source(functional, core) not in (None, key.map.x)
+    # what stands beside x belongs to one row of the batch and one layer
+    cross = cross and key is not None and key.beside is None
     return Found(Kept((places[0], places[1]), update, layer, key, value, cross), ())
 
 
@@ -201,29 +208,46 @@ def _side(given: Any, update: fx.Node, state: State, name: str) -> Side:
     """How what the cache is given is made."""
     if not isinstance(given, fx.Node) or not isinstance(ops.value(given), torch.Tensor):
         raise Blocked(update, ("no_projection", f"the {name} are no tensor of this module"))
-    functional, nodes, made, where, axes = _followed(given, state, name)
+    followed = _followed(given, state, name)
+    made = followed.made
     if made is None:
-        raise between(functional, name, given)
+        raise between(followed.functional, name, given)
     mapped = linear_map(made, name)
-    if ops.value(made).dtype != ops.value(mapped.x).dtype:
+    if {ops.value(node).dtype for node in (made, given)} != {ops.value(mapped.x).dtype}:
         raise Blocked(made, ("dtype", f"the {name} have another dtype than what they are made of"))
-    rows = _rows(where, axes, mapped.transposed)
+    rows = _rows(followed.where, followed.axes, mapped.transposed)
     if rows is None or ops.value(mapped.x).dim() != 3:
         raise Blocked(given, ("head_layout", f"the {name} of a head are not neighbours"))
     _check_unwritten(mapped.x, made, update)
-    return Side(mapped, rows, nodes | {made})
+    return Side(mapped, rows, followed.nodes | {made}, given, followed.beside)
 
 
-Followed = tuple[
-    FunctionalRegion | None, frozenset[fx.Node], fx.Node | None, tuple[Index, ...], tuple[Axis, ...]
-]
+@dataclass(frozen=True)
+class _Followed:
+    """A way back through views.
+
+    Attributes:
+        functional, nodes: the region in between.
+        made: the host node at its start, None if no views lead to one.
+        where: the coordinates read there, along `axes`.
+        axes: batch, head, key and feature of what was followed; of its linear features alone where
+            others stand beside them.
+        beside: those.
+    """
+
+    functional: FunctionalRegion | None
+    nodes: frozenset[fx.Node]
+    made: fx.Node | None
+    where: tuple[Index, ...]
+    axes: tuple[Axis, ...]
+    beside: Beside | None = None
 
 
-def _followed(given: fx.Node, state: State, name: str) -> Followed:
+def _followed(given: fx.Node, state: State, name: str) -> _Followed:
     """Through views back to the host node that makes it, and the coordinates read there."""
     if is_boundary(given):
         axes = tuple(Axis(ax.size_of(n)) for n in ops.value(given).shape)
-        return None, frozenset(), given, tuple(map(along, axes)), axes
+        return _Followed(None, frozenset(), given, tuple(map(along, axes)), axes)
     graph = given.graph
     region = cut(given, order(graph), [n for n in graph.nodes if ops.written(n)])
     try:
@@ -237,11 +261,16 @@ def _followed(given: fx.Node, state: State, name: str) -> Followed:
     puller = Puller(functional.module)
     axes = tuple(puller.new_axis(size) for size in shape(functional.end))
     node, where = puller.peel(functional.end, tuple(map(along, axes)))
+    beside = None
+    if name == "keys" and op(node) == "cat":
+        part = linear_part(puller, functional, node, where, axes)
+        if part is not None:
+            node, where, axes, beside = part
     found = functional.read.get(node)
     indices = tuple(w.resolved() for w in where if isinstance(w, Index))
     if len(indices) != len(where):
         found = None
-    return functional, frozenset(region.nodes), found, indices, axes
+    return _Followed(functional, frozenset(region.nodes), found, indices, axes, beside)
 
 
 def _unlearnt(region: Region) -> AbstractContextManager[Any]:
@@ -356,9 +385,9 @@ def _uncached(
             if start is None:
                 raise Blocked(end, ("no_projection", f"the {name} are not made here"))
             followed = _followed(start, state, name)
-            if followed[2] is None:
-                raise between(followed[0], name, start)
-            made.append(linear_map(followed[2], name).x)
+            if followed.made is None:
+                raise between(followed.functional, name, start)
+            made.append(linear_map(followed.made, name).x)
         except Blocked as blocked:
             yield from blocked.reasons
     if len(made) == 2 and made[0] is not made[1]:

@@ -41,8 +41,10 @@ class CacheCalls:
     """What stands in the graph for the calls of a cache.
 
     Attributes:
-        keep: keep(cache, (x, weights, cross, heads), rows, index) -> kept, for `update`; heads of
-            the queries where the cache holds keys and values if that is faster, else 0.
+        keep: keep(cache, (x, weights, cross, heads, beside), rows, index) -> kept, for `update`;
+            heads of the queries where the cache holds keys and values if that is faster, else 0;
+            beside is None, or the keys and which features of them (start, features, heads) are no
+            linear image of x.
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
         hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`;
@@ -87,7 +89,7 @@ def rewrite_states(
     if kept.update is not None and kept.key is not None and kept.value is not None:
         heads = core.sizes["H"] if spec.only_where_faster else 0
         _become_keep(emitter, kept.update, kept, calls, heads if isinstance(heads, int) else 0)
-        dead = set(kept.key.nodes | kept.value.nodes)
+        dead = set(kept.value.nodes | (kept.key.nodes if kept.key.beside is None else set()))
     replace_cache(emitter, kept, calls)
     return dead
 
@@ -175,7 +177,10 @@ def _become_keep(
     cache, _, _, *rest = update.args
     update.op, update.target = "call_function", calls.keep
     rows = (kept.key.rows, kept.value.rows)
-    update.args = (cache, (kept.key.map.x, weights, kept.cross, heads), rows, *rest)
+    key, beside = kept.key, None
+    if key.beside is not None:
+        beside = (key.given, (key.beside.start, key.beside.features, key.beside.heads))
+    update.args = (cache, (key.map.x, weights, kept.cross, heads, beside), rows, *rest)
     update.meta["bypassed"] = tuple(_modules(kept.key, kept.value))
 
 

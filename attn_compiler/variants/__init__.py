@@ -40,7 +40,9 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     work, causal, width = shape.work, shape.causal, shape.channels
     cross = _is_cross(shape)
     if isinstance(spec, el.ELAttention):
-        return spec, el.cost(spec, work, causal=causal, cross=cross), Scope.SITE, {}
+        beside = el.Beside(shape.rotated or 0, shape.rotated_heads or shape.groups)
+        found = el.cost(spec, work, causal=causal, cross=cross, beside=beside)
+        return spec, found, Scope.SITE, {}
     if isinstance(spec, selective.Selective):
         kept = spec.budgets if isinstance(spec.budgets, tuple) else ()
         length = sum(kept) / len(kept) if kept else float(shape.key)

@@ -290,6 +290,10 @@ class Shape:
         layers, beams: L that share a cache, K of each sample.
         causal: a token sees those before it.
         training: forward and backward.
+        rotated: features of a key that are no linear image of what keys and values are made of;
+            None is none of them.
+        rotated_heads: kv heads that have such features of their own, 1 where all share them; None
+            is all.
     """
 
     batch: int
@@ -304,6 +308,8 @@ class Shape:
     beams: int = 1
     causal: bool = True
     training: bool = False
+    rotated: int | None = None
+    rotated_heads: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
