@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import torch
 
-from attn_compiler.cache.states import Maps, States
+from attn_compiler.cache.maps import Maps
+from attn_compiler.cache.states import States
 from attn_compiler.cost.hardware import resolve
 from attn_compiler.errors import BadOption
 from attn_compiler.planning import plan
@@ -42,6 +43,7 @@ def choice(heads: int) -> Callable[[States, Maps], bool]:
             width=width,
             rotated=None if beside is None else beside.features,
             rotated_heads=None if beside is None else beside.heads,
+            norms=None if maps.norm is None else maps.norm.rows.heads,
             beams=states.beams,
             causal=not states.borrowed,
         )

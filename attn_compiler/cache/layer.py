@@ -12,14 +12,15 @@ Source: EL-Attention (arXiv 2105.04779).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from attn_compiler.cache.states import Maps, States
+from attn_compiler.cache.maps import Maps
+from attn_compiler.cache.states import States
 
 
 class StatesLayer(DynamicLayer):
@@ -60,8 +61,8 @@ class StatesLayer(DynamicLayer):
         """Bytes of the storages that hold x and what stands beside it; layers that share x each
         name all of it.
         """
-        held = (self.states.x, self.states.beside)
-        return sum(t.untyped_storage().nbytes() for t in held if t is not None)
+        held = (self.states.x, *self.states.beside)
+        return sum(t.untyped_storage().nbytes() for t in held)
 
     def ordinary_tensors(self) -> tuple[Tensor, Tensor]:
         """What an ordinary layer would hold: a rewritten module is compared by it."""
@@ -85,7 +86,7 @@ class StatesLayer(DynamicLayer):
         """Keys and values of somebody who has no x."""
         return self._ordinary().update(*args, **kwargs)  # type: ignore[no-any-return]
 
-    def append(self, x: Tensor, beside: Tensor | None = None) -> None:
+    def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
         """More of x, [rows, t, D], and of what stands beside it, [rows, heads, t, features]."""
         self.states = self.states.own()
         self.states.append(x, beside)
@@ -155,7 +156,7 @@ def layer_for(cache: Any, index: int) -> Any:
 def hold(
     cache: Any,
     index: int,
-    given: tuple[Tensor, Tensor | None],
+    given: tuple[Tensor, Sequence[Tensor]],
     maps: Maps,
     borrowed: bool,
     pays: Callable[[States, Maps], bool] | None = None,
@@ -164,7 +165,7 @@ def hold(
 
     Args:
         cache, index: which layer.
-        given: x [rows, t, D], and what stands beside it, [rows, heads, t, features] or None.
+        given: x [rows, t, D], and what stands beside it, each [rows, heads, t, features].
         maps: how keys and values are made of it.
         borrowed: somebody else keeps x anyway.
         pays: is asked once, about an empty layer; None is yes.

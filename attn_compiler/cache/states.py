@@ -13,139 +13,17 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from attn_compiler.cache.maps import Maps
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.el import built
-
-
-class Rows(NamedTuple):
-    """Which outputs of a linear map are the features of which head.
-
-    Feature f of head g is output  start + g * step + f.
-
-    Attributes:
-        start, step: see above.
-        heads, features: how many.
-        transposed: is the weight [D, outputs] and not [outputs, D]?
-    """
-
-    start: int
-    step: int
-    heads: int
-    features: int
-    transposed: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of a weight as [heads, features, D], of a bias as [heads, features]; a view."""
-        outputs = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
-        if self.step == self.features:
-            rows = outputs.narrow(0, self.start, self.heads * self.features)
-            return rows.unflatten(0, (self.heads, self.features))  # type: ignore[no-any-return]
-        first, inner = divmod(self.start, self.step)
-        rows = outputs.narrow(0, first * self.step, self.heads * self.step)
-        split: Tensor = rows.unflatten(0, (self.heads, self.step))
-        return split.narrow(1, inner, self.features)
-
-
-class Beside(NamedTuple):
-    """Features of keys that are no linear image of x, such as rotated ones; a cache holds them.
-
-    Attributes:
-        start, features: features start, start + 1, ... of a key.
-        heads: 1 where all heads have the same, else the number of kv heads.
-    """
-
-    start: int
-    features: int
-    heads: int
-
-    def of(self, keys: Tensor) -> Tensor:
-        """That part of keys [B, G, S, d] as [B, heads, S, features]; a view."""
-        return keys.narrow(1, 0, self.heads).narrow(3, self.start, self.features)
-
-    def split(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The two parts of queries [B, H, T, d]: for x, and for what stands beside it."""
-        end = self.start + self.features
-        rest = q[..., end:] if self.start == 0 else q[..., : self.start]
-        return rest, q[..., self.start : end]
-
-    def join(self, rest: Tensor, beside: Tensor) -> Tensor:
-        """Keys [B, G, S, d] of their two parts."""
-        beside = beside.expand(*rest.shape[:3], self.features)
-        return torch.cat((beside, rest) if self.start == 0 else (rest, beside), -1)
-
-
-class Maps:
-    """The two linear maps from x to keys and values, of parameters that a module owns.
-
-    A cache must neither keep a model alive nor be counted with its weights: references are weak.
-
-    Attributes:
-        rows: which outputs are the features of keys, and of values.
-        beside: features of keys that are not among them, None where all are.
-    """
-
-    def __init__(
-        self,
-        weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-        rows: tuple[Rows, Rows],
-        beside: Beside | None = None,
-    ) -> None:
-        self._weights = tuple(None if w is None else weakref.ref(w) for w in weights)
-        self.rows = rows
-        self.beside = beside
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """Of a key and of a value, all of them."""
-        more = 0 if self.beside is None else self.beside.features
-        return self.rows[0].features + more, self.rows[1].features
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
-        return self
-
-    def same(self, other: Maps) -> bool:
-        """Are they of the same parameters?"""
-        if (self.rows, self.beside) != (other.rows, other.beside):
-            return False
-        pairs = zip(self._weights, other._weights, strict=True)
-        return all((a and a()) is (b and b()) for a, b in pairs)
-
-    def views(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w_k [G, d, D], b_k [G, d], w_v [G, dv, D], b_v [G, dv].
-
-        Raises:
-            UnsupportedCall: the model is gone.
-        """
-        key, value = self.rows
-        w_k, b_k, w_v, b_v = map(_alive, self._weights)
-        assert w_k is not None and w_v is not None
-        return (
-            key.of(w_k),
-            None if b_k is None else key.of(b_k),
-            value.of(w_v),
-            None if b_v is None else value.of(b_v),
-        )
-
-
-def _alive(reference: Callable[[], Tensor | None] | None) -> Tensor | None:
-    if reference is None:
-        return None
-    found = reference()
-    if found is None:
-        raise UnsupportedCall(
-            "a cache is read whose model is gone",
-            why=("it holds hidden states, which only the model's weights make keys and values of",),
-            do="keep the model while its cache is in use",
-        )
-    return found
 
 
 class Repeated(Tensor):
@@ -196,21 +74,21 @@ class States:
 
     Attributes:
         x: [rows / beams, S, D].
-        beside: what is kept of each key besides, [rows / beams, heads, S, features], or None.
+        beside: what is kept of each key besides, each [rows / beams, heads, S, features].
         beams: how many neighbouring rows share one of x.
         borrowed: is x somebody else's, the output of an encoder?
         changes: how many changes of the batch were made; layers that share x are told of each.
     """
 
-    def __init__(self, x: Tensor, *, borrowed: bool, beside: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, *, borrowed: bool, beside: Sequence[Tensor] = ()) -> None:
         """Keep x: as it is where it is borrowed, else as a copy.
 
         Args:
             x: [rows, S, D].
             borrowed: somebody else keeps it anyway, and does not write to it.
-            beside: [rows, heads, S, features], of an x that is not borrowed.
+            beside: each [rows, heads, S, features], of an x that is not borrowed.
         """
-        self.beside = None if beside is None else beside.clone()
+        self.beside = tuple(t.clone() for t in beside)
         if type(x) is Repeated:
             self.x, self.beams = x.states, x.beams
         elif borrowed:
@@ -255,8 +133,7 @@ class States:
 
     def _choose(self, rows: Tensor, beams: int) -> None:
         self.put(self.x.index_select(0, rows), beams)
-        if self.beside is not None:
-            self.beside = self.beside.index_select(0, rows)
+        self.beside = tuple(t.index_select(0, rows) for t in self.beside)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> States:
         twin = copy.copy(self)
@@ -269,12 +146,12 @@ class States:
         """The same for one layer alone."""
         return copy.copy(self)
 
-    def append(self, x: Tensor, beside: Tensor | None = None) -> None:
-        """More rows [rows, t, D] behind those of each batch item, [rows, heads, t, features] beside
-        them.
+    def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+        """More rows [rows, t, D] behind those of each batch item, and each [rows, heads, t,
+        features] beside them.
         """
-        if beside is not None and self.beside is not None:
-            self.beside = torch.cat([self._of_rows(self.beside), beside], 2)
+        pairs = zip(self.beside, beside, strict=True)
+        self.beside = tuple(torch.cat([self._of_rows(a), b], 2) for a, b in pairs)
         self.put(torch.cat([self._of_rows(self.x), x], 1), 1)
 
     def _of_rows(self, tensor: Tensor) -> Tensor:
@@ -301,7 +178,7 @@ class States:
         """Drop the last keys."""
         length = self.x.shape[1] - count
         self.put(self.x[:, :length], self.beams)
-        self.beside = None if self.beside is None else self.beside[:, :, :length]
+        self.beside = tuple(t[:, :, :length] for t in self.beside)
 
     def shape_of(self, maps: Maps, position: int) -> Tensor:
         """An empty tensor without memory in the shape of keys (0) or values (1)."""
@@ -315,11 +192,11 @@ class States:
             first = (self.rows, maps.rows[0].heads, self.x.shape[1])
             key, value = (self.x.new_empty((*first, features)) for features in maps.features)
             return key, value
-        w_k, b_k, w_v, b_v = maps.views()
+        _, _, w_v, b_v = maps.views()
         x = self.read()
-        key, value = built(x, w_k, b_k), built(x, w_v, b_v)
-        if maps.beside is not None and self.beside is not None:
-            key = maps.beside.join(key, self.beside)
+        key, value = maps.keys(x), built(x, w_v, b_v)
+        if maps.beside is not None:
+            key = maps.beside.join(key, self.beside[0])
         return self._of_rows(key), self._of_rows(value)
 
 

@@ -10,12 +10,15 @@ Source: EL-Attention (arXiv 2105.04779), its equations for keys whose features a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
+from attn_compiler.ir import axes as ax
 from attn_compiler.ir.affine import Blocked, is_linear_map
 from attn_compiler.ir.axes import Axis, Index, along
+from attn_compiler.ir.key_norm import norm_of
 from attn_compiler.ir.pull import Coordinates, Puller, arguments, val
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.views import placed
@@ -96,13 +99,26 @@ def _parts(puller: Puller, cat: fx.Node, where: Coordinates, axes: tuple[Axis, .
     found, start = list[_Part](), 0
     # a number of features that the code reads from a tensor is demanded to be that of the example:
     # weights are split by it
+    named = [ax.size_of(val(operand).shape[at]) for operand in given["tensors"]]
     sizes = [int(val(operand).shape[at]) for operand in given["tensors"]]
+    known = {n: s for n, s in zip(named, sizes, strict=True) if not isinstance(n, int)}
     for operand, size in zip(given["tensors"], sizes, strict=True):
         axis = puller.new_axis(size)
         node, coordinates = puller.peel(operand, placed(where, at, along(axis)))
-        found.append(_Part(start, size, node, coordinates, axis))
+        found.append(_Part(start, size, node, _with(known, coordinates), axis))
         start += size
     return found if start == axes[3].extent else []
+
+
+def _with(known: Mapping[ax.Size, int], where: Coordinates) -> Coordinates:
+    """The coordinates with numbers for some sizes in their offsets."""
+
+    def number(size: ax.Size) -> ax.Size:
+        return size if isinstance(size, int) else ax.simple(size.subs(known))
+
+    return tuple(
+        Index(w.terms, number(w.const)) if isinstance(w, Index) and known else w for w in where
+    )
 
 
 def _may_run_along(axis: Axis, where: Coordinates) -> bool:
@@ -113,4 +129,4 @@ def _may_run_along(axis: Axis, where: Coordinates) -> bool:
 
 def _is_linear(functional: FunctionalRegion, part: _Part) -> bool:
     host = functional.read.get(part.node)
-    return host is not None and is_linear_map(host)
+    return host is not None and (is_linear_map(host) or norm_of(host) is not None)

@@ -41,10 +41,11 @@ class CacheCalls:
     """What stands in the graph for the calls of a cache.
 
     Attributes:
-        keep: keep(cache, (x, weights, cross, heads, beside), rows, index) -> kept, for `update`;
-            heads of the queries where the cache holds keys and values if that is faster, else 0;
-            beside is None, or the keys and which features of them (start, features, heads) are no
-            linear image of x.
+        keep: keep(cache, (x, weights, cross, heads, beside, norm), rows, index) -> kept, for
+            `update`; heads of the queries where the cache holds keys and values if that is faster,
+            else 0; beside is None, or the keys and which features of them (start, features, heads)
+            are no linear image of x; norm is None, or how keys are normalised: two parameters, and
+            (centred, eps, rows, offset, step).
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
         hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`;
@@ -180,12 +181,26 @@ def _become_keep(
     key, beside = kept.key, None
     if key.beside is not None:
         beside = (key.given, (key.beside.start, key.beside.features, key.beside.heads))
-    update.args = (cache, (key.map.x, weights, kept.cross, heads, beside), rows, *rest)
+    made = (key.map.x, weights, kept.cross, heads, beside, _norm(emitter, update, key))
+    update.args = (cache, made, rows, *rest)
     update.meta["bypassed"] = tuple(_modules(kept.key, kept.value))
 
 
+def _norm(emitter: Emitter, update: fx.Node, key: Side) -> tuple[Any, ...] | None:
+    if key.norm is None:
+        return None
+    norm = key.norm.norm
+    with emitter.graph.inserting_before(update):
+        parameters = tuple(
+            None if path is None else _parameter(emitter, path) for path in (norm.weight, norm.bias)
+        )
+    return (parameters, (norm.centred, norm.eps, key.norm.rows, key.norm.offset, key.norm.step))
+
+
 def _modules(*sides: Side) -> list[str]:
-    return sorted({side.map.module for side in sides if side.map.module})
+    found = {side.map.module for side in sides}
+    found |= {side.norm.norm.module for side in sides if side.norm is not None}
+    return sorted(found - {""})
 
 
 def _parameter(emitter: Emitter, path: str) -> fx.Node:

@@ -40,7 +40,8 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     work, causal, width = shape.work, shape.causal, shape.channels
     cross = _is_cross(shape)
     if isinstance(spec, el.ELAttention):
-        beside = el.Beside(shape.rotated or 0, shape.rotated_heads or shape.groups)
+        heads = shape.rotated_heads or shape.groups
+        beside = el.Beside(shape.rotated or 0, heads, shape.norms or 0)
         found = el.cost(spec, work, causal=causal, cross=cross, beside=beside)
         return spec, found, Scope.SITE, {}
     if isinstance(spec, selective.Selective):

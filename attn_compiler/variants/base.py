@@ -294,6 +294,7 @@ class Shape:
             None is none of them.
         rotated_heads: kv heads that have such features of their own, 1 where all share them; None
             is all.
+        norms: sizes of each token's keys, where a norm makes keys: kv heads, or 1; None is no norm.
     """
 
     batch: int
@@ -310,6 +311,7 @@ class Shape:
     training: bool = False
     rotated: int | None = None
     rotated_heads: int | None = None
+    norms: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -46,9 +46,9 @@ class ELAttention(VariantSpec):
 
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
     """Codes: el.needs_rewrite where the door cannot change a cache, el.dropout, and one for each
-    obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.no_projection,
-    el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm, el.key_scaled,
-    el.convolved, el.head_layout, el.dtype, el.overwritten.
+    obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.cache_larger,
+    el.no_projection, el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm,
+    el.key_scaled, el.convolved, el.head_layout, el.dtype, el.overwritten.
     """
     if site.obstacles is None:
         text = "a cache changes its layout only in a model that `rewrite` is given"
@@ -67,10 +67,12 @@ class Beside(NamedTuple):
     Attributes:
         features: of a head.
         heads: that have their own.
+        norms: sizes of a token's keys, kept in float32.
     """
 
     features: int = 0
     heads: int = 0
+    norms: int = 0
 
 
 def cost(
@@ -88,7 +90,7 @@ def cost(
 
     share = parts.visited(work, causal)
     found = el.site(work, cross=cross, key_bias=spec.keep_key_bias, share=share)
-    return found + el.beside(work, *beside) if beside.features else found
+    return found + el.beside(work, *beside) if any(beside[::2]) else found
 
 
 def memory_ratio(
