@@ -307,7 +307,16 @@ BESIDE = {
 }
 
 
-@pytest.mark.parametrize("name", LEGAL)
+QUICK = {"rotated in front", "a norm over all heads", "a norm, then a rotation"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in QUICK or n not in BESIDE else pytest.mark.slow)
+        for n in LEGAL
+    ],
+)
 def test_it_is_rewritten_and_the_same(name: str) -> None:
     model = LEGAL[name]()
     new, decision = rewritten(model)
