@@ -39,7 +39,7 @@ def split_call(states: States, maps: Maps, given: Call, scale: float, key_bias: 
     q, w_k, b_k, reads, program = given
     slots: list[tuple[str, int]] = []
     held = list(states.beside)
-    rest = None
+    rest: Tensor | None = None
     if maps.beside is not None:
         q, rest = maps.beside.split(q)
     if maps.norm is not None:

@@ -69,8 +69,8 @@ def _read(module: nn.Module, call: fx.Node) -> tuple[bool, float, str | None, st
         return isinstance(module, nn.LayerNorm), float(eps), weight, bias
     if module._modules or module._buffers or len(names) != 1:
         return None
-    eps = _eps_of(inside(module, call))
-    return None if eps is None else (False, eps, next(iter(names)), None)
+    own = _eps_of(inside(module, call))
+    return None if own is None else (False, own, next(iter(names)), None)
 
 
 def _eps_of(nodes: list[fx.Node]) -> float | None:

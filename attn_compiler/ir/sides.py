@@ -96,7 +96,8 @@ def side(given: Any, update: fx.Node, state: State, name: str) -> Side:
     if not isinstance(given, fx.Node) or not isinstance(ops.value(given), torch.Tensor):
         raise Blocked(update, ("no_projection", f"the {name} are no tensor of this module"))
     followed = follow(given, state, name)
-    nodes, made, norm = followed.nodes, followed.made, None
+    nodes, made = followed.nodes, followed.made
+    norm: Norm | None = None
     if made is not None and name == "keys" and (norm := norm_of(made)) is not None:
         whole, offset, step = _normalised(followed, norm, state, made)
         nodes, made = nodes | {made} | whole.nodes, whole.made
@@ -155,8 +156,8 @@ def follow(
     """
     if is_boundary(given):
         axes = tuple(Axis(ax.size_of(n)) for n in ops.value(given).shape)
-        where, axes = read or (tuple(map(along, axes)), axes)
-        return Followed(None, frozenset(), given, where, axes)
+        first, axes = read or (tuple(map(along, axes)), axes)
+        return Followed(None, frozenset(), given, first, axes)
     graph = given.graph
     region = cut(given, order(graph), [n for n in graph.nodes if ops.written(n)])
     try:
@@ -171,7 +172,7 @@ def follow(
     axes = tuple(puller.new_axis(size) for size in shape(functional.end))
     start, axes = read or (tuple(map(along, axes)), axes)
     node, where = puller.peel(functional.end, start)
-    beside = None
+    beside: Beside | None = None
     if name == "keys" and op(node) == "cat":
         part = linear_part(puller, functional, node, where, axes)
         if part is not None:

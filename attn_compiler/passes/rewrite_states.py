@@ -178,7 +178,8 @@ def _become_keep(
     cache, _, _, *rest = update.args
     update.op, update.target = "call_function", calls.keep
     rows = (kept.key.rows, kept.value.rows)
-    key, beside = kept.key, None
+    key = kept.key
+    beside: tuple[Any, ...] | None = None
     if key.beside is not None:
         beside = (key.given, (key.beside.start, key.beside.features, key.beside.heads))
     made = (key.map.x, weights, kept.cross, heads, beside, _norm(emitter, update, key))
