@@ -135,7 +135,8 @@ def with_terms(program: str, slots: tuple[tuple[str, int], ...]) -> str:
         slots: what is read, and which of the reads it is: "size" [B, H, S] or "one" [B, 1, S]
             multiply; "row" [B, H, T] and "pair" [B, H, T, S] are added behind that.
     """
-    found, dot = Program.parse(program), DOT
+    found = Program.parse(program)
+    dot: Expr = DOT
     for kind, slot in slots:
         operation = "mul" if kind in ("size", "one") else "add"
         dot = call(operation, dot, Read(slot, _READ[kind]))

@@ -95,7 +95,7 @@ def _eps_of(nodes: list[fx.Node]) -> float | None:
 
 def _is_square(node: fx.Node, x: fx.Node) -> bool:
     if ops.name(node) == "pow":
-        return node.args[1] == 2 and _plain(node.args[0]) is x
+        return bool(node.args[1] == 2) and _plain(node.args[0]) is x
     return ops.name(node) == "mul" and all(_plain(a) is x for a in node.args)
 
 

@@ -19,7 +19,8 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.states import Kept, Side
+from attn_compiler.ir.sides import Side
+from attn_compiler.ir.states import Kept
 from attn_compiler.ir.trace import Region
 from attn_compiler.kernels.frame import empty_heads
 from attn_compiler.kernels.plan import plan
