@@ -27,8 +27,9 @@ from attn_compiler.ir.region import (
     FunctionalRegion,
     Memo,
 )
+from attn_compiler.ir.sides import State
 from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
-from attn_compiler.ir.states import Kept, State, find_states, find_update
+from attn_compiler.ir.states import Kept, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe

@@ -65,6 +65,7 @@ def test_a_generation_keeps_fewer_bytes(tmp_path: Path, capsys: pytest.CaptureFi
 def test_benchmark_of_hidden_states_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     el_cpu = _load(EXAMPLES / "benchmarks" / "el_cpu.py")
     sizes = ["--layers", "1", "--rounds", "1", "--batch", "1", "--settings", "whisper-tiny"]
+    sizes += ["--dtype", "float32"]
     assert el_cpu.main(["--json", "--only", "speed", *sizes]) == 0
     (row,) = json.loads(capsys.readouterr().out)["speed"]
     assert row["predicted"] > 0 and set(row["seconds"]) == {"stock", "compiled", "ours"}

@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import torch
 
-from attn_compiler.cache.states import Maps, States
+from attn_compiler.cache.maps import Maps
+from attn_compiler.cache.states import States
 from attn_compiler.cost.hardware import resolve
 from attn_compiler.errors import BadOption
 from attn_compiler.planning import planned
@@ -29,17 +30,20 @@ def choice(heads: int) -> Callable[[States, Maps], bool]:
 
     def pays(states: States, maps: Maps) -> bool:
         batch, length, width = states.x.shape
-        key, value = maps.rows
+        (key, value), beside = maps.rows, maps.beside
         shape = Shape(
             batch=batch,
             query=1,
             # a generation makes it longer: sizes of one class are answered alike
             key=max(2, 1 << (length - 1).bit_length()),
             heads=heads,
-            head_dim=key.features,
+            head_dim=maps.features[0],
             kv_heads=key.heads,
             value_dim=value.features,
             width=width,
+            rotated=None if beside is None else beside.features,
+            rotated_heads=None if beside is None else beside.heads,
+            norms=None if maps.norm is None else maps.norm.rows.heads,
             beams=states.beams,
             causal=not states.borrowed,
         )

@@ -18,13 +18,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from attn_compiler.cache.choice import choice
-from attn_compiler.cache.states import Maps, Rows, States
+from attn_compiler.cache.maps import Beside, Maps, Norm, Rows
+from attn_compiler.cache.parts import split_call
+from attn_compiler.cache.states import States
 from attn_compiler.errors import require
 from attn_compiler.kernels.el import built, el_attention
 from attn_compiler.kernels.schema import attention
 from attn_compiler.passes.rewrite_states import CacheCalls
 
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+Normed = tuple[tuple[Tensor | None, Tensor | None], tuple[bool, float, Sequence[Any], int, int]]
 
 
 class Pair(NamedTuple):
@@ -36,7 +39,7 @@ class Pair(NamedTuple):
 
 def keep(
     cache: Any,
-    made: tuple[Tensor, Weights, bool, int],
+    made: tuple[Tensor, Weights, bool, int, tuple[Tensor, Sequence[int]] | None, Normed | None],
     rows: tuple[Sequence[Any], Sequence[Any]],
     index: int,
     *more: Any,
@@ -47,7 +50,9 @@ def keep(
         cache: any object with such a method.
         made: x [B, t, D]; the weights of keys and their bias, of values and their bias; whether x
             is the output of an encoder, which is kept anyway; heads of the queries where keys and
-            values are held if that is faster, else 0.
+            values are held if that is faster, else 0; the keys and which features of them are held
+            besides x, see `Beside`, or None; gain and bias of a norm and what else it is, see
+            `Norm`, or None.
         rows: which outputs of the weights are whose features, see `Rows`.
         index: of the layer.
         more: further arguments.
@@ -55,17 +60,33 @@ def keep(
     Returns:
         What `attend` and `shown` read.
     """
-    x, weights, borrowed, heads = made
-    maps = Maps(weights, (Rows(*rows[0]), Rows(*rows[1])))
+    x, weights, borrowed, heads, part, normed = made
+    keys = None if part is None else part[0]
+    maps = _maps(weights, rows, None if part is None else Beside(*part[1]), normed)
     if "transformers" in sys.modules:
         from attn_compiler.cache.layer import hold
 
         pays = choice(heads) if heads else None
-        layer = hold(cache, index, x, maps, borrowed, pays)
+        layer = hold(cache, index, (x, maps.kept(x, keys)), maps, borrowed, pays)
         if layer is not None:
             return layer
-    w_k, b_k, w_v, b_v = maps.views()
-    return Pair(*cache.update(built(x, w_k, b_k), built(x, w_v, b_v), index, *more))
+    _, _, w_v, b_v = maps.views()
+    keys = maps.keys(x) if keys is None else keys
+    return Pair(*cache.update(keys, built(x, w_v, b_v), index, *more))
+
+
+def _maps(
+    weights: Weights,
+    rows: tuple[Sequence[Any], Sequence[Any]],
+    beside: Beside | None,
+    normed: Normed | None,
+) -> Maps:
+    both = (Rows(*rows[0]), Rows(*rows[1]))
+    if normed is None:
+        return Maps(weights, both, beside)
+    centred, eps, whole, offset, step = normed[1]
+    norm = Norm(centred, eps, Rows(*whole), offset, step)
+    return Maps((*weights, *normed[0]), both, beside, norm)
 
 
 def attend(
@@ -91,9 +112,12 @@ def attend(
     states = getattr(kept, "states", None)
     if isinstance(states, States) and _pays(states, kept.maps, q):
         w_k, b_k, w_v, b_v = kept.maps.views()
-        sides = (w_k, b_k if key_bias else None, w_v, b_v)
-        x = states.read()
-        out, _ = el_attention(q, x, *sides, reads, ints, program=program, scale=scale)
+        x, call = states.read(), (q, w_k, b_k if key_bias else None, tuple(reads), program)
+        if states.beside:
+            call = split_call(states, kept.maps, call, scale, key_bias)
+        queries, w_k, b_k, reads, program = call
+        sides = (w_k, b_k, w_v, b_v)
+        out, _ = el_attention(queries, x, *sides, reads, ints, program=program, scale=scale)
         return _like(out, q)
     if isinstance(states, States):
         keys, values = states.keys_and_values(kept.maps)
@@ -148,7 +172,7 @@ def nbytes(*caches: Any) -> int:
         for part in (cache, *vars(cache).values()):
             for layer in getattr(part, "layers", ()):
                 held = getattr(layer, "states", layer)
-                for tensor in vars(held).values():
+                for tensor in (*vars(held).values(), *getattr(held, "beside", ())):
                     if isinstance(tensor, Tensor):
                         storage = tensor.untyped_storage()
                         found[storage.data_ptr()] = storage.nbytes()

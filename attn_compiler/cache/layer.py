@@ -12,14 +12,15 @@ Source: EL-Attention (arXiv 2105.04779).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from attn_compiler.cache.states import Maps, States
+from attn_compiler.cache.maps import Maps
+from attn_compiler.cache.states import States
 
 
 class StatesLayer(DynamicLayer):
@@ -57,8 +58,11 @@ class StatesLayer(DynamicLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage that holds x; layers that share it each name all of it."""
-        return self.states.x.untyped_storage().nbytes()
+        """Bytes of the storages that hold x and what stands beside it; layers that share x each
+        name all of it.
+        """
+        held = (self.states.x, *self.states.beside)
+        return sum(t.untyped_storage().nbytes() for t in held)
 
     def ordinary_tensors(self) -> tuple[Tensor, Tensor]:
         """What an ordinary layer would hold: a rewritten module is compared by it."""
@@ -82,10 +86,10 @@ class StatesLayer(DynamicLayer):
         """Keys and values of somebody who has no x."""
         return self._ordinary().update(*args, **kwargs)  # type: ignore[no-any-return]
 
-    def append(self, x: Tensor) -> None:
-        """More of x, [rows, t, D]."""
+    def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+        """More of x, [rows, t, D], and of what stands beside it, [rows, heads, t, features]."""
         self.states = self.states.own()
-        self.states.append(x)
+        self.states.append(x, beside)
 
     def _change(self, make: Callable[[States], None]) -> None:
         """A change of the batch: who shares x is told of it as well, and makes it once."""
@@ -152,7 +156,7 @@ def layer_for(cache: Any, index: int) -> Any:
 def hold(
     cache: Any,
     index: int,
-    x: Tensor,
+    given: tuple[Tensor, Sequence[Tensor]],
     maps: Maps,
     borrowed: bool,
     pays: Callable[[States, Maps], bool] | None = None,
@@ -161,7 +165,7 @@ def hold(
 
     Args:
         cache, index: which layer.
-        x: [rows, t, D].
+        given: x [rows, t, D], and what stands beside it, each [rows, heads, t, features].
         maps: how keys and values are made of it.
         borrowed: somebody else keeps x anyway.
         pays: is asked once, about an empty layer; None is yes.
@@ -170,15 +174,15 @@ def hold(
         The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded,
         holds keys already, or what another model makes its keys of, or it does not pay.
     """
-    layer = layer_for(cache, index)
+    layer, (x, beside) = layer_for(cache, index), given
     if type(layer) is StatesLayer and layer.maps.same(maps):
-        layer.append(x)
+        layer.append(x, beside)
         return layer
     if type(layer) is not DynamicLayer or layer.get_seq_length():
         return None
     shared = (other.states for other in cache.layers if type(other) is StatesLayer)
     states = next((s for s in shared if borrowed and s.stands_for(x)), None)
-    states = states or States(x, borrowed=borrowed)
+    states = states or States(x, borrowed=borrowed, beside=beside)
     if pays is not None and not pays(states, maps):
         return None
     cache.layers[index] = made = StatesLayer(states, maps)

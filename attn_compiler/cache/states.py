@@ -13,99 +13,17 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
+from attn_compiler.cache.maps import Maps
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.el import built
-
-
-class Rows(NamedTuple):
-    """Which outputs of a linear map are the features of which head.
-
-    Feature f of head g is output  start + g * step + f.
-
-    Attributes:
-        start, step: see above.
-        heads, features: how many.
-        transposed: is the weight [D, outputs] and not [outputs, D]?
-    """
-
-    start: int
-    step: int
-    heads: int
-    features: int
-    transposed: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The part of a weight as [heads, features, D], of a bias as [heads, features]; a view."""
-        outputs = tensor.t() if self.transposed and tensor.dim() == 2 else tensor
-        if self.step == self.features:
-            rows = outputs.narrow(0, self.start, self.heads * self.features)
-            return rows.unflatten(0, (self.heads, self.features))  # type: ignore[no-any-return]
-        first, inner = divmod(self.start, self.step)
-        rows = outputs.narrow(0, first * self.step, self.heads * self.step)
-        split: Tensor = rows.unflatten(0, (self.heads, self.step))
-        return split.narrow(1, inner, self.features)
-
-
-class Maps:
-    """The two linear maps from x to keys and values, of parameters that a module owns.
-
-    A cache must neither keep a model alive nor be counted with its weights: references are weak.
-    """
-
-    def __init__(
-        self,
-        weights: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-        rows: tuple[Rows, Rows],
-    ) -> None:
-        self._weights = tuple(None if w is None else weakref.ref(w) for w in weights)
-        self.rows = rows
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
-        return self
-
-    def same(self, other: Maps) -> bool:
-        """Are they of the same parameters?"""
-        if self.rows != other.rows:
-            return False
-        pairs = zip(self._weights, other._weights, strict=True)
-        return all((a and a()) is (b and b()) for a, b in pairs)
-
-    def views(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """w_k [G, d, D], b_k [G, d], w_v [G, dv, D], b_v [G, dv].
-
-        Raises:
-            UnsupportedCall: the model is gone.
-        """
-        key, value = self.rows
-        w_k, b_k, w_v, b_v = map(_alive, self._weights)
-        assert w_k is not None and w_v is not None
-        return (
-            key.of(w_k),
-            None if b_k is None else key.of(b_k),
-            value.of(w_v),
-            None if b_v is None else value.of(b_v),
-        )
-
-
-def _alive(reference: Callable[[], Tensor | None] | None) -> Tensor | None:
-    if reference is None:
-        return None
-    found = reference()
-    if found is None:
-        raise UnsupportedCall(
-            "a cache is read whose model is gone",
-            why=("it holds hidden states, which only the model's weights make keys and values of",),
-            do="keep the model while its cache is in use",
-        )
-    return found
 
 
 class Repeated(Tensor):
@@ -156,18 +74,21 @@ class States:
 
     Attributes:
         x: [rows / beams, S, D].
+        beside: what is kept of each key besides, each [rows / beams, heads, S, features].
         beams: how many neighbouring rows share one of x.
         borrowed: is x somebody else's, the output of an encoder?
         changes: how many changes of the batch were made; layers that share x are told of each.
     """
 
-    def __init__(self, x: Tensor, *, borrowed: bool) -> None:
+    def __init__(self, x: Tensor, *, borrowed: bool, beside: Sequence[Tensor] = ()) -> None:
         """Keep x: as it is where it is borrowed, else as a copy.
 
         Args:
             x: [rows, S, D].
             borrowed: somebody else keeps it anyway, and does not write to it.
+            beside: each [rows, heads, S, features], of an x that is not borrowed.
         """
+        self.beside = tuple(t.clone() for t in beside)
         if type(x) is Repeated:
             self.x, self.beams = x.states, x.beams
         elif borrowed:
@@ -210,33 +131,44 @@ class States:
     def put(self, x: Tensor, beams: int) -> None:
         self.x, self.beams, self._given, self._version = x, beams, None, _version(x)
 
+    def _choose(self, rows: Tensor, beams: int) -> None:
+        self.put(self.x.index_select(0, rows), beams)
+        self.beside = tuple(t.index_select(0, rows) for t in self.beside)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> States:
         twin = copy.copy(self)
         memo[id(self)] = twin
         twin.put(copy.deepcopy(self.x, memo), self.beams)
+        twin.beside = copy.deepcopy(self.beside, memo)
         return twin
 
     def own(self) -> States:
         """The same for one layer alone."""
         return copy.copy(self)
 
-    def append(self, x: Tensor) -> None:
-        """More rows [rows, t, D] behind those of each batch item."""
-        whole = self.x if self.beams == 1 else self.x.repeat_interleave(self.beams, 0)
-        self.put(torch.cat([whole, x], 1), 1)
+    def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+        """More rows [rows, t, D] behind those of each batch item, and each [rows, heads, t,
+        features] beside them.
+        """
+        pairs = zip(self.beside, beside, strict=True)
+        self.beside = tuple(torch.cat([self._of_rows(a), b], 2) for a, b in pairs)
+        self.put(torch.cat([self._of_rows(self.x), x], 1), 1)
+
+    def _of_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self.beams == 1 else tensor.repeat_interleave(self.beams, 0)
 
     def select(self, index: Tensor) -> None:
         """Rows index[0], index[1], ... of the batch take the places 0, 1, ..."""
         rows = index.to(self.x.device) // self.beams
         samples = rows.view(-1, self.beams) if len(rows) % self.beams == 0 else rows[:, None]
         if self.beams > 1 and (samples.shape[1] == 1 or bool((samples != samples[:, :1]).any())):
-            self.put(self.x.index_select(0, rows), 1)
+            self._choose(rows, 1)
             return
         chosen = samples[:, 0]
         same = torch.arange(len(self.x), device=chosen.device)
         if self.beams > 1 and torch.equal(chosen, same):
             return
-        self.put(self.x.index_select(0, chosen), self.beams)
+        self._choose(chosen, self.beams)
 
     def repeat(self, times: int) -> None:
         """Each row of the batch becomes `times` neighbours."""
@@ -244,12 +176,13 @@ class States:
 
     def shorten(self, count: int) -> None:
         """Drop the last keys."""
-        self.put(self.x[:, : self.x.shape[1] - count], self.beams)
+        length = self.x.shape[1] - count
+        self.put(self.x[:, :length], self.beams)
+        self.beside = tuple(t[:, :, :length] for t in self.beside)
 
     def shape_of(self, maps: Maps, position: int) -> Tensor:
         """An empty tensor without memory in the shape of keys (0) or values (1)."""
-        rows = maps.rows[position]
-        shape = (self.rows, rows.heads, self.x.shape[1], rows.features)
+        shape = (self.rows, maps.rows[position].heads, self.x.shape[1], maps.features[position])
         return torch.empty(shape, dtype=self.x.dtype, device="meta")
 
     def keys_and_values(self, maps: Maps) -> tuple[Tensor, Tensor]:
@@ -257,14 +190,14 @@ class States:
         if isinstance(self.x, FakeTensor):
             # while a call is analysed, sizes alone count, and weights are no fakes
             first = (self.rows, maps.rows[0].heads, self.x.shape[1])
-            key, value = (self.x.new_empty((*first, rows.features)) for rows in maps.rows)
+            key, value = (self.x.new_empty((*first, features)) for features in maps.features)
             return key, value
-        w_k, b_k, w_v, b_v = maps.views()
+        _, _, w_v, b_v = maps.views()
         x = self.read()
-        key, value = built(x, w_k, b_k), built(x, w_v, b_v)
-        if self.beams == 1:
-            return key, value
-        return key.repeat_interleave(self.beams, 0), value.repeat_interleave(self.beams, 0)
+        key, value = maps.keys(x), built(x, w_v, b_v)
+        if maps.beside is not None:
+            key = maps.beside.join(key, self.beside[0])
+        return self._of_rows(key), self._of_rows(value)
 
 
 def _version(x: Tensor) -> int | None:

@@ -54,6 +54,14 @@ class LinearMap:
     transposed: bool
     module: str
 
+    @property
+    def width(self) -> int:
+        """D."""
+        owner, (home, _, name) = self.x.graph.owning_module, self.weight.rpartition(".")
+        assert owner is not None
+        weight: torch.Tensor = getattr(owner.get_submodule(home), name)
+        return weight.shape[0 if self.transposed else 1]
+
 
 # ---------------------------------------------------------------- linear maps
 
@@ -80,6 +88,15 @@ def linear_map(made: fx.Node, name: str) -> LinearMap:
     raise Blocked(made, ("no_projection", text))
 
 
+def is_linear_map(made: fx.Node) -> bool:
+    """Is it the result of one?"""
+    try:
+        linear_map(made, "keys")
+    except Blocked:
+        return False
+    return True
+
+
 def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | None:
     """Weight, bias and whether the weight is [D, outputs], if a module is one linear map.
 
@@ -87,7 +104,7 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
     looked at.
     """
     weights = {n: p for n, p in module._parameters.items() if p is not None}
-    if _listened_to(module):
+    if is_listened_to(module):
         return None
     if type(module) is nn.Linear:
         return "weight", "bias" if "bias" in weights else None, False
@@ -95,7 +112,7 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
     vectors = [n for n, p in weights.items() if p.dim() == 1]
     if module._modules or module._buffers or len(matrices) != 1 or len(vectors) > 1:
         return None
-    nodes = _inside(module, call)
+    nodes = inside(module, call)
     products = [n for n in nodes if ops.name(n) not in _VIEWS]
     if len(products) != 1 or ops.name(products[0]) not in ("addmm", "mm"):
         return None
@@ -110,7 +127,7 @@ def affine(module: nn.Module, call: fx.Node) -> tuple[str, str | None, bool] | N
     return matrices[0], vectors[0] if vectors else None, transposed
 
 
-def _listened_to(module: nn.Module) -> bool:
+def is_listened_to(module: nn.Module) -> bool:
     """Does calling the module run more than its class's forward?"""
     return bool(
         module._forward_hooks
@@ -121,7 +138,7 @@ def _listened_to(module: nn.Module) -> bool:
     )
 
 
-def _inside(module: nn.Module, call: fx.Node) -> list[fx.Node]:
+def inside(module: nn.Module, call: fx.Node) -> list[fx.Node]:
     """The ATen operations of a module's forward; none where it cannot be traced."""
     given = ops.value(call.all_input_nodes[0])
     sizes = [ax.hint(n) for n in given.shape]
@@ -217,7 +234,7 @@ def _named_module(module: nn.Module, call: fx.Node, name: str) -> Blocked:
 
 
 def _called(module: nn.Module, call: fx.Node) -> set[str]:
-    return {ops.name(n) for n in _inside(module, call)}
+    return {ops.name(n) for n in inside(module, call)}
 
 
 def _verdict(called: set[str], name: str, at: fx.Node) -> Blocked:
@@ -226,7 +243,8 @@ def _verdict(called: set[str], name: str, at: fx.Node) -> Blocked:
     if called & _ROTATIONS or {"neg", "cat"} <= called:
         found.append(("rope_on_key", f"a rotation stands {between}"))
     if called & _NORMS:
-        found.append(("key_norm", f"a normalisation stands {between}"))
+        text = f"a normalisation that is no module of a known form stands {between}"
+        found.append(("key_norm", text))
     if called & _CONVOLUTIONS:
         found.append(("convolved", f"a convolution stands {between}"))
     if not found and called & {"mul", "div"} and not called & {"add", "sub"}:

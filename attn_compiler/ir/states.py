@@ -10,43 +10,23 @@ map and the cache only views may stand; what else is found there is named.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
-from attn_compiler.ir.affine import Blocked, LinearMap, between, linear_map
-from attn_compiler.ir.axes import Axis, Index, along
+from attn_compiler.ir.affine import Blocked, between, linear_map
 from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.provenance import location, sources
-from attn_compiler.ir.pull import Puller, shape
-from attn_compiler.ir.region import FunctionalRegion, cut, functionalise, is_boundary, order
+from attn_compiler.ir.pull import shape
+from attn_compiler.ir.region import FunctionalRegion
+from attn_compiler.ir.sides import Side, State, follow, is_whole, side
 from attn_compiler.ir.site import Reason
-from attn_compiler.ir.trace import Region, RegionError, fake_mode
 
-State = Mapping[fx.Node, tuple[Any, ...]]
 _NAMES = ("keys", "values")
-
-
-@dataclass(frozen=True)
-class Side:
-    """How keys, or values, are made.
-
-    Attributes:
-        map: from x [B, S, D] to all that it gives.
-        rows: start, step, heads, features, transposed: feature f of head g is output
-            start + g * step + f of the map; transposed where the weight is [D, outputs].
-        nodes: what is dead once nobody asks for them.
-    """
-
-    map: LinearMap
-    rows: tuple[int, int, int, int, bool]
-    nodes: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -102,17 +82,33 @@ def find_states(
     if update is not None:
         for position, name in enumerate(_NAMES):
             try:
-                sides[position] = _side(update.args[1 + position], update, state, name)
+                sides[position] = side(update.args[1 + position], update, state, name)
             except Blocked as blocked:
                 obstacles += blocked.reasons
     key, value = sides
     if key is not None and value is not None and key.map.x is not value.map.x:
         text = "keys and values are made of different tensors"
         obstacles.append(Reason("kv_sources_differ", text, location(value.map.x)))
+    cross = key is not None and _query_source(functional, core) not in (None, key.map.x)
+    # what stands beside x belongs to one row of the batch and one layer
+    cross = cross and key is not None and key.beside is None and key.norm is None
+    if key is not None and value is not None and not cross:
+        obstacles += _larger(key, value)
     if obstacles:
         return Found(None, tuple(obstacles))
-    cross = key is not None and _query_source(functional, core) not in (None, key.map.x)
     return Found(Kept((places[0], places[1]), update, layer, key, value, cross), ())
+
+
+def _larger(key: Side, value: Side) -> Iterator[Reason]:
+    """Of one layer alone: is x with what stands beside it no smaller than keys and values?"""
+    width = key.map.width
+    kept, beside = key.rows[2] * key.rows[3] + value.rows[2] * value.rows[3], 0
+    if key.beside is not None:
+        beside = key.beside.heads * key.beside.features
+        kept += key.rows[2] * key.beside.features
+    if width + beside >= kept:
+        text = f"{width + beside} numbers of a token would be kept, and its keys and values are"
+        yield Reason("cache_larger", f"{text} {kept}", location(key.map.x))
 
 
 # ---------------------------------------------------------------- the cache
@@ -132,25 +128,12 @@ def layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
         sizes = shape(operand.node)
         whole = len(sizes) == 4 and all(
             # that both have the same number of keys is seen when it runs
-            _is_whole(index, group, None if operand is core.v and group is roles.key else size)
+            is_whole(index, group, None if operand is core.v and group is roles.key else size)
             for index, group, size in zip(operand.where, groups, sizes, strict=True)
         )
         if not whole:
             text = "the attention reads a part of what the cache holds, or in another order"
             yield Reason("cache_layout", text, location(place))
-
-
-def _is_whole(index: Index, group: Iterable[Axis], size: ax.Size | None) -> bool:
-    wanted = [axis for axis in group if axis.extent != 1]
-    terms = [(a, c) for a, c in index.resolved().terms if a.extent != 1]
-    if [a for a, _ in terms] != wanted or index.const != 0:
-        return False
-    stride: ax.Size = 1
-    for axis, coefficient in reversed(terms):
-        if not ax.equal(coefficient, stride):
-            return False
-        stride = ax.simple(stride * axis.extent)
-    return size is None or ax.equal(stride, size)
 
 
 def updated(key: fx.Node, value: fx.Node) -> fx.Node | None:
@@ -194,86 +177,7 @@ def _alike(left: Any, right: Any) -> bool:
     return all(_alike(a, b) for a, b in zip(left.args, right.args, strict=True))
 
 
-# ---------------------------------------------------------------- one side
-
-
-def _side(given: Any, update: fx.Node, state: State, name: str) -> Side:
-    """How what the cache is given is made."""
-    if not isinstance(given, fx.Node) or not isinstance(ops.value(given), torch.Tensor):
-        raise Blocked(update, ("no_projection", f"the {name} are no tensor of this module"))
-    functional, nodes, made, where, axes = _followed(given, state, name)
-    if made is None:
-        raise between(functional, name, given)
-    mapped = linear_map(made, name)
-    if ops.value(made).dtype != ops.value(mapped.x).dtype:
-        raise Blocked(made, ("dtype", f"the {name} have another dtype than what they are made of"))
-    rows = _rows(where, axes, mapped.transposed)
-    if rows is None or ops.value(mapped.x).dim() != 3:
-        raise Blocked(given, ("head_layout", f"the {name} of a head are not neighbours"))
-    _check_unwritten(mapped.x, made, update)
-    return Side(mapped, rows, nodes | {made})
-
-
-Followed = tuple[
-    FunctionalRegion | None, frozenset[fx.Node], fx.Node | None, tuple[Index, ...], tuple[Axis, ...]
-]
-
-
-def _followed(given: fx.Node, state: State, name: str) -> Followed:
-    """Through views back to the host node that makes it, and the coordinates read there."""
-    if is_boundary(given):
-        axes = tuple(Axis(ax.size_of(n)) for n in ops.value(given).shape)
-        return None, frozenset(), given, tuple(map(along, axes)), axes
-    graph = given.graph
-    region = cut(given, order(graph), [n for n in graph.nodes if ops.written(n)])
-    try:
-        # what is learnt about sizes here must not rename those that the core is written in
-        with _unlearnt(region):
-            functional = functionalise(region, state)
-    except RegionError as error:
-        raise Blocked(
-            given, ("no_projection", f"the {name} cannot be analysed: {error.text}")
-        ) from error
-    puller = Puller(functional.module)
-    axes = tuple(puller.new_axis(size) for size in shape(functional.end))
-    node, where = puller.peel(functional.end, tuple(map(along, axes)))
-    found = functional.read.get(node)
-    indices = tuple(w.resolved() for w in where if isinstance(w, Index))
-    if len(indices) != len(where):
-        found = None
-    return functional, frozenset(region.nodes), found, indices, axes
-
-
-def _unlearnt(region: Region) -> AbstractContextManager[Any]:
-    env = fake_mode(ops.value(node) for node in (region.end, *region.inputs)).shape_env
-    return nullcontext() if env is None else env.suppress_guards()
-
-
-def _rows(
-    where: tuple[Index, ...], axes: tuple[Axis, ...], transposed: bool
-) -> tuple[int, int, int, int, bool] | None:
-    """Which outputs of the map [b, s, outputs] are read as [b, g, s, f]."""
-    if len(axes) != 4 or len(where) != 3:
-        return None
-    b, g, s, f = axes
-    if not (_is_whole(where[0], (b,), b.extent) and _is_whole(where[1], (s,), s.extent)):
-        return None
-    steps = {axis: step for axis, step in where[2].terms if axis.extent != 1}
-    start, step = where[2].const, steps.pop(g, f.extent)
-    numbers = (start, step, g.extent, f.extent)
-    if not all(isinstance(n, int) for n in numbers) or steps.pop(f, 1) != 1 or steps:
-        return None
-    inside = step == f.extent or (step > f.extent and start % step + f.extent <= step)
-    return (*numbers, transposed) if inside else None
-
-
-def _check_unwritten(x: fx.Node, made: fx.Node, update: fx.Node) -> None:
-    """Nobody may write to x between the map and the cache."""
-    node, held = made, ops.storages(x)
-    while node is not update:
-        if any(ops.storages(target) & held for target in ops.written(node)):
-            raise Blocked(node, ("overwritten", "what keys and values are made of is overwritten"))
-        node = node.next
+# ---------------------------------------------------------------- queries
 
 
 def _query_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:
@@ -355,10 +259,10 @@ def _uncached(
         try:
             if start is None:
                 raise Blocked(end, ("no_projection", f"the {name} are not made here"))
-            followed = _followed(start, state, name)
-            if followed[2] is None:
-                raise between(followed[0], name, start)
-            made.append(linear_map(followed[2], name).x)
+            followed = follow(start, state, name)
+            if followed.made is None:
+                raise between(followed.functional, name, start)
+            made.append(linear_map(followed.made, name).x)
         except Blocked as blocked:
             yield from blocked.reasons
     if len(made) == 2 and made[0] is not made[1]:

@@ -19,7 +19,8 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.states import Kept, Side
+from attn_compiler.ir.sides import Side
+from attn_compiler.ir.states import Kept
 from attn_compiler.ir.trace import Region
 from attn_compiler.kernels.frame import empty_heads
 from attn_compiler.kernels.plan import plan
@@ -41,8 +42,11 @@ class CacheCalls:
     """What stands in the graph for the calls of a cache.
 
     Attributes:
-        keep: keep(cache, (x, weights, cross, heads), rows, index) -> kept, for `update`; heads of
-            the queries where the cache holds keys and values if that is faster, else 0.
+        keep: keep(cache, (x, weights, cross, heads, beside, norm), rows, index) -> kept, for
+            `update`; heads of the queries where the cache holds keys and values if that is faster,
+            else 0; beside is None, or the keys and which features of them (start, features, heads)
+            are no linear image of x; norm is None, or how keys are normalised: two parameters, and
+            (centred, eps, rows, offset, step).
         attend: attend(kept or layer, q, reads, ints, ...) -> out.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
         hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`;
@@ -87,7 +91,7 @@ def rewrite_states(
     if kept.update is not None and kept.key is not None and kept.value is not None:
         heads = core.sizes["H"] if spec.only_where_faster else 0
         _become_keep(emitter, kept.update, kept, calls, heads if isinstance(heads, int) else 0)
-        dead = set(kept.key.nodes | kept.value.nodes)
+        dead = set(kept.value.nodes | (kept.key.nodes if kept.key.beside is None else set()))
     replace_cache(emitter, kept, calls)
     return dead
 
@@ -175,12 +179,30 @@ def _become_keep(
     cache, _, _, *rest = update.args
     update.op, update.target = "call_function", calls.keep
     rows = (kept.key.rows, kept.value.rows)
-    update.args = (cache, (kept.key.map.x, weights, kept.cross, heads), rows, *rest)
+    key = kept.key
+    beside: tuple[Any, ...] | None = None
+    if key.beside is not None:
+        beside = (key.given, (key.beside.start, key.beside.features, key.beside.heads))
+    made = (key.map.x, weights, kept.cross, heads, beside, _norm(emitter, update, key))
+    update.args = (cache, made, rows, *rest)
     update.meta["bypassed"] = tuple(_modules(kept.key, kept.value))
 
 
+def _norm(emitter: Emitter, update: fx.Node, key: Side) -> tuple[Any, ...] | None:
+    if key.norm is None:
+        return None
+    norm = key.norm.norm
+    with emitter.graph.inserting_before(update):
+        parameters = tuple(
+            None if path is None else _parameter(emitter, path) for path in (norm.weight, norm.bias)
+        )
+    return (parameters, (norm.centred, norm.eps, key.norm.rows, key.norm.offset, key.norm.step))
+
+
 def _modules(*sides: Side) -> list[str]:
-    return sorted({side.map.module for side in sides if side.map.module})
+    found = {side.map.module for side in sides}
+    found |= {side.norm.norm.module for side in sides if side.norm is not None}
+    return sorted(found - {""})
 
 
 def _parameter(emitter: Emitter, path: str) -> fx.Node:

@@ -64,9 +64,10 @@ def _step(region: Region, core: Core, kept: Kept) -> Shape | None:
     if None in numbers or 0 in numbers:
         return None
     batch, heads, keys, groups, features, value_features = numbers
-    width = None
+    width, beside, norm = None, None, None
     if kept.key is not None:
-        width = number(ops.value(kept.key.map.x).shape[-1], known)
+        width, beside = number(ops.value(kept.key.map.x).shape[-1], known), kept.key.beside
+        norm = kept.key.norm
     return Shape(
         batch,
         1,
@@ -77,4 +78,7 @@ def _step(region: Region, core: Core, kept: Kept) -> Shape | None:
         value_features,
         width,
         causal=not kept.cross,
+        rotated=None if beside is None else beside.features,
+        rotated_heads=None if beside is None else beside.heads,
+        norms=None if norm is None else norm.rows[2],
     )

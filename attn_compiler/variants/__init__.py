@@ -79,7 +79,10 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     work, causal, width = shape.work, shape.causal, shape.channels
     cross = _is_cross(shape)
     if isinstance(spec, el.ELAttention):
-        return spec, el.cost(spec, work, causal=causal, cross=cross), Scope.SITE, {}
+        heads = shape.rotated_heads or shape.groups
+        beside = el.Beside(shape.rotated or 0, heads, shape.norms or 0)
+        found = el.cost(spec, work, causal=causal, cross=cross, beside=beside)
+        return spec, found, Scope.SITE, {}
     if isinstance(spec, selective.Selective):
         # in a step the keys are those that are kept; a whole sequence sees them all
         kept = selective.kept_tokens(spec, shape.key) if work == "decode" else float(shape.key)

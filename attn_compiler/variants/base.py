@@ -306,6 +306,11 @@ class Shape:
         layers, beams: L that share a cache, K of each sample.
         causal: a token sees those before it.
         training: forward and backward.
+        rotated: features of a key that are no linear image of what keys and values are made of;
+            None is none of them.
+        rotated_heads: kv heads that have such features of their own, 1 where all share them; None
+            is all.
+        norms: sizes of each token's keys, where a norm makes keys: kv heads, or 1; None is no norm.
     """
 
     batch: int
@@ -320,6 +325,9 @@ class Shape:
     beams: int = 1
     causal: bool = True
     training: bool = False
+    rotated: int | None = None
+    rotated_heads: int | None = None
+    norms: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

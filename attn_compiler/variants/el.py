@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec, Work, demand_flag
@@ -46,9 +46,9 @@ class ELAttention(VariantSpec):
 
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
     """Codes: el.needs_rewrite where the door cannot change a cache, el.dropout, and one for each
-    obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.no_projection,
-    el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm, el.key_scaled,
-    el.convolved, el.head_layout, el.dtype, el.overwritten.
+    obstacle that `ir.states` names: el.no_cache, el.cache_form, el.cache_layout, el.cache_larger,
+    el.no_projection, el.kv_sources_differ, el.rope_on_key, el.partial_rope, el.key_norm,
+    el.key_scaled, el.convolved, el.head_layout, el.dtype, el.overwritten.
     """
     if site.obstacles is None:
         text = "a cache changes its layout only in a model that `rewrite` is given"
@@ -61,18 +61,46 @@ def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:
         yield Reason("el.dropout", text, site.location)
 
 
-def cost(spec: ELAttention, work: Work, *, causal: bool = False, cross: bool = False) -> Cost:
+class Beside(NamedTuple):
+    """What is kept of each key besides X, such as its rotated features.
+
+    Attributes:
+        features: of a head.
+        heads: that have their own.
+        norms: sizes of a token's keys, kept in float32.
+    """
+
+    features: int = 0
+    heads: int = 0
+    norms: int = 0
+
+
+def cost(
+    spec: ELAttention,
+    work: Work,
+    *,
+    causal: bool = False,
+    cross: bool = False,
+    beside: Beside = Beside(),  # noqa: B008  (immutable)
+) -> Cost:
     """What one layer with its projections costs, in the letters of `cost.letters`; G kv heads,
     K beams of B samples, L layers that share the cache of cross-attention.
     """
     from attn_compiler.variants.costs import el, parts
 
     share = parts.visited(work, causal)
-    return el.site(work, cross=cross, key_bias=spec.keep_key_bias, share=share)
+    found = el.site(work, cross=cross, key_bias=spec.keep_key_bias, share=share)
+    return found + el.beside(work, *beside) if any(beside[::2]) else found
 
 
 def memory_ratio(
-    width: int, kv_inner: int, *, beams: int = 1, layers: int = 1, cross: bool = False
+    width: int,
+    kv_inner: int,
+    *,
+    beams: int = 1,
+    layers: int = 1,
+    cross: bool = False,
+    beside: int = 0,
 ) -> float:
     """Bytes of an ordinary cache over those of X, all layers.
 
@@ -82,8 +110,9 @@ def memory_ratio(
         beams: of a sample; an ordinary cache of cross-attention is repeated for each.
         layers: which share X in cross-attention.
         cross: cross-attention.
+        beside: kv heads times the rotated features of a key, in self-attention.
     """
-    return 2 * kv_inner / width * (beams * layers if cross else 1)
+    return 2 * kv_inner / (width + beside) * (beams * layers if cross else 1)
 
 
 def break_even_tokens(width: int, kv_inner: int, beams: int = 1) -> float:

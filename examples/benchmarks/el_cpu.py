@@ -232,7 +232,8 @@ def compare(name: str, given: argparse.Namespace, machine: Any) -> dict[str, Any
     ]
     expected, pays, limit = predicted(name, given, machine)
     return {
-        "setting": name, "width": width, "heads": heads, "length": length, "break_even": limit,
+        "setting": name, "dtype": given.dtype, "width": width, "heads": heads, "length": length,
+        "break_even": limit,
         "seconds": {way: statistics.median(found) for way, found in times.items()},
         "speed_up": statistics.median(speed_up), "spread": [min(speed_up), max(speed_up)],
         "predicted": expected, "pays": pays,
@@ -254,15 +255,23 @@ def show(found: dict[str, Any], given: argparse.Namespace) -> None:
             print(f"  {way:6} {rows[way]['batch']:5}   MiB by batch: {peaks}")
         print(f"  ratio {found['fits']['ratio']}")
     if "speed" in found:
-        print(f"\none step, batch {given.batch}, {given.beams} beams, {given.dtype}, ms")
-        print("setting         heads (even)  stock compiled  ours   faster (spread)    predicted")
+        print(
+            f"\none step, batch {given.batch}, {given.beams} beams, {given.layers} layers, "
+            f"{given.written} tokens written, {torch.get_num_threads()} threads, ms; faster: than "
+            "the better of stock and stock compiled"
+        )
+        print(
+            "setting        dtype    width tokens heads (even)   stock compiled  ours   "
+            "faster (spread)      predicted  of it"
+        )
     for row in found.get("speed", ()):
         ms = [f"{row['seconds'][way] * 1e3:7.1f}" for way in ("stock", "compiled", "ours")]
         least, most_ = row["spread"]
         print(
-            f"{row['setting']:15} {row['heads']:3} ({row['break_even']:4.1f}) {' '.join(ms)}  "
-            f"{row['speed_up']:5.2f} ({least:.2f} to {most_:.2f})  {row['predicted']:5.2f}"
-            f"{'' if row['pays'] else '  declined'}"
+            f"{row['setting']:14} {row['dtype']:8} {row['width']:5} {row['length']:6} "
+            f"{row['heads']:5} ({row['break_even']:4.1f}) {' '.join(ms)}  "
+            f"{row['speed_up']:5.2f} ({least:.2f} to {most_:.2f})  {row['predicted']:5.2f}  "
+            f"{row['speed_up'] / row['predicted']:7.0%}{'' if row['pays'] else '  declined'}"
         )
 
 
@@ -281,7 +290,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--batch", type=int, default=4, help="for speed")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="for speed")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args(given)
 
@@ -297,7 +307,8 @@ def main(given: Sequence[str] | None = None) -> int:
         found["fits"] = fits(options)
     if "speed" in options.only:
         machine = rates()
-        found["speed"] = [compare(name, options, machine) for name in options.settings]
+        one = [argparse.Namespace(**(vars(options) | {"dtype": d})) for d in options.dtype]
+        found["speed"] = [compare(name, g, machine) for g in one for name in options.settings]
     print(json.dumps(found, indent=1)) if options.json else show(found, options)
     return 0
 

@@ -14,7 +14,7 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "variants", "variants backward",
-    "decode", "blocks", "numerics", "launch",
+    "decode", "el", "blocks", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -76,6 +76,7 @@ def cases() -> tuple[Case, ...]:
         *_dense(),
         *_variants(),
         *_decode(),
+        *_states(),
         *_maps(),
         *_numerics(),
         *(
@@ -120,6 +121,15 @@ def _decode() -> Iterator[Case]:
     yield Case("decode", "full", Sizes(1, 32, 8, 1, 131072, 128), ways, 2, 12)
 
 
+def _states() -> Iterator[Case]:
+    """Steps over a quarter of a gigabyte of hidden states 1024 wide; T is beams, and heads times
+    beams 16, 64 and 32.
+    """
+    ways = ("el", "el kernel", "own decode")
+    for early, (batch, beams, length) in enumerate(((32, 1, 4096), (64, 4, 2048), (32, 2, 4096))):
+        yield Case("el", "full", Sizes(batch, 16, 16, beams, length, 64), ways, early + 1, 6)
+
+
 def _maps() -> Iterator[Case]:
     for density in (1.0, 0.1, 0.3, 0.6):
         ways = ("triton", "dense", "flex")
@@ -149,6 +159,8 @@ def shrunk(case: Case) -> Case:
         # one long cache, or several shorter ones
         length = 300 if s.B > 1 else 500
         return replace(case, sizes=Sizes(min(s.B, 2), group, 1, 1, length, 16))
+    if case.section == "el":
+        return replace(case, sizes=Sizes(2, 2, 2, s.T, 53, 16))
     # a map has blocks of its own size; others want some tiles and a ragged edge
     length = 2 * BLOCK if case.rule == "blocks" else 53 if s.T < 8192 else 67
     return replace(case, sizes=Sizes(1, 2, 2, length, length, s.d // 4))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from gpu_cases import Case
+from gpu_el import step
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
 from gpu_ways import Call, makers
 from torch import Tensor
@@ -206,7 +207,15 @@ def _graph(machine: Machine, call: Callable[[], Tensor]) -> Way:
     return Way(graph.replay, compared=False)
 
 
+def _states(case: Case, machine: Machine, rounds: int, note: Note, lost: Mapping[str, str]) -> Row:
+    """A step over hidden states, and over keys and values."""
+    numbers, made = step(case, machine)
+    ways = measure(machine, _kept(made, lost), rounds, machine.seconds, note)
+    return {**numbers, "ways": ways}
+
+
 _SECTIONS: dict[str, Callable[..., Row]] = {
+    "el": _states,
     "ceilings": _ceilings,
     "numerics": _numerics,
     "launch": _launches,

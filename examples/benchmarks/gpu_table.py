@@ -31,6 +31,7 @@ SECTIONS = {
     "variants": ("soft-cap, ALiBi, documents, window", "FlexAttention"),
     "variants backward": ("backward of soft-cap, documents", "FlexAttention"),
     "decode": ("decode", "read bandwidth, FlexAttention"),
+    "el": ("EL-attention, a step", "read bandwidth, own decode of keys and values"),
     "blocks": ("maps of blocks", "own dense kernel, FlexAttention"),
     "numerics": ("error in bfloat16 against float64", "SDPA"),
     "launch": ("seconds of the host per call", "SDPA"),
@@ -75,6 +76,8 @@ def title(row: Row) -> str:
     length = f"T = {s['T']}" if s["T"] == s["S"] else f"{s['T']} of {s['S']} keys"
     heads = f"{s['H']} heads" if s["H"] == s["G"] else f"{s['H']} heads on {s['G']}"
     what = f"{row['section']}, {row['rule']}"
+    if row["section"] == "el":
+        what, length = "EL-attention", f"{s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
     if row["rule"] == "blocks":
         what = f"blocks of 128, {row['share']:.0%} kept"
     return f"{what}, B {s['B']}, {heads}, d {s['d']}, {length}"
@@ -162,6 +165,18 @@ def _bandwidth(row: Row, ceiling: float) -> tuple[str, str]:
     return parts[0], "; ".join(parts[1:])
 
 
+def _steps(row: Row, ceiling: float) -> tuple[str, str]:
+    """Bandwidth and operations a second of each way, and how many times faster ours is."""
+    parts = []
+    for way in row["ways"]:
+        text = _bandwidth({**row, "ways": {way: row["ways"][way]}}, ceiling)[0]
+        rates = _rates(row, way, 1e12, "flops")
+        parts.append(f"{text}, {spread(rates, 0)} TFLOP/s" if rates else text)
+    if found := ratios(row, "own decode", "el"):
+        parts.append(f"el is {spread(found)}x as fast as own decode")
+    return parts[0], "; ".join(parts[1:])
+
+
 def _tiles(row: Row, ceiling: float) -> tuple[str, str]:
     texts = []
     for way, found in row["ways"].items():
@@ -211,7 +226,7 @@ def _launches(row: Row, ceiling: float) -> tuple[str, str]:
 
 _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
-    "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth,
+    "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth, "el": _steps,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 

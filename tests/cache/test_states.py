@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_compiler.cache.states import Rows, States, equal_neighbours
+from attn_compiler.cache.maps import Rows
+from attn_compiler.cache.states import States, equal_neighbours
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.schema import attention
 
@@ -56,7 +57,7 @@ def caches(made: Projections, x: Tensor, borrowed: bool, layers: int = 2) -> tup
     """Ours and the library's, filled alike."""
     ours, theirs = transformers.DynamicCache(), transformers.DynamicCache()
     for index in range(layers):
-        el.keep(ours, (x, made.weights, borrowed, 0), (ROWS, ROWS), index)
+        el.keep(ours, (x, made.weights, borrowed, 0, None, None), (ROWS, ROWS), index)
         theirs.update(*made(x), index)
     return ours, theirs
 
@@ -112,7 +113,7 @@ def test_growing(borrowed: bool) -> None:
     for step in (1, 3):
         more = states(4, step)
         for index in range(2):
-            el.keep(ours, (more, made.weights, False, 0), (ROWS, ROWS), index)
+            el.keep(ours, (more, made.weights, False, 0, None, None), (ROWS, ROWS), index)
             theirs.update(*made(more), index)
         same(ours, theirs)
         for cache in (ours, theirs):
@@ -142,7 +143,7 @@ def test_keys_that_others_write_make_an_ordinary_layer() -> None:
     same(ours, theirs)
     assert type(ours.layers[1]) is transformers.cache_utils.DynamicLayer
     # and x alone is then no longer enough
-    kept = el.keep(ours, (more, made.weights, False, 0), (ROWS, ROWS), 1)
+    kept = el.keep(ours, (more, made.weights, False, 0, None, None), (ROWS, ROWS), 1)
     assert isinstance(kept, el.Pair)
     theirs.update(*made(more), 1)
     same(ours, theirs)
@@ -161,7 +162,7 @@ def test_what_two_models_have_written() -> None:
     other.k.weight.mul_(1.5)
     ours, theirs = caches(one, x, True)
     for index in range(2):
-        el.keep(ours, (more, other.weights, False, 0), (ROWS, ROWS), index)
+        el.keep(ours, (more, other.weights, False, 0, None, None), (ROWS, ROWS), index)
         theirs.update(*other(more), index)
     same(ours, theirs)
 
@@ -183,7 +184,7 @@ def test_reset() -> None:
     ours, _ = caches(made, x, True)
     ours.reset()
     assert ours.get_seq_length() == 0
-    el.keep(ours, (x, made.weights, False, 0), (ROWS, ROWS), 0)
+    el.keep(ours, (x, made.weights, False, 0, None, None), (ROWS, ROWS), 0)
     assert ours.get_seq_length() == 7
 
 
@@ -191,7 +192,7 @@ def test_a_static_cache_is_updated_as_ever() -> None:
     made, x = Projections(), states(2, 7)
     config = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
     ours, theirs = (transformers.StaticCache(config=config, max_cache_len=11) for _ in range(2))
-    kept = el.keep(ours, (x, made.weights, False, 0), (ROWS, ROWS), 0)
+    kept = el.keep(ours, (x, made.weights, False, 0, None, None), (ROWS, ROWS), 0)
     theirs.update(*made(x), 0)
     assert isinstance(kept, el.Pair) and torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
 

@@ -16,7 +16,7 @@ START, END = "<!-- codes -->", "<!-- end of codes -->"
 _RAISERS = {"Reason", "NotAttention", "RegionError", "CaptureError", "Blocked"}
 _CODE = re.compile(r"[a-z_]+(\.[a-z_]+)?")
 # sources that name a code without its family
-_FAMILY = {"affine.py": "el.", "states.py": "el."}
+_FAMILY = dict.fromkeys(("affine.py", "states.py", "sides.py", "key_parts.py"), "el.")
 
 
 def codes() -> dict[str, list[str]]:

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attn_compiler as ac
 
 tf = pytest.importorskip("transformers")
+nbytes = pytest.importorskip("attn_compiler.cache.el").nbytes
 layer = pytest.importorskip("attn_compiler.cache.layer")
 
-WIDTH, HEADS, FEATURES = 44, 3, 5
+WIDTH, HEADS, FEATURES = 23, 3, 5
 INNER = HEADS * FEATURES
 Sides = tuple[Tensor, Tensor]
 
@@ -171,9 +172,117 @@ class Capped(Attend):
         return super().scores(2 * torch.tanh(dot / 2))
 
 
+TURNED = 2
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotated by the position, which is read from nothing but the length."""
+    angle = torch.arange(x.shape[2])[:, None] * torch.linspace(0.1, 1.0, x.shape[3])
+    half = torch.cat([-x[..., 1:], x[..., :1]], -1)
+    return x * angle.cos() + half * angle.sin()
+
+
+class PartlyRotated(Attend):
+    """Some features of a key are rotated, in front."""
+
+    def parted(self, k: Tensor) -> Tensor:
+        return torch.cat([turned(k[..., :TURNED]), k[..., TURNED:]], -1)
+
+    def sides(self, x: Tensor) -> Sides:
+        k, v = super().sides(x)
+        return self.parted(k), v
+
+
+class RotatedBehind(PartlyRotated):
+    def parted(self, k: Tensor) -> Tensor:
+        return torch.cat([k[..., :-TURNED], turned(k[..., -TURNED:])], -1)
+
+
+class RotatedForAll(PartlyRotated):
+    """Heads share the rotated features."""
+
+    def parted(self, k: Tensor) -> Tensor:
+        shared = turned(k[:, :1, :, :TURNED]).expand(-1, k.shape[1], -1, -1)
+        return torch.cat([k[..., TURNED:], shared], -1)
+
+
+class RotatedPacked(PartlyRotated):
+    """The keys of a head behind its queries, in one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * INNER)
+
+    def sides(self, x: Tensor) -> Sides:
+        _, k, v = self.qkv(x).unflatten(-1, (HEADS, 3, FEATURES)).transpose(1, 2).unbind(3)
+        return self.parted(k), v
+
+
+class Size(nn.Module):
+    """A norm as one library spells it."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2.0, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.float32)
+        found = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-3)
+        return self.weight * found.to(x.dtype)
+
+
+def layer_norm() -> nn.LayerNorm:
+    found = nn.LayerNorm(FEATURES)
+    with torch.no_grad():
+        found.weight.copy_(torch.linspace(0.5, 2.0, FEATURES))
+        found.bias.copy_(torch.linspace(-1.0, 1.0, FEATURES))
+    return found
+
+
+class Normed(Attend):
+    """The keys of a head are normalised."""
+
+    def __init__(self, make: Callable[[], nn.Module], groups: int = HEADS) -> None:
+        super().__init__(groups)
+        self.norm = make()
+
+    def sides(self, x: Tensor) -> Sides:
+        k, v = super().sides(x)
+        return self.norm(k), v
+
+
+class NormedWhole(Normed):
+    """All keys of a token are normalised together."""
+
+    def sides(self, x: Tensor) -> Sides:
+        return heads(self.norm(self.k(x))), heads(self.v(x))
+
+
+class NormedAndRotated(Normed):
+    def sides(self, x: Tensor) -> Sides:
+        k, v = super().sides(x)
+        return torch.cat([turned(k[..., :TURNED]), k[..., TURNED:]], -1), v
+
+
+class NormedAndCapped(Normed):
+    """The bias of the norm does not fall out here."""
+
+    def scores(self, dot: Tensor) -> Tensor:
+        return super().scores(2 * torch.tanh(dot / 2))
+
+
 LEGAL: dict[str, Callable[[], nn.Module]] = {
     "plain": Attend,
-    "one kv head": lambda: Attend(groups=1),
+    "rotated in front": PartlyRotated,
+    "rotated behind": RotatedBehind,
+    "rotated once for all heads": RotatedForAll,
+    "rotated, and packed": RotatedPacked,
+    "a norm over each head": lambda: Normed(lambda: nn.RMSNorm(FEATURES)),
+    "a norm of the user's own": lambda: Normed(lambda: Size(FEATURES)),
+    "a norm that takes the mean off": lambda: Normed(layer_norm),
+    "a norm over all heads": lambda: NormedWhole(lambda: Size(INNER)),
+    "a norm, then a rotation": lambda: NormedAndRotated(layer_norm),
+    "a norm with a bias under a cap": lambda: NormedAndCapped(layer_norm),
     "no bias": lambda: Attend(bias=False),
     "packed": Packed,
     "interleaved": Interleaved,
@@ -183,14 +292,39 @@ LEGAL: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", LEGAL)
+# numbers of a token that are kept besides x
+BESIDE = {
+    "rotated in front": HEADS * TURNED,
+    "rotated behind": HEADS * TURNED,
+    "rotated once for all heads": TURNED,
+    "rotated, and packed": HEADS * TURNED,
+    "a norm over each head": HEADS,
+    "a norm of the user's own": HEADS,
+    "a norm that takes the mean off": HEADS,
+    "a norm over all heads": 1,
+    "a norm, then a rotation": HEADS * (TURNED + 1),
+    "a norm with a bias under a cap": HEADS,
+}
+
+
+QUICK = {"rotated in front", "a norm over all heads", "a norm, then a rotation"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in QUICK or n not in BESIDE else pytest.mark.slow)
+        for n in LEGAL
+    ],
+)
 def test_it_is_rewritten_and_the_same(name: str) -> None:
     model = LEGAL[name]()
     new, decision = rewritten(model)
     assert decision.accepted and decision.variant == "el", str(decision)
     past = same(model, new)
     assert type(past.layers[0]) is layer.StatesLayer
-    assert past.layers[0].nbytes == 2 * 13 * WIDTH * 4
+    kept = 2 * 13 * (WIDTH + BESIDE.get(name, 0)) * 4
+    assert past.layers[0].nbytes == nbytes(past) == kept
     with Counted() as counted:
         steps(new, tf.DynamicCache())
     assert counted.found["el_attention"] >= 3
@@ -359,25 +493,21 @@ class Rotated(Attend):
         return k * angle.cos() + turned * angle.sin(), v
 
 
-class PartlyRotated(Attend):
-    """Two of five features are rotated."""
+class RotatedAround(Attend):
+    """Rotated features stand on both sides of the others."""
 
     def sides(self, x: Tensor) -> Sides:
         k, v = super().sides(x)
-        angle = torch.arange(x.shape[1])[:, None] * torch.tensor([1.0, 0.1])
-        some, rest = k[..., :2], k[..., 2:]
-        turned = torch.cat([-some[..., 1:], some[..., :1]], -1)
-        return torch.cat([some * angle.cos() + turned * angle.sin(), rest], -1), v
+        parts = [turned(k[..., :1].repeat(1, 1, 1, 2))[..., :1], k[..., 1:3], turned(k[..., 3:])]
+        return torch.cat(parts, -1), v
 
 
-class Normed(Attend):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(FEATURES)
+class NormedByHand(Attend):
+    """By no module."""
 
     def sides(self, x: Tensor) -> Sides:
         k, v = super().sides(x)
-        return self.norm(k), v
+        return k * torch.rsqrt(k.square().mean(-1, keepdim=True) + 1e-3), v
 
 
 class Scaled(Attend):
@@ -430,11 +560,12 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "el.no_cache": NoCache,
     "el.cache_form": Form,
     "el.cache_layout": Part,
+    "el.cache_larger": lambda: Attend(groups=1),
     "el.no_projection": Deep,
     "el.kv_sources_differ": Twofold,
     "el.rope_on_key": Rotated,
-    "el.partial_rope": PartlyRotated,
-    "el.key_norm": Normed,
+    "el.partial_rope": RotatedAround,
+    "el.key_norm": NormedByHand,
     "el.key_scaled": Scaled,
     "el.convolved": Convolved,
     "el.head_layout": Strided,

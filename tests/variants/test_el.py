@@ -5,13 +5,16 @@ the points from which it pays.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import sympy
 
 from attn_compiler.cost.letters import B, Cost, D, G, H, K, L, S, T, d, e, n
-from attn_compiler.variants.base import Scope
+from attn_compiler.planning import plan
+from attn_compiler.variants.base import Scope, Shape
 from attn_compiler.variants.el import (
+    Beside,
     ELAttention,
     break_even_tokens,
     compute_bound_rows,
@@ -188,3 +191,36 @@ def test_a_key_s_bias_that_is_kept_costs_something() -> None:
     kept, dropped = cost(ELAttention(keep_key_bias=True), "decode"), cost(ELAttention(), "decode")
     assert same(kept.flops - dropped.flops, 2 * B * K * T * H * d)
     assert same(kept.other, B * K * H * T * S)
+
+
+def test_what_stands_beside_x_is_counted() -> None:
+    """A quarter of the features rotated: 2 e / (D + H r) = 1.6; a size of 4 bytes for each key."""
+    sizes = {"B": 3, "K": 2, "S": 509, "T": 1, "H": 8, "G": 8, "d": 64, "e": 64, "D": 512, "n": 2}
+    plain = cost(ELAttention(), "decode").numbers(**sizes)
+    tokens = 3 * 2 * 509
+    turned = cost(ELAttention(), "decode", beside=Beside(16, 8)).numbers(**sizes)
+    assert turned.cache - plain.cache == 2 * tokens * 8 * 16
+    mha = ordinary("decode", cross=False).numbers(**sizes).cache
+    assert mha / turned.cache == 1.6 == memory_ratio(512, 512, beside=8 * 16)
+    scores, new = 4 * tokens * 8, 2 * 6 * 512 + 2 * 512 * 512
+    moved = turned.read - plain.read
+    assert moved == 2 * tokens * 8 * 16 + scores + new - 2 * 8 * 16 * 512
+    normed = cost(ELAttention(), "decode", beside=Beside(norms=8)).numbers(**sizes)
+    assert normed.cache - plain.cache == 4 * tokens * 8
+    assert normed.flops - plain.flops == 2 * 6 * 512 * 512
+    kept = cost(ELAttention(), "prefill", beside=Beside(16, 8, 8)).cache
+    assert kept == n * B * S * D + n * B * S * 8 * 16 + 4 * B * S * 8
+
+
+def test_a_plan_knows_what_stands_beside_x() -> None:
+    shape = Shape(4, 1, 1021, 8, 64, width=512)
+    plain, turned, normed = (
+        plan(ELAttention(), s, hardware="h200")
+        for s in (shape, replace(shape, rotated=16), replace(shape, norms=8))
+    )
+    assert turned.memory - plain.memory == 2 * 4 * 1021 * 8 * 16
+    shared = replace(shape, rotated=16, rotated_heads=1)
+    memory = plan(ELAttention(), shared, hardware="h200").memory
+    assert memory - plain.memory == 2 * 4 * 1021 * 16
+    assert normed.memory - plain.memory == 4 * 4 * 1021 * 8
+    assert min(turned.seconds, normed.seconds) > plain.seconds

@@ -40,6 +40,37 @@ def site(work: Work, *, cross: bool = False, key_bias: bool = False, share: Numb
     return _projections(B * beams * T) + _attention(beams, cross, key_bias)
 
 
+def beside(work: Work, features: Number, heads: Number, norms: Number) -> Cost:
+    """What a step costs more where so many features of a key do not come from X: they are kept and
+    multiplied by themselves, and the keys of new tokens are made to the end. So they are where keys
+    are normalised, whose sizes are kept in float32.
+
+    Args:
+        work: only a step of generation differs; what others keep is counted.
+        features, heads: of a key; 1 head where all share them.
+        norms: sizes of a token's keys.
+    """
+    rows = B * K if work == "decode" else B
+    sizes = 4 * rows * S * norms
+    kept = n * rows * heads * S * features
+    if work == "training":
+        return Cost()
+    if work == "prefill":
+        return Cost(cache=kept + sizes)
+    new = linear(rows * T, D, G * d) + Cost(
+        read=sizes, cache=sizes, other=rows * H * T * S if norms else 0
+    )
+    if not features:
+        return new
+    scores = 4 * rows * H * T * S
+    # not expanded by W_K, but multiplied by what is kept; the sums wait in float32
+    expansion = Cost(flops=-2 * rows * T * H * features * D, read=-n * G * features * D)
+    product = Cost(
+        flops=2 * rows * H * T * S * features, read=kept + scores, written=scores, launches=1
+    )
+    return new + expansion + product + Cost(cache=kept)
+
+
 def _projections(rows: Number) -> Cost:
     """Q, its expansion by W_K, the products of P X with W_V, and the output."""
     expand = Cost(
