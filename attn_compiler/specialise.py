@@ -1,7 +1,7 @@
 """From one call of a module to a variant of its forward: trace, rewrite, write the checks and the
 text.
 
-    covers(self, x_, mask_, kwargs_)   is everything as it was when the call was traced, up to sizes?
+    covers(self, x_, mask_, kwargs_)   is all as it was when the call was traced, up to sizes?
     body(self, x_0, mask_1)            the rewritten graph as Python
     run(self, x_, mask_, kwargs_)      body, with the leaves of the arguments
 """

@@ -63,7 +63,7 @@ def compare(me: str, more: str, rest: str, names: Sequence[str]) -> Any:
     torch.testing.assert_close(new(*args, **kwargs), model(*args, **kwargs))
     assert calls(new, *args, **kwargs) == 1
     # what is unlike the example needs the other half of the forward
-    args, kwargs = args[: len(first)], {name: () for name in tuples}
+    args, kwargs = args[: len(first)], dict.fromkeys(tuples, ())
     torch.testing.assert_close(new(*args, **kwargs), model(*args, **kwargs))
     return new
 
