@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TextIO
 
-from attn_compiler.ir.site import AttentionSite, Missed
+from attn_compiler.ir.site import AttentionSite, Missed, told
 from attn_compiler.report import Report, alike
 
 WIDTH = 100
@@ -153,9 +153,11 @@ def _computes(site: AttentionSite) -> str:
 def _decided(site: AttentionSite) -> Iterator[tuple[str, str]]:
     decision = site.decision
     if decision.accepted:
-        done = site.facts.get(decision.variant)
+        done = told(site.facts.get(decision.variant))
         words = f"{decision.variant} ({decision.fidelity})" + (f": {done}" if done else "")
         yield "decision", words
+    if "experts" in site.facts:
+        yield "experts", told(site.facts["experts"])
     for reason in decision.reasons:
         yield "reason", str(reason)
     if "kernel" in site.facts:
