@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -66,6 +67,18 @@ def test_explain_as_json_is_the_report(capsys: Run) -> None:
     assert missed["operation"].startswith("mul at given.py:")
 
 
+def test_json_stands_alone(capsys: Run) -> None:
+    assert cli.main(["explain", f"{FILE}:prints", "--json"]) == 0
+    printed, beside = capsys.readouterr()
+    assert len(json.loads(printed)["sites"]) == 1
+    assert beside.startswith("loading weights\n") and "called" in beside
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: Run) -> None:
+    cli._put(argparse.Namespace(out=sys.stdout), json.dumps({"a": float("nan"), "b": [1.5]}))
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5]}
+
+
 def test_explain_writes_a_page(capsys: Run, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert cli.main(["explain", f"{FILE}:make", "--html", str(page)]) == 0
@@ -85,6 +98,7 @@ def test_a_page_that_cannot_be_written(capsys: Run, tmp_path: Path) -> None:
         ("broken", "y: Tensor = self.last(self.first(x))", "also without a compiler"),
         ("untraceable", "offset = int(", "torch.compile cannot trace it"),
         ("fails", "raise FileNotFoundError", "no weights here"),
+        ("leaves", "raise SystemExit", "usage: given.py NAME"),
     ],
 )
 def test_a_model_that_fails(function: str, line: str, said: str, capsys: Run) -> None:
