@@ -29,7 +29,7 @@ class UsagePicture:
         name: of its parameter.
         meaning: which side it routes, "" where it routes both.
         heads, experts: rows and columns.
-        shades: path of the squares of each shade, the darkest is the most used expert.
+        shades: path of the squares of each shade, the strongest is the most used expert.
         idle: path of the experts that are hardly used.
         count: how many these are.
         most, least: shares of the most and the least used expert.
