@@ -153,14 +153,11 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     first, last = sites[0], sites[-1]
     path = first.path or "the root"
     where = path if len(sites) == 1 else f"{path} ... {last.path} ({len(sites)} alike)"
-    heads = f"{first.query_heads or '?'} heads"
-    if first.kv_heads != first.query_heads:
-        heads += f" over {first.kv_heads or '?'} kv heads"
     verdict = "rewritten" if first.decision.accepted else "kept"
     phases = "/".join(str(p) for p in first.phases)
     lines = [
         f"  {verdict}  {where} ({first.location or 'no source line'})",
-        f"      {first.kind} attention, {phases}, {heads} of {first.head_dim or '?'}",
+        f"      {first.kind} attention, {phases}, {heads_of(first)}",
         f"      mask {first.mask}",
     ]
     if first.score != "dot":
@@ -178,6 +175,19 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     if "experts" in first.facts:
         lines.append(f"      experts {told(first.facts['experts'])}")
     return lines
+
+
+def heads_of(site: AttentionSite) -> str:
+    """8 heads over 2 kv heads of 64."""
+    found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
+    if site.kv_heads != site.query_heads:
+        found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"
+    return f"{found} of {site.head_dim or '?'}"
+
+
+def many(word: str, count: int | None) -> str:
+    """The word for so many of it."""
+    return word if count == 1 else f"{word}s"
 
 
 def _seconds(decision: Decision) -> str:

@@ -30,7 +30,7 @@ LIGHT = {"back": "#ffffff", "text": "#1f2328", "line": "#d0d7de"}
 DARK = {"back": "#0d1117", "text": "#e6edf3", "line": "#30363d"}
 # seen on both backgrounds
 COLOURS = ("#2f81c7", "#c8553d", "#3a8f4e", "#9a6fc0", "#a3791f")
-_LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 290, 30, 64, 24, 44
+_LEFT, _RIGHT, _TOP, _ROW, _BOTTOM = 300, 30, 64, 24, 44
 _PLOT = 420
 _SHOWN = ("forward", "backward", "variants", "variants backward", "decode", "blocks")
 
@@ -79,14 +79,14 @@ def _choices(rows: Sequence[dict[str, Any]]) -> Iterator[Line]:
 
 
 def _case(case: dict[str, Any]) -> str:
-    what = "causal" if case["causal"] else f"window {case['window']}" if case["window"] else "full"
+    what = "one row" if case["rows"] == 1 else "full"
+    if case["causal"] or case["window"]:
+        what = f"window {case['window']}" if case["window"] else "causal"
     if case["density"] is not None:
         what = f"{case['density']:.0%} of the blocks"
     if case["beams"]:
-        what = f"{case['beams']} beams with projections"
-    length = f"T {case['rows']}"
-    if case["rows"] != case["keys"]:
-        length = f"one token of {case['keys']}"
+        what = f"step, {case['beams']} beam{'s' * (case['beams'] > 1)}"
+    length = f"T {case['rows']}" if case["rows"] == case["keys"] else f"{case['keys']} keys"
     return f"{what}, B {case['batch']}, {case['heads']} heads of {case['head_dim']}, {length}"
 
 
@@ -135,15 +135,15 @@ def svg(plot: Plot) -> str:
     for row, line in enumerate(plot.lines):
         y = _TOP + _ROW * (row + 0.5)
         parts.append(_text(_LEFT - 10, y + 4, line.name, "end"))
-        for way, ratios in line.ratios.items():
-            parts += _mark(y, [x(r) for r in ratios], ways.index(way))
+        for place, (way, ratios) in enumerate(line.ratios.items()):
+            at = y + 6 * (place - (len(line.ratios) - 1) / 2)
+            parts += _mark(at, [x(r) for r in ratios], ways.index(way))
     return "\n".join([*parts, "</svg>\n"])
 
 
 def _mark(y: float, places: Sequence[float], number: int) -> list[str]:
     """A median as a dot, with a line from the smallest to the largest."""
     colour = COLOURS[number % len(COLOURS)]
-    y += 4 * (number - 0.5)
     spread = (
         f'<line x1="{min(places):.1f}" y1="{y:.1f}" x2="{max(places):.1f}" y2="{y:.1f}" '
         f'stroke="{colour}" stroke-width="2"/>'
