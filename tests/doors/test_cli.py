@@ -16,6 +16,7 @@ import torch
 
 import attn_compiler as ac
 from attn_compiler import cli, given, terminal
+from attn_compiler.cost.hardware import Hardware
 
 FILE = Path(__file__).parent / "given.py"
 SIZES = "batch=2,query=4096,heads=16,head_dim=128"
@@ -201,6 +202,19 @@ def test_plan_as_json(capsys: Run) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["hardware"] == "l4" and found["seconds"] > 0 and isinstance(found["keep"], bool)
     assert found["spec"].startswith("SwitchHead(heads=")
+
+
+def test_calibrate_as_json(capsys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted, and the time that takes, is tested elsewhere."""
+
+    def fitted(hardware: str | None) -> Hardware:
+        print("round 1")
+        return Hardware.named(hardware or "cpu")
+
+    monkeypatch.setattr("attn_compiler.calibrating.calibrate", fitted)
+    assert cli.main(["calibrate", "--hardware", "h200", "--json"]) == 0
+    printed, beside = capsys.readouterr()
+    assert Hardware.from_json(printed) == Hardware.named("h200") and beside == "round 1\n"
 
 
 @pytest.mark.slow
