@@ -9,7 +9,9 @@ depended on.
 
 from __future__ import annotations
 
+import keyword
 import operator
+import re
 from collections.abc import Iterable
 from math import isfinite
 from typing import Any
@@ -45,6 +47,18 @@ def as_call(
     return tuple(args), kwargs
 
 
+def given(name: str) -> str:
+    """A parameter in generated text: `plain` is `plain_`. No other name there ends so, hence no
+    name of the user's can hide a check, a builtin or a constant.
+    """
+    return f"{name}_"
+
+
+def shown(text: str) -> str:
+    """Text over arguments with the names that the user gave them."""
+    return re.sub(r"^(\w+)_", r"\1", text)
+
+
 class Call:
     """The arguments of the traced call, and the checks that another call must pass."""
 
@@ -54,6 +68,7 @@ class Call:
         self.names: dict[str, Any] = {}
         self.leaves: list[str] = []
         self._seen: dict[int, tuple[Any, str]] = {}
+        self._homes: dict[str, int] = {}
 
     def name(self, value: Any) -> str:
         """Text for a constant or a class: a literal where there is one."""
@@ -65,7 +80,7 @@ class Call:
             if known is value or (type(known) is type(value) is torch.device and known == value):
                 return name
         kind = value if isinstance(value, type) else type(value)
-        name = f"{kind.__name__}_{len(self.names)}"
+        name = f"{_cleaned(kind.__name__)}_const{len(self.names)}"
         self.names[name] = value
         return name
 
@@ -86,7 +101,7 @@ class Call:
     def record(self, base: type[nn.Module], values: tuple[Any, ...]) -> None:
         """Trace the call."""
         names = names_of(base.forward)
-        fakes = {n: self.leaf(n, v) for n, v in zip(names, values, strict=True)}
+        fakes = {n: self.leaf(given(n), v) for n, v in zip(names, values, strict=True)}
         result = self.recorder.run(base.forward, *as_call(base, fakes))
         self.recorder.graph.output(self.recorder.argument(result))
 
@@ -108,7 +123,7 @@ class Call:
             self.check(f"{text} == {self.name(value)}")
             return value
         if self.recorder.symbols.static:
-            raise CaptureError("owner.untraceable", f"{text} holds tensors of unknown sizes")
+            raise CaptureError("owner.untraceable", f"{shown(text)} holds tensors of unknown sizes")
         self.check(f"type({text}) is {self.name(type(value))}")
         sites = self.recorder.root.__dict__.get("_attn_sites", ())
         seen = shadow(value, self.recorder.symbols, sites)
@@ -124,7 +139,7 @@ class Call:
             or value.is_nested
             or value.layout is not torch.strided
         ):
-            raise CaptureError("owner.argument", f"{text} is no ordinary strided tensor")
+            raise CaptureError("owner.argument", f"{shown(text)} is no ordinary strided tensor")
         device = self.name(value.device)
         self.check(f"plain({text}, {value.dtype}, {device}, {value.dim()})")
         fake = self.recorder.symbols.tensor(value)
@@ -137,8 +152,9 @@ class Call:
         return fake
 
     def _place(self, text: str) -> fx.Node:
+        name = f"{_cleaned(shown(text))}_{len(self.leaves)}"
         self.leaves.append(text)
-        return self.recorder.graph.placeholder("".join(c if c.isalnum() else "_" for c in text))
+        return self.recorder.graph.placeholder(name)
 
     # ------------------------------------------------------------ modules, attributes, state
 
@@ -156,7 +172,7 @@ class Call:
         reads = ((at, v) for at, v in recorder.reads.items() if not _within(at[0], gone))
         for (path, name), value in reads:
             same = "is" if isinstance(value, bool | None) else "=="
-            self.check(f"{homes[path]}.{name} {same} {self.name(value)}")
+            self.check(f"{_read(homes[path], name)} {same} {self.name(value)}")
         for path in dict.fromkeys(p for p in recorder.leaves if p not in gone):
             weights = recorder.root.get_submodule(path)._parameters
             name, weight = next(iter(weights.items()), ("", None))
@@ -168,7 +184,7 @@ class Call:
             if node.op == "get_attr" and not constant and isinstance(found, torch.Tensor):
                 device = self.name(found.device)
                 home, _, name = str(node.target).rpartition(".")
-                text = f"{self._module(home)}.{name}"
+                text = _read(self._module(home), name)
                 self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
         self._state_checks()
 
@@ -178,10 +194,8 @@ class Call:
             return "self"
         parent, _, last = path.rpartition(".")
         home = self._module(parent)
-        return self.let(
-            f"module_{''.join(c if c.isalnum() else '_' for c in path)}",
-            f"{home}._modules.get({last!r})",
-        )
+        number = self._homes.setdefault(path, len(self._homes))
+        return self.let(f"module_{_cleaned(path)}_{number}", f"{home}._modules.get({last!r})")
 
     def _state_checks(self) -> None:
         for device in sorted({v.type for v in self.names.values() if isinstance(v, torch.device)}):
@@ -223,8 +237,19 @@ class Call:
             with graph.inserting_after(assumption.node):
                 found = graph.call_function(same, (assumption.node, assumption.value))
             with graph.inserting_after(found):
-                text = f"{assumption.text or assumption.node} is {assumption.value!r}"
+                what = shown(assumption.text) or assumption.node
+                text = f"{what} is {assumption.value!r}"
                 graph.call_function(require, (found, text))
+
+
+def _cleaned(text: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in text)
+
+
+def _read(home: str, name: str) -> str:
+    """An attribute, which may have any name."""
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{home}.{name}" if plain else f"getattr({home}, {name!r})"
 
 
 def _within(path: str, gone: frozenset[str]) -> bool:

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     options = _parser().parse_args(argv)
     run: Command = options.run
+    options.out = sys.stdout
+    # what a model prints is no part of an object
+    aside = sys.stderr if options.json else sys.stdout
     try:
-        with _quiet(options.debug):
+        with _quiet(options.debug), redirect_stdout(aside):
             return run(options)
     except KeyboardInterrupt:
         return 130
@@ -67,8 +70,14 @@ def _say(error: AttnCompilerError, options: argparse.Namespace) -> int:
     print(textwrap.fill(paragraph, _WIDTH, break_on_hyphens=False), file=sys.stderr)
     if options.json:
         parts = {"what": error.what, "where": error.where, "why": error.why, "do": error.do}
-        print(json.dumps({"error": parts}, indent=2))
+        _put(options, json.dumps({"error": parts}))
     return 2 if isinstance(error, BadOption) else 1
+
+
+def _put(options: argparse.Namespace, text: str) -> None:
+    """One JSON object, with null where Python would write NaN or Infinity, which JSON lacks."""
+    strict = json.loads(text, parse_constant=lambda _: None)
+    print(json.dumps(strict, indent=2, allow_nan=False), file=options.out)
 
 
 @contextmanager
@@ -227,11 +236,11 @@ def explain(options: argparse.Namespace) -> int:
     if options.html:
         report.to_html(options.html)
     if options.json:
-        print(report.to_json())
+        _put(options, report.to_json())
     else:
-        show(report)
+        show(report, options.out)
         if options.html:
-            print(f"\nwritten to {options.html}")
+            print(f"\nwritten to {options.html}", file=options.out)
     return 0
 
 
@@ -251,9 +260,9 @@ def plan(options: argparse.Namespace) -> int:
         dtype=getattr(torch, options.dtype or _TYPES[0]),
     )
     if options.json:
-        print(json.dumps(_plain(found), indent=2))
+        _put(options, json.dumps(_plain(found)))
     else:
-        print(found)
+        print(found, file=options.out)
     return 0
 
 
@@ -292,7 +301,10 @@ def calibrate(options: argparse.Namespace) -> int:
     from attn_compiler.calibrating import calibrate
 
     found = calibrate(options.hardware)
-    print(found.to_json() if options.json else f"the cost model was fitted to {found.name}")
+    if options.json:
+        _put(options, found.to_json())
+    else:
+        print(f"the cost model was fitted to {found.name}", file=options.out)
     return 0
 
 
@@ -304,7 +316,10 @@ def bench(options: argparse.Namespace) -> int:
         raise BadOption(f"--rounds is {options.rounds}", do="give a whole number from 1")
     to, found = given.target(options.to), given.load(options.given)
     result = bench.compare(found, to, options.rounds)
-    print(json.dumps(result.plain(), indent=2) if options.json else result)
+    if options.json:
+        _put(options, json.dumps(result.plain()))
+    else:
+        print(result, file=options.out)
     return 0
 
 
@@ -314,7 +329,7 @@ def doctor(options: argparse.Namespace) -> int:
 
     checks = doctor.examine()
     if options.json:
-        print(json.dumps({"checks": [asdict(check) for check in checks]}, indent=2))
+        _put(options, json.dumps({"checks": [asdict(check) for check in checks]}))
     else:
-        print(doctor.table(checks))
+        print(doctor.table(checks), file=options.out)
     return 1 if any(check.state == "missing" for check in checks) else 0

@@ -75,7 +75,7 @@ def load(target: str) -> Given:
         return _checked(make(), target)
     except AttnCompilerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(f"{function} fails", error) from error
 
 
@@ -88,7 +88,7 @@ def _module(path: Path) -> Any:
     sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE` does
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # as a script does that reads its own options
         raise _failed(f"{path.name} cannot be run", error) from error
     return module
 
@@ -130,7 +130,7 @@ def failure(given: Given, error: Exception) -> CouldNot:
     )
 
 
-def _failed(what: str, error: Exception) -> CouldNot:
+def _failed(what: str, error: BaseException) -> CouldNot:
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not frame.filename.startswith(_INSIDE)]
     last = [f for f in users if "importlib" not in f.filename][-1:] or list(frames[-1:])
@@ -142,7 +142,7 @@ def _failed(what: str, error: Exception) -> CouldNot:
     )
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 

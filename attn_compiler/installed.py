@@ -52,7 +52,7 @@ class Variant:
     def __init__(self, source: str, names: dict[str, Any]) -> None:
         self.source = source
         self.names = names
-        space = _execute(source, {**names, "intact": intact, "keeps": keeps, "plain": plain})
+        space = _execute(source, {**names, **CHECKS})
         self.covers: Callable[..., bool] = space["covers"]
         self.run: Callable[..., Any] = space["run"]
 
@@ -110,6 +110,10 @@ def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> boo
     )
 
 
+# what the text of a variant may call
+CHECKS = {"intact": intact, "keeps": keeps, "plain": plain}
+
+
 def require_mode(module: nn.Module, training: bool) -> None:
     """Check that a module of a rewritten graph is in the mode in which the graph was rewritten.
 
@@ -127,8 +131,9 @@ def require_mode(module: nn.Module, training: bool) -> None:
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Parameters of a forward without `self`."""
-    return list(inspect.signature(forward).parameters.values())[1:]
+    """Parameters of a forward without `self`, which may also be the first of `*args`."""
+    first, *others = inspect.signature(forward).parameters.values()
+    return [first, *others] if first.kind is first.VAR_POSITIONAL else others
 
 
 def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -139,9 +144,7 @@ def names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 def rewritten_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an owner's class whose forward tries the variants first; one per class."""
     if base not in _classes:
-        space = _execute(
-            _forward_source(base), {"base": base, "unlike": unlike, "defaults": _defaults(base)}
-        )
+        space = _execute(*_forward_source(base))
         forward = space["forward"]
         forward.__wrapped__ = inspect.unwrap(base.forward)
         body = {
@@ -161,22 +164,41 @@ def _defaults(base: type[nn.Module]) -> dict[str, Any]:
     return {p.name: p.default for p in found if p.default is not inspect.Parameter.empty}
 
 
-def _forward_source(base: type[nn.Module]) -> str:
+def _forward_source(base: type[nn.Module]) -> tuple[str, dict[str, Any]]:
+    """Text of the subclass's forward, and what it refers to. Parameters keep their names, by which
+    they are given, so that all other names are chosen beside them.
+    """
     parameters = parameters_of(base.forward)
     names = ", ".join(p.name for p in parameters)
-    return (
-        f"def forward(self{''.join(_declared(parameters))}):\n"
-        f"    for variant in self._attn_variants:\n"
-        f"        if variant.covers(self{', ' * bool(names)}{names}):\n"
-        f"            return variant.run(self{', ' * bool(names)}{names})\n"
-        f"    found = unlike(self, ({names}{',' * bool(names)}))\n"
-        f"    if found is not None:\n"
-        f"        return found.run(self{', ' * bool(names)}{names})\n"
-        f"    return base.forward(self{''.join(_passed(parameters))})\n"
+    self, variant, found, unlike_, base_, defaults = _beside(
+        {p.name for p in parameters}, "self", "variant", "found", "unlike", "base", "defaults"
     )
+    passed = f"{self}{', ' * bool(names)}{names}"
+    text = (
+        f"def forward({self}{''.join(_declared(parameters, defaults))}):\n"
+        f"    for {variant} in {self}._attn_variants:\n"
+        f"        if {variant}.covers({passed}):\n"
+        f"            return {variant}.run({passed})\n"
+        f"    {found} = {unlike_}({self}, ({names}{',' * bool(names)}))\n"
+        f"    if {found} is not None:\n"
+        f"        return {found}.run({passed})\n"
+        f"    return {base_}.forward({self}{''.join(_passed(parameters))})\n"
+    )
+    return text, {base_: base, unlike_: unlike, defaults: _defaults(base)}
 
 
-def _declared(parameters: list[inspect.Parameter]) -> Iterator[str]:
+def _beside(taken: set[str], *wanted: str) -> list[str]:
+    """These names, each with underscores until it is none of those that are taken."""
+    found = []
+    for name in wanted:
+        while name in taken:
+            name += "_"
+        taken = taken | {name}
+        found.append(name)
+    return found
+
+
+def _declared(parameters: list[inspect.Parameter], defaults: str) -> Iterator[str]:
     stars: dict[Any, str] = {
         inspect.Parameter.VAR_POSITIONAL: "*",
         inspect.Parameter.VAR_KEYWORD: "**",
@@ -189,7 +211,7 @@ def _declared(parameters: list[inspect.Parameter]) -> Iterator[str]:
         if p.kind is inspect.Parameter.KEYWORD_ONLY and not starred:
             yield ", *"
         starred |= p.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
-        default = "" if p.default is inspect.Parameter.empty else f"=defaults[{p.name!r}]"
+        default = "" if p.default is inspect.Parameter.empty else f"={defaults}[{p.name!r}]"
         yield f", {stars.get(p.kind, '')}{p.name}{default}"
         previous = p.kind
 

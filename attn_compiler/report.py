@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from attn_compiler.cost.points import Roofline
+from attn_compiler.errors import BadOption
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Decision, Missed
+from attn_compiler.ir.site import AttentionSite, Decision, Missed, told
+
+
+class Chosen(Protocol):
+    """What is known of a router, as `expert_usage` gives it."""
+
+    def plain(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,26 @@ class Report:
     @property
     def rewritten(self) -> int:
         return sum(site.decision.accepted for site in self.sites)
+
+    def with_usage(self, usage: Mapping[str, Mapping[str, Chosen]]) -> Report:
+        """The same with the usage of its experts, for all forms of the report.
+
+        Args:
+            usage: by module path and router, what `expert_usage(model, batches)` returned.
+
+        Raises:
+            BadOption: a path is none of a site.
+        """
+        unknown = sorted(usage.keys() - {site.path for site in self.sites})
+        if unknown:
+            raise BadOption(
+                f'this report has no site "{unknown[0]}"',
+                where="option usage",
+                do="give the report that `last_report()` held after the rewriting",
+            )
+        facts = {path: {"experts": _experts(routers)} for path, routers in usage.items()}
+        sites = (replace(s, facts=s.facts | facts.get(s.path, {})) for s in self.sites)
+        return replace(self, sites=tuple(sites))
 
     def __add__(self, other: Report) -> Report:
         return Report(
@@ -95,6 +122,12 @@ class Report:
         Path(path).write_text(page.render(shown), encoding="utf-8")
 
 
+def _experts(routers: Mapping[str, Chosen]) -> dict[str, Any]:
+    """A fact, in words and in numbers."""
+    text = "; ".join(f"{name}: {usage}" for name, usage in routers.items())
+    return {"text": text, "routers": {name: usage.plain() for name, usage in routers.items()}}
+
+
 def _joined(a: Roofline | None, b: Roofline | None) -> Roofline | None:
     if a is None or b is None:
         return a or b
@@ -120,14 +153,11 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     first, last = sites[0], sites[-1]
     path = first.path or "the root"
     where = path if len(sites) == 1 else f"{path} ... {last.path} ({len(sites)} alike)"
-    heads = f"{first.query_heads or '?'} heads"
-    if first.kv_heads != first.query_heads:
-        heads += f" over {first.kv_heads or '?'} kv heads"
     verdict = "rewritten" if first.decision.accepted else "kept"
     phases = "/".join(str(p) for p in first.phases)
     lines = [
         f"  {verdict}  {where} ({first.location or 'no source line'})",
-        f"      {first.kind} attention, {phases}, {heads} of {first.head_dim or '?'}",
+        f"      {first.kind} attention, {phases}, {heads_of(first)}",
         f"      mask {first.mask}",
     ]
     if first.score != "dot":
@@ -140,10 +170,24 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
         lines.append(f"      runs on {first.facts['kernel']}{_seconds(first.decision)}")
     if first.facts.get("plan"):
         lines.append(f"      plan {first.facts['plan']}")
-    done = first.facts.get(first.decision.variant)
-    done = done["text"] if isinstance(done, dict) else done
+    done = told(first.facts.get(first.decision.variant))
     lines.append(f"      {first.decision}{f': {done}' if done else ''}")
+    if "experts" in first.facts:
+        lines.append(f"      experts {told(first.facts['experts'])}")
     return lines
+
+
+def heads_of(site: AttentionSite) -> str:
+    """8 heads over 2 kv heads of 64."""
+    found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
+    if site.kv_heads != site.query_heads:
+        found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"
+    return f"{found} of {site.head_dim or '?'}"
+
+
+def many(word: str, count: int | None) -> str:
+    """The word for so many of it."""
+    return word if count == 1 else f"{word}s"
 
 
 def _seconds(decision: Decision) -> str:

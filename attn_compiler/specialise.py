@@ -1,16 +1,16 @@
 """From one call of a module to a variant of its forward: trace, rewrite, write the checks and the
 text.
 
-    covers(self, x, mask, kwargs)   is everything as it was when the call was traced, up to sizes?
-    body(self, x, mask)             the rewritten graph as Python
-    run(self, x, mask, kwargs)      body, with the leaves of the arguments
+    covers(self, x_, mask_, kwargs_)   is all as it was when the call was traced, up to sizes?
+    body(self, x_0, mask_1)            the rewritten graph as Python
+    run(self, x_, mask_, kwargs_)      body, with the leaves of the arguments
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -22,9 +22,9 @@ from torch import fx, nn
 
 from attn_compiler.cache.el import CALLS
 from attn_compiler.cache.masked import MEMORY
-from attn_compiler.call import Call
+from attn_compiler.call import Call, given
 from attn_compiler.config import CompileConfig
-from attn_compiler.installed import Variant, names_of
+from attn_compiler.installed import CHECKS, Variant, names_of
 from attn_compiler.ir.layer import BEFORE, PREFIX, VOID
 from attn_compiler.opaque import settle
 from attn_compiler.passes.emit import CONSTANT, MODAL
@@ -34,6 +34,8 @@ from attn_compiler.report import Report
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
 
 _SMALL = 4096
+# what a variant's text defines
+_FUNCTIONS = ("covers", "body", "run")
 # the layers of a model follow the first of them
 _MOST_GUIDES = 8
 _guides: dict[type[nn.Module], list[_Guide]] = {}
@@ -325,18 +327,31 @@ def _sweep(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+class _Reserving(fx.graph.CodeGen):
+    """Prints a graph without these names for anything of its own."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
+    def additional_globals(self) -> list[tuple[str, Any]]:
+        return [(name, object()) for name in self.names]
+
+
 def _text(names: tuple[str, ...], call: Call, graph: fx.Graph) -> str:
+    reserved = (*_FUNCTIONS, *CHECKS, *call.names)
+    graph.set_codegen(_Reserving(reserved))
     code = graph.python_code(root_module="self")
     imports = {"torch"}
     for name, value in code.globals.items():
-        if not re.search(rf"\b{name}\b", code.src):
+        if name in reserved or not re.search(rf"\b{name}\b", code.src):
             continue
         if isinstance(value, ModuleType):
             imports.add(name if value.__name__ == name else f"{value.__name__} as {name}")
         else:
-            call.names.setdefault(name, value)
+            call.names[name] = value
     body = code.src.strip().replace("def forward(", "def body(", 1)
-    parameters = ", ".join(("self", *names))
+    parameters = ", ".join(("self", *map(given, names)))
     checks, leaves = "".join(call.lines), ", ".join(("self", *call.leaves))
     return (
         "".join(f"import {name}\n" for name in sorted(imports)) + "\n\n"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TextIO
 
-from attn_compiler.ir.site import AttentionSite, Missed
-from attn_compiler.report import Report, alike
+from attn_compiler.ir.site import AttentionSite, Missed, told
+from attn_compiler.report import Report, alike, heads_of, many
 
 WIDTH = 100
 _LABEL = 10
@@ -80,13 +80,9 @@ def heading(report: Report) -> str:
     """Counts in one line."""
     sites, missed = len(report.sites), len(report.missed)
     return (
-        f"{sites} attention {_many('site', sites)}, {report.rewritten} rewritten; "
-        f"{missed} {_many('look-alike', missed)} left alone"
+        f"{sites} attention {many('site', sites)}, {report.rewritten} rewritten; "
+        f"{missed} {many('look-alike', missed)} left alone"
     )
-
-
-def _many(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}s"
 
 
 def blocks(report: Report) -> list[Block]:
@@ -120,12 +116,7 @@ def _said(site: AttentionSite) -> Iterator[tuple[str, str]]:
 
 
 def _attends(site: AttentionSite) -> str:
-    heads = f"{site.query_heads or '?'} heads"
-    if site.kv_heads != site.query_heads:
-        heads += f" over {site.kv_heads or '?'} kv heads"
-    words = [f"{site.kind} attention", "/".join(map(str, site.phases))]
-    words.append(f"{heads} of {site.head_dim or '?'}")
-    return ", ".join(words)
+    return ", ".join((f"{site.kind} attention", "/".join(map(str, site.phases)), heads_of(site)))
 
 
 def _score(site: AttentionSite) -> str:
@@ -153,9 +144,11 @@ def _computes(site: AttentionSite) -> str:
 def _decided(site: AttentionSite) -> Iterator[tuple[str, str]]:
     decision = site.decision
     if decision.accepted:
-        done = site.facts.get(decision.variant)
+        done = told(site.facts.get(decision.variant))
         words = f"{decision.variant} ({decision.fidelity})" + (f": {done}" if done else "")
         yield "decision", words
+    if "experts" in site.facts:
+        yield "experts", told(site.facts["experts"])
     for reason in decision.reasons:
         yield "reason", str(reason)
     if "kernel" in site.facts:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from attn_compiler.installed import base_of, names_of
+from attn_compiler.installed import base_of, names_of, parameters_of
 from attn_compiler.ir import ops
 from attn_compiler.listen import calls_through
 
@@ -120,8 +120,7 @@ def autocast() -> Iterator[tuple[str, bool, torch.dtype]]:
 
 def bound(base: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments by parameter, in the order of `names_of`."""
-    signature = inspect.signature(base.forward)
-    call = signature.bind(None, *args, **kwargs)
+    call = inspect.Signature(parameters_of(base.forward)).bind(*args, **kwargs)
     call.apply_defaults()
     return tuple(call.arguments[name] for name in names_of(base.forward))
 

@@ -20,7 +20,7 @@ from attn_compiler.html.graph_view import GraphView, Places, exchanged, noted, v
 from attn_compiler.html.site_view import SiteView, view
 from attn_compiler.html.source_text import pieces
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Missed
+from attn_compiler.ir.site import AttentionSite, Missed, told
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -100,7 +100,7 @@ def _exchanged(site: SiteView, sites: list[SiteView], graphs: tuple[GraphView, .
 @dataclass(frozen=True, slots=True)
 class Totals:
     """The numbers at the top; seconds of all cores as they are written and as they will run, None
-    where one of them is not known.
+    where one of them is not known; `exact`, if no rewriting changes a function.
     """
 
     sites: int
@@ -109,6 +109,7 @@ class Totals:
     before: float | None
     after: float | None
     hardware: str
+    exact: bool
 
     @classmethod
     def of(cls, sites: list[SiteView], missed: tuple[Missed, ...]) -> Totals:
@@ -117,7 +118,16 @@ class Totals:
         keeps = [(v.keep.way.time.seconds if v.keep else None, len(v.paths)) for v in sites]
         runs = [(v.chosen.way.time.seconds if v.chosen else None, len(v.paths)) for v in sites]
         names = {v.call.hardware.name for v in sites if v.call is not None}
-        return cls(count, rewritten, len(missed), _sum(keeps), _sum(runs), ", ".join(sorted(names)))
+        done = [v.site.decision for v in sites if v.site.decision.accepted]
+        return cls(
+            sites=count,
+            rewritten=rewritten,
+            missed=len(missed),
+            before=_sum(keeps),
+            after=_sum(runs),
+            hardware=", ".join(sorted(names)),
+            exact=all(decision.fidelity == "exact" for decision in done),
+        )
 
 
 def _sum(times: list[tuple[float | None, int]]) -> float | None:
@@ -185,6 +195,7 @@ def _environment() -> Any:
         amount=words.amount,
         span=words.span,
         json=_json,
+        told=told,
         kind=lambda item: type(item).__name__,
         own=Markup,  # our own style and script, never a text of a model
     )

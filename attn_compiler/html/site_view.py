@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attn_compiler.html import mask_picture, pattern_picture, roofline_picture, words
+from attn_compiler.html import (
+    mask_picture,
+    pattern_picture,
+    roofline_picture,
+    usage_picture,
+    words,
+)
 from attn_compiler.html.mask_picture import MaskPicture
 from attn_compiler.html.pattern_picture import PatternPicture
 from attn_compiler.html.roofline_picture import RooflinePicture
+from attn_compiler.html.usage_picture import UsagePicture
 from attn_compiler.html.ways import Way, drawn, formulas, ways
-from attn_compiler.ir.site import AttentionSite
+from attn_compiler.ir.site import AttentionSite, told
 from attn_compiler.kernels.shown import Call
 
 # of a picture where the example's sizes are not known
@@ -40,6 +47,7 @@ class SiteView:
         roofline: None without ways.
         kernels: numbers of its generated kernels on the page, with their names.
         pattern: of blocks that are kept, where a variant has one.
+        usage: of experts by router, where somebody looked.
         formulas: what it costs in letters, by what is counted.
         gone, come: names of the operations before and of those that took their place; empty where
             no graph tells.
@@ -54,6 +62,7 @@ class SiteView:
     roofline: RooflinePicture | None
     kernels: tuple[tuple[int, str], ...]
     pattern: PatternPicture | None
+    usage: tuple[UsagePicture, ...]
     formulas: tuple[tuple[str, str], ...] = ()
     gone: tuple[str, ...] = ()
     come: tuple[str, ...] = ()
@@ -73,12 +82,12 @@ class SiteView:
 
     @property
     def runs_on(self) -> str:
-        return words.fact(self.site.facts.get("kernel", ""))
+        return told(self.site.facts.get("kernel", ""))
 
     @property
     def done(self) -> str:
         """What the variant says was done, where it says something."""
-        return words.fact(self.site.facts.get(self.site.decision.variant, ""))
+        return told(self.site.facts.get(self.site.decision.variant, ""))
 
     @property
     def searched(self) -> str:
@@ -101,7 +110,7 @@ def view(number: int, sites: tuple[AttentionSite, ...], kernels: dict[str, int])
     site = sites[0]
     call = site.decision.call
     found = ways(call.problem, call.hardware) if isinstance(call, Call) else ()
-    runs = words.fact(site.facts.get("kernel", ""))
+    runs = told(site.facts.get("kernel", ""))
     own = {
         n: name
         for name, n in kernels.items()
@@ -119,6 +128,7 @@ def view(number: int, sites: tuple[AttentionSite, ...], kernels: dict[str, int])
         else None,
         kernels=tuple((n, name.partition(":")[0]) for n, name in sorted(own.items())),
         pattern=pattern_picture.picture(site.facts.get(site.decision.variant)),
+        usage=usage_picture.pictures(site.facts.get("experts")),
         formulas=tuple(
             (name, text.replace("**", "^").replace("*", " · "))
             for name, text in formulas(site, call.problem if found else None).items()
@@ -137,7 +147,7 @@ def _picture(site: AttentionSite, call: Call | None) -> MaskPicture:
 
 
 def _way_views(found: tuple[Way, ...], site: AttentionSite) -> tuple[WayView, ...]:
-    runs = words.fact(site.facts.get("kernel", "")).partition(":")[0]
+    runs = told(site.facts.get("kernel", "")).partition(":")[0]
     if not site.decision.accepted:
         runs = "keep"
     first = next((way for way in found if way.name == runs), None)

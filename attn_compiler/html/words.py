@@ -6,7 +6,6 @@ Causal(0)   ->   "causal: a query sees the keys up to its own position"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from attn_compiler.ir.mask import (
     Causal,
@@ -127,11 +126,6 @@ def projections(site: AttentionSite) -> list[tuple[str, str]]:
         bias = f" + {p.bias.rpartition('.')[2]}" if p.bias else ""
         found.setdefault(weight + bias, []).append(name)
     return [(", ".join(names), text) for text, names in found.items()]
-
-
-def fact(value: Any) -> str:
-    """A fact as a sentence: itself, or what it says of itself."""
-    return str(value.get("text", "")) if isinstance(value, dict) else str(value)
 
 
 def seconds(value: float) -> str:

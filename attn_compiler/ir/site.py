@@ -171,3 +171,8 @@ class Missed:
     path: str = ""
     line: str = ""
     operation: str = ""
+
+
+def told(fact: Any) -> str:
+    """A fact in words: itself, or what it says of itself."""
+    return str(fact.get("text", "") if isinstance(fact, dict) else fact or "")

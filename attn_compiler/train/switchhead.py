@@ -2,6 +2,7 @@
 
     expert_usage(model, batches)["layers.3"]["w_s"]   ->   shares [H, E], entropy [H]
 
+`report.with_usage(expert_usage(model, batches))` puts it into a report, its text and its page.
 An expert that is never chosen learns nothing; an entropy far below log E says that there are such.
 
 Source: SwitchHead (arXiv 2312.07987v3), section 5, looks at the same shares.
@@ -9,6 +10,7 @@ Source: SwitchHead (arXiv 2312.07987v3), section 5, looks at the same shares.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +40,16 @@ class Usage:
     chance: Tensor
 
     def __str__(self) -> str:
-        most = torch.tensor(float(self.shares.shape[1])).log()
         least = self.shares.min()
-        return f"{float(self.entropy.mean() / most):.0%} of an even choice, least used {least:.1%}"
+        return f"{self._evenness().mean():.0%} of an even choice, least used {least:.1%}"
+
+    def _evenness(self) -> Tensor:
+        """[H] entropy by that of an even choice."""
+        return self.entropy / max(math.log(self.shares.shape[1]), 1e-9)
+
+    def plain(self) -> dict[str, Any]:
+        """Shares and evenness as lists, for a report."""
+        return {"shares": self.shares.tolist(), "evenness": self._evenness().tolist()}
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import gpu_fit
 import gpu_speed
 import gpu_table
 import pytest
@@ -19,11 +18,6 @@ from gpu_cases import Case, cases, next_case, shrunk
 from gpu_process import Task, gather
 from gpu_rules import RULES, Sizes
 from gpu_timing import DeviceLost, Machine, NotHere, Way, differences, measure
-
-from attn_compiler.cost.calibration import Calibration
-from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.problem import Problem, TileConfig
-from attn_compiler.cost.roofline import predict
 
 ROOT = Path(__file__).parents[2]
 CPU = Machine.of("cpu")
@@ -210,154 +204,6 @@ def test_what_kills_or_hangs_is_reported_and_the_rest_is_measured(tmp_path: Path
 def test_the_end_of_the_budget_ends_the_process(tmp_path: Path) -> None:
     found = gather(_start, ["a"], {"a": ("x", "hangs", "dies")}, tmp_path, budget=0.5, patience=1.0)
     assert found.rows == {} and set(found.lost) <= {"a"}
-
-
-# ---------------------------------------------------------------- table and fit
-
-H200 = Hardware.named("h200")
-TRUE = Calibration(hidden=0.35, clock=0.9, dram=0.85, l2=0.6, launch=4e-6, prologue=4000.0)
-
-
-def result() -> dict[str, Any]:
-    """A result as it would be if the cost model were right."""
-    rows = [_row(case) for case in cases() if case.section != "tiles"]
-    return {
-        "gpu": "NVIDIA H200", "driver": "1.2", "torch": "3.4", "triton": "5.6",
-        "dtype": "bfloat16", "rounds": 3, "method": "Drawn.", "dropped": ["tiles of some kind"],
-        "arch": "sm_90", "processors": 132, "memory": 150e9, "rows": rows,
-    }  # fmt: skip
-
-
-def _row(case: Case) -> dict[str, Any]:
-    s, tile = case.sizes, {"rows": 128, "keys": 64, "warps": 8, "stages": 3}
-    tile |= {"heads": 1, "splits": 1}
-    causal = case.rule == "causal"
-    problem = Problem(s.B, s.H, s.G, s.T, s.S, s.d, s.d, right=0 if causal else None)
-    config = TileConfig(128, 64, 8, 3)
-    seconds = 1e-3
-    if case.section == "forward":
-        seconds = predict(H200, problem, "forward", config, 1, TRUE).seconds
-    ways: dict[str, Any] = {
-        way: {"seconds": [t * (1.0 + n) for t in (seconds, 1.1 * seconds, 0.9 * seconds)]}
-        for n, way in enumerate(case.ways)
-    }
-    row = {
-        "name": case.name, "section": case.section, "rule": case.rule, "share": 0.5,
-        "sizes": asdict(s), "flops": 1e12, "bytes": 2e9, "ways": ways,
-    }  # fmt: skip
-    if case.section == "forward":
-        row["problem"] = asdict(problem)
-        # takes so many registers that one program lives on a processor
-        ways["triton"] |= {"tile": tile, "template": "forward", "registers": 200, "shared": 1000}
-        ways["cudnn"] = {"error": "RuntimeError: no backend"}
-        ways["flash"]["differences"] = [float("nan")]
-    if case.section == "ceilings":
-        for found in ways.values():
-            found |= {"bytes": 4e9, "flops": 1e12}
-    if case.section == "numerics":
-        for n, found in enumerate(ways.values()):
-            found["errors"] = {"out": 1e-3 / (n + 1), "dq": 2e-3}
-    return row
-
-
-def _lines(text: str, begin: str) -> list[list[str]]:
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {begin}")]
-    assert rows, begin
-    return rows
-
-
-def test_without_a_result_nothing_is_measured() -> None:
-    lines = gpu_table.table([]).splitlines()
-    assert len(lines) == 2 + len(gpu_table.SECTIONS)
-    assert all(line.split(" | ")[1] == "not measured" for line in lines[2:])
-
-
-def test_the_page_holds_the_table_of_no_result() -> None:
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    files = (ROOT / "examples" / "benchmarks" / "results").glob("*.json")
-    if not any("gpu" in json.loads(path.read_text(encoding="utf-8")) for path in files):
-        assert gpu_table.table([]) in text
-
-
-def test_results_of_cpus_do_not_come_into_the_table(tmp_path: Path) -> None:
-    page, other = tmp_path / "page.md", tmp_path / "cpu_choice.json"
-    page.write_text(f"{gpu_table.BEGIN}\n{gpu_table.END}\n", encoding="utf-8")
-    other.write_text('{"threads": 2, "rows": []}', encoding="utf-8")
-    mine = tmp_path / "NVIDIA-H200.json"
-    mine.write_text(json.dumps(result()), encoding="utf-8")
-    assert gpu_speed.main(["--page", str(page), "--table", str(other), str(mine)]) == 0
-    assert page.read_text(encoding="utf-8").split("\n", 1)[1].startswith("NVIDIA H200")
-
-
-def test_the_table_of_a_result() -> None:
-    text = gpu_table.table([result()])
-    assert text.startswith("NVIDIA H200 (driver 1.2, torch 3.4, triton 5.6), bfloat16, 3 rounds. ")
-    assert len(_lines(text, "forward, ")) == len(_lines(text, "backward, ")) == 12
-    assert _lines(text, "other tiles")[0][1] == "not measured"
-    assert "- not measured, out of time: tiles of some kind" in text
-    what, ours, others = _lines(text, "variants, softcap")[0]
-    assert what == "| variants, softcap, B 2, 16 heads, d 128, T = 8192"
-    assert ours == "Triton 1000 (909 to 1111) TFLOP/s"
-    number = "500 (455 to 556) TFLOP/s, Triton is 2.00 (2.00 to 2.00)x"
-    assert others == f"FlexAttention: {number} |"
-    _, _, others = _lines(text, "forward, causal, B 2, 16 heads, d 128")[0]
-    assert "cuDNN: failed" in others and "flash (SDPA): wrong numbers" in others
-    assert f"- {cases()[1].name}, cuDNN: RuntimeError: no backend" in text
-    _, ours, others = _lines(text, "decode, full, B 16")[0]
-    # the fastest ceiling is the first of them
-    assert ours == "Triton: 2000 (1818 to 2222) GB/s, 50% of reading"
-    assert "splits 1: 1000 (909 to 1111) GB/s, 25% of reading" in others
-    _, _, others = _lines(text, "numerics, causal, B 1, 8 heads, d 128")[0]
-    assert "cuDNN out 3.3e-04, dq 2.0e-03; Triton at most 3.00x" in others
-    _, ours, _ = _lines(text, "launch, softcap")[0]
-    assert ours.startswith("ours, no grad: 1000.0 (900.0 to 1100.0) µs")
-    assert _lines(text, "blocks of 128, 50% kept")
-
-
-def test_a_case_that_could_not_be_made_is_said() -> None:
-    only = {"rows": [{"name": "decode of all", "section": "decode", "error": "too large"}]}
-    text = gpu_table.table([only])
-    assert "- decode of all: too large" in text
-    assert _lines(text, "decode")[0][1] == "not measured"
-
-
-def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
-    page, file = tmp_path / "page.md", tmp_path / "gpu.json"
-    page.write_text(f"before\n{gpu_table.BEGIN}\nold\n{gpu_table.END}\nafter\n", encoding="utf-8")
-    file.write_text(json.dumps(result()))
-    for _ in range(2):
-        assert gpu_speed.main(["--table", str(file), "--page", str(page)]) == 0
-        text = page.read_text(encoding="utf-8")
-        assert text.startswith(f"before\n{gpu_table.BEGIN}\nNVIDIA H200 (")
-        assert text.endswith(f"\n{gpu_table.END}\nafter\n") and "old" not in text
-    page.write_text("no markers", encoding="utf-8")
-    with pytest.raises(ValueError, match="wants the markers"):
-        gpu_table.write(page, [])
-
-
-def test_constants_are_fitted_from_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    given = result()
-    found = gpu_fit.measurements(given)
-    assert len(found["forward"]) == 12 and not found["queries"]
-    assert {m.resident for m in found["forward"]} == {1}
-    text = gpu_fit.report(given)
-    first, constants, *_ = text.splitlines()
-    before, after = (float(x) for x in first.replace(",", "").split() if x[:2] in ("1.", "2."))
-    assert first.startswith("forward: 12 measurements") and after < 1.02 < before
-    assert "clock=0.9" in constants or "clock=0.8" in constants
-    assert "queries: 0 measurements, nothing to fit" in text
-
-
-def test_what_the_model_cannot_learn_from_is_left_out() -> None:
-    given = result()
-    for row, change in zip(
-        [row for row in given["rows"] if row["section"] == "forward"],
-        ({"spills": 8}, {"seconds": []}, {"differences": [0.5]}, {"template": "forward_hopper"}),
-        strict=False,
-    ):
-        row["ways"]["triton"] |= change
-    assert len(gpu_fit.measurements(given)["forward"]) == 8
-    assert gpu_fit.report({"gpu": "cpu", "rows": []}) == "not measured on a GPU: nothing to fit"
 
 
 # ---------------------------------------------------------------- the command

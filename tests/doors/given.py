@@ -83,3 +83,14 @@ def fails() -> Made:
 
 def number() -> int:
     return 3
+
+
+def prints() -> Made:
+    print("loading weights")
+    model = Attention()
+    model.register_forward_pre_hook(lambda *_: print("called"))
+    return model, (example(),), {}
+
+
+def leaves() -> Made:
+    raise SystemExit("usage: given.py NAME")

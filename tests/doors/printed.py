@@ -1,6 +1,6 @@
 """Pages of docs/ whose printed outputs come from a run.
 
-    python tests/doors/printed.py     runs the code of each page and writes its outputs anew
+    python tests/doors/printed.py [PAGE ...]    runs the code of pages and writes their outputs anew
 
 A block of Python is followed by the block of text that it prints. All code of a page is one file,
 `example.py`, so that lines have numbers.
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = (ROOT / "docs" / "how_it_works.md",)
+PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("how_it_works", "variants"))
 _BLOCKS = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 _MARK = "<<< end of a block >>>"
 
@@ -45,7 +45,7 @@ def outputs(page: Path) -> list[str]:
 
 
 def main() -> None:
-    for page in PAGES:
+    for page in [p for p in PAGES if p.stem in sys.argv[1:] or not sys.argv[1:]]:
         found = iter(outputs(page))
 
         def filled(block: re.Match[str], found: object = found) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -18,6 +19,7 @@ import attn_compiler as ac
 from attn_compiler import cli, given, terminal
 from attn_compiler.cost import at_hand
 from attn_compiler.cost.calibration import Calibration
+from attn_compiler.cost.hardware import Hardware
 
 FILE = Path(__file__).parent / "given.py"
 SIZES = "batch=2,query=4096,heads=16,head_dim=128"
@@ -69,6 +71,18 @@ def test_explain_as_json_is_the_report(capsys: Run) -> None:
     assert missed["operation"].startswith("mul at given.py:")
 
 
+def test_json_stands_alone(capsys: Run) -> None:
+    assert cli.main(["explain", f"{FILE}:prints", "--json"]) == 0
+    printed, beside = capsys.readouterr()
+    assert len(json.loads(printed)["sites"]) == 1
+    assert beside.startswith("loading weights\n") and "called" in beside
+
+
+def test_json_has_no_numbers_that_json_lacks(capsys: Run) -> None:
+    cli._put(argparse.Namespace(out=sys.stdout), json.dumps({"a": float("nan"), "b": [1.5]}))
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5]}
+
+
 def test_explain_writes_a_page(capsys: Run, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert cli.main(["explain", f"{FILE}:make", "--html", str(page)]) == 0
@@ -88,6 +102,7 @@ def test_a_page_that_cannot_be_written(capsys: Run, tmp_path: Path) -> None:
         ("broken", "y: Tensor = self.last(self.first(x))", "also without a compiler"),
         ("untraceable", "offset = int(", "torch.compile cannot trace it"),
         ("fails", "raise FileNotFoundError", "no weights here"),
+        ("leaves", "raise SystemExit", "usage: given.py NAME"),
     ],
 )
 def test_a_model_that_fails(function: str, line: str, said: str, capsys: Run) -> None:
@@ -203,6 +218,19 @@ def test_plan_of_a_model(capsys: Run) -> None:
     assert found and all(each["plan"]["seconds"] > 0 for each in found)
     assert cli.main([*asked, "--dtype", "float16"]) == 2
     assert "leave --dtype out" in capsys.readouterr().err
+
+
+def test_calibrate_as_json(capsys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted, and the time that takes, is tested elsewhere."""
+
+    def fitted(hardware: str | None) -> Hardware:
+        print("round 1")
+        return Hardware.named(hardware or "cpu")
+
+    monkeypatch.setattr("attn_compiler.calibrating.calibrate", fitted)
+    assert cli.main(["calibrate", "--hardware", "h200", "--json"]) == 0
+    printed, beside = capsys.readouterr()
+    assert Hardware.from_json(printed) == Hardware.named("h200") and beside == "round 1\n"
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def test_the_pieces_of_the_page_on_variants_are_the_example() -> None:
         assert piece in example, piece
 
 
-@pytest.mark.parametrize("name", ["how_it_works", "limits", "add_a_variant"])
+@pytest.mark.parametrize(
+    "name", ["how_it_works", "limits", "add_a_variant", "variants", "performance"]
+)
 def test_links_and_names_of_files_are_there(name: str) -> None:
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:attn_compiler|docs|examples|tests)/[\w/.]+)`", text)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import attn_compiler as ac
+from attn_compiler.terminal import text
+from tests.doors.pages import Page
 from tests.doors.switched import Separate, Stack, draw
 
 BATCHES = [((draw(seed),), {}) for seed in (2, 3)]
@@ -47,3 +51,34 @@ def test_there_is_nothing_to_see() -> None:
     spec = ac.SwitchHead(heads=2, experts=3, k=1, head_dim=11)
     with pytest.raises(ac.BadOption, match="chose anything"):
         ac.expert_usage(ac.rewrite(Separate(), (draw(),), to=spec), [])
+
+
+def test_a_report_tells_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ac.SwitchHead(heads=2, experts=3, k=1, head_dim=11)
+    model = ac.rewrite(Stack(Separate), (draw(),), to=spec)
+    report = ac.last_report()
+    with torch.no_grad():  # one head routes all to one expert
+        model.layers[1].w_s[:3] = 0.0
+        model.layers[1].w_s[0] = 1.0
+    usage = ac.expert_usage(model, [((draw().abs(),), {})])
+    found = report.with_usage(usage)
+    assert report.sites[1].facts == ac.last_report().sites[1].facts and len(found.sites) == 2
+    line = "; ".join(f"{name}: {usage['layers.1'][name]}" for name in ("w_s", "w_d"))
+    assert f"experts {line}" in str(found) and "least used 0.0%" in line
+    assert line in " ".join(text(found).split())
+    numbers = json.loads(found.to_json())["sites"][1]["facts"]["experts"]
+    assert numbers["routers"]["w_s"]["shares"][0] == [1.0, 0.0, 0.0] and numbers["text"] == line
+    found.to_html(tmp_path / "page.html")
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.complaints == [] and page.text.count("Its experts") == 2
+    assert "w_s , of the keys' side: 2 heads down, 3 experts to the right" in page.text
+    assert "0.0 to 100.0 % of the routes of its head" in page.text
+    idle = [str(path["d"]) for path in page.all("path") if path.get("class") == "idle"]
+    assert len(idle) == 4 and any(d.startswith("M1 0h2v1h-2z") for d in idle)
+    assert "not all by the same function" in page.text
+
+
+def test_usage_of_another_model() -> None:
+    with pytest.raises(ac.BadOption, match="no site"):
+        ac.last_report().with_usage({"layers.9": {}})

@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.conditions import (
+    CONDITIONS,
+    by_indices,
+    counted,
+    tril,
+)
 from zoo.entry import WIDTH, B, D, Entry, H, S, Site, T, constant, hidden, normal, site
 
 SCALE = 1 / math.sqrt(D)
@@ -21,54 +27,6 @@ def dots(q: Tensor, k: Tensor) -> Tensor:
 
 def finish(scores: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
-
-
-# ---------------------------------------------------------------- how a causal condition is made
-
-
-def tril(t: int) -> Tensor:
-    return torch.tril(torch.ones(t, t)) == 1
-
-
-def triu(t: int) -> Tensor:
-    return ~torch.triu(torch.ones(t, t, dtype=torch.bool), diagonal=1)
-
-
-def compared(t: int) -> Tensor:
-    return torch.arange(t)[None, :] <= torch.arange(t)[:, None]
-
-
-def compared_backwards(t: int) -> Tensor:
-    rows = torch.arange(t).view(-1, 1)
-    return (rows - torch.arange(t)).ge(0)
-
-
-def strictly(t: int) -> Tensor:
-    position = torch.arange(t)
-    return ~(position.unsqueeze(0) > position.unsqueeze(1))
-
-
-def four_dimensional(t: int) -> Tensor:
-    return torch.ones(t, t).tril().view(1, 1, t, t).bool()
-
-
-def additive(t: int) -> Tensor:
-    return torch.full((t, t), INF).triu(1) == 0
-
-
-def counted(t: int) -> Tensor:
-    order = torch.ones(t).cumsum(0)
-    return order[:, None] >= order[None, :]
-
-
-def by_indices(t: int) -> Tensor:
-    mask = torch.zeros(t, t, dtype=torch.bool)
-    rows, columns = torch.tril_indices(t, t)
-    mask[rows, columns] = True
-    return mask
-
-
-CONDITIONS = (tril, triu, compared, compared_backwards, strictly, four_dimensional, additive)
 
 
 # ---------------------------------------------------------------- how it reaches the scores
