@@ -284,7 +284,7 @@ def _plan_of_model(options: argparse.Namespace, spec: VariantSpec | Literal["fas
     plans = list(site_plans(report, spec, hardware))
     if options.json:
         parts = [{"site": p.site, "plan": _plain(p.plan) if p.plan else None} for p in plans]
-        print(json.dumps({"sites": parts}, indent=2))
+        _put(options, json.dumps({"sites": parts}))
     else:
         print("\n\n".join(map(str, plans)) or "no attention is found")
     return 0
