@@ -86,11 +86,11 @@ def test_rewritten_forward_is_readable_python(new: nn.Module) -> None:
     source = new.own._attn_variants[0].source  # type: ignore[union-attr]
     claims.in_order(
         source,
-        "def covers(self, x):",
-        "self.c_attn(x)",
+        "def covers(self, x_):",
+        "self.c_attn(x_0)",
         "torch.ops.attn_compiler.attention.default(",
         "self.c_proj(",
-        "def run(self, x):",
+        "def run(self, x_):",
     )
 
 
