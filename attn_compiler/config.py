@@ -18,7 +18,6 @@ Target = VariantSpec | Literal["fastest"]
 _UNBUILT = {
     "SwitchHead": (
         ("feed_forward", None, "only the attention of a block is replaced in this version"),
-        ("init", "fresh", "layers are converted by variants.switchhead_convert, not by rewrite"),
     ),
 }
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")

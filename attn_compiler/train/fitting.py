@@ -14,7 +14,7 @@ from torch import nn
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption
 from attn_compiler.report import Report
-from attn_compiler.train import selective, spion
+from attn_compiler.train import converting, selective, spion
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
 
@@ -35,6 +35,11 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             why=[f"{type(fitted[0]).__name__} is fitted to a model's own attention"],
             do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
         )
+    if calibration == "later" and any(map(converting.converts, fitted)):
+        raise BadOption(
+            'calibration is "later", and SwitchHead is converted when the model is rewritten',
+            do="give calibration=batches, pairs (args, kwargs) like the example",
+        )
     later = calibration == "later" and not fitted
     measured = fitted or any(map(selective.changes, specs))
     if calibration is not None and (later or not measured):
@@ -52,6 +57,20 @@ def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | 
     """The loss of a model that is about to get another function, where there is data."""
     other = any(selective.changes(spec) for _, spec in config.to)
     return selective.losses(model, data) if other and isinstance(data, list) else None
+
+
+def learnt(
+    model: nn.Module, example: tuple[Any, Any], config: CompileConfig, data: Data
+) -> converting.Conversions:
+    """What has to be known of a model before it is rewritten.
+
+    Raises:
+        BadOption: data shows nothing of a layer.
+    """
+    if not any(converting.converts(spec) for _, spec in config.to):
+        return converting.Conversions({}, config)
+    assert data is not None and data != "later"  # see `checked`
+    return converting.conversions(model, example, config, data)
 
 
 def fitted(

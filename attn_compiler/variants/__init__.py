@@ -22,6 +22,8 @@ __all__ = ["VARIANTS", "ELAttention", "Flash", "costed", "needs_data", "ordinary
 
 def needs_data(spec: VariantSpec) -> bool:
     """Has it to see a model's attention before it can take its place?"""
+    if isinstance(spec, switchhead.SwitchHead):
+        return spec.init == "convert"
     return isinstance(spec, spion.SPION) and spec.pattern is None
 
 

@@ -241,6 +241,7 @@ class Replacement:
         words: what it is, for the report.
         training: does it depend on the mode? Then it is made once for each.
         cached: the same for a layer with a cache.
+        listens: nothing is replaced, an ear is put beside (`variants.conversion.ear`).
     """
 
     function: Callable[..., Any]
@@ -250,6 +251,7 @@ class Replacement:
     words: str = ""
     training: bool = False
     cached: CachedLayer | None = None
+    listens: bool = False
 
 
 @dataclass(frozen=True)

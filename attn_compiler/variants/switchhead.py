@@ -12,7 +12,7 @@ reproduces table 9. Widths differ from the paper's where those leave tensor core
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from attn_compiler.errors import BadOption
@@ -46,7 +46,9 @@ class SwitchHead(VariantSpec):
         experts_on: which projections are experts, out of q, k, v, o.
         shared_selection: one router for both sides.
         expert_dropout: probability that an expert is not chosen in training.
-        init: "fresh", or "convert" from the heads of the layer that is replaced.
+        init: "fresh", or "convert" from the heads of the layer that is replaced: groups of them
+            share a map, and each becomes an expert; with as many maps as heads, every expert is a
+            copy of its head, and the function stays. It takes calibration.
         feed_forward: "sigma_moe" replaces the feed-forward net too (SwitchAll).
 
     Raises:
@@ -82,7 +84,27 @@ class SwitchHead(VariantSpec):
         good = isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1
         demand(self, "expert_dropout", good, "give a probability from 0, below 1")
         demand_one_of(self, "init", "fresh", "convert")
+        heads_alone = self.init == "fresh" or self.experts_on == ("v", "o")
+        why = "heads become experts on values and outputs"
+        demand(self, "experts_on", heads_alone, 'leave it ("v", "o") with init="convert"', why)
         demand_one_of(self, "feed_forward", None, "sigma_moe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted(SwitchHead):
+    """What is asked for where a layer was read already; doors make it.
+
+    Attributes:
+        speeds: at which its channels turn, radians a position.
+        bias: is a vector added to its outputs?
+    """
+
+    speeds: tuple[float, ...] = ()
+    bias: bool = False
+
+    def plain(self) -> SwitchHead:
+        """What was asked for by a user."""
+        return SwitchHead(**{f.name: getattr(self, f.name) for f in fields(SwitchHead)})
 
 
 def cost(

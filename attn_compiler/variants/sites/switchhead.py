@@ -25,7 +25,7 @@ from attn_compiler.variants.base import (
     normal,
     rows_of_length,
 )
-from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
+from attn_compiler.variants.switchhead import Converted, SwitchHead, filled, whole_width
 
 # how far the parameters may be from those that are replaced; the widths that are tried for it, the
 # best for kernels first
@@ -38,7 +38,7 @@ _TURNED = (0.5, 10000.0)
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """Codes: one for each obstacle that `ir.layer` names (switchhead.no_projection, .no_output,
     .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .hidden, .nested), and
-    switchhead.per_head, .sink, .scale, .sizes.
+    switchhead.per_head, .sink, .scale, .sizes, .convert_heads.
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
@@ -55,6 +55,16 @@ def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     if site.query_heads is None or site.head_dim is None:
         text = "heads and their width are known only when the model runs"
         yield Reason("switchhead.sizes", text, site.location)
+    elif spec.init == "convert":
+        yield from _unconvertible(site, spec, site.query_heads)
+
+
+def _unconvertible(site: AttentionSite, spec: SwitchHead, heads: int) -> Iterator[Reason]:
+    """switchhead.convert_heads: heads that do not become experts, each one of a group."""
+    found = filled(replace(spec, head_dim=1), width=1, heads=heads, head_dim=1)
+    if heads not in (found.heads, int(found.heads) * int(found.experts)):
+        text = f"{heads} heads are not {found.heads} groups of {found.experts}"
+        yield Reason("switchhead.convert_heads", text, site.location)
 
 
 def _names_head(expr: Expr) -> bool:
@@ -113,6 +123,10 @@ def sized(
             ),
             round(limit) or whole_width(limit),
         )
+    if spec.head_dim == "auto" and spec.init == "convert":
+        # narrower heads would lose what they are converted from
+        least = max(site.head_dim, site.value_dim or site.head_dim)
+        width = least if found.heads == site.query_heads else max(width, least)
     return replace(found, head_dim=width), width * each + routers
 
 
@@ -129,8 +143,11 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
     else:
         widths = Widths(**facts["widths"])
-        made, count = sized(spec, site, widths, facts["parameters"])
+        asked = spec.plain() if isinstance(spec, Converted) else spec
+        made, count = sized(asked, site, widths, facts["parameters"])
         tensors = _tensors(made, widths, piece)
+        if isinstance(spec, Converted) and spec.bias:
+            tensors = (*tensors, replace(tensors[0], name="b_o", shape=(widths.o,), fill=0.0))
         words = (
             f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
             f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
@@ -145,7 +162,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
         ("program", str(site.program)),
         ("dropout", site.dropout),
-        ("turned", _TURNED if facts["layer"].turned else None),
+        ("turned", _TURNED if facts["layer"].turned and made.init == "fresh" else None),
+        ("speeds", spec.speeds if isinstance(spec, Converted) else ()),
     )
     return Replacement(
         switchhead_call.layer,
