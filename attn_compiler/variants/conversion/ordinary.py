@@ -196,7 +196,6 @@ def maps(layer: Ordinary, given: Given) -> Iterator[Tensor]:
 def computed(layer: Ordinary, given: Given) -> Tensor:
     """What the layer puts out, [B, T, D]."""
     values = projected(given.x_kv, layer.w_v, layer.b_v)
-    values = values.repeat_interleave(layer.heads // values.shape[1], 1)
     out = attended(layer, given.x_q, given.x_kv, values)
     y = torch.einsum("bhtc,hcd->btd", out, layer.w_o)
     return y if layer.b_o is None else y + layer.b_o
