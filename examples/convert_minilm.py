@@ -1,4 +1,4 @@
-"""A trained model with a sixth of its attention maps: converted, then distilled, measured each time.
+"""A trained model with a sixth of its attention maps: converted, distilled, measured each time.
 
     MiniLM, 12 heads a layer  --rewrite(to=SwitchHead(init="convert"), calibration=...)-->
         2 maps with 6 experts each  --distill(student, teacher, ...)-->  measured again
@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     for name in ("heads", "experts", "k"):
         parser.add_argument(f"--{name}", type=_size, default="auto", help="of a layer")
-    parser.add_argument("--steps", type=int, nargs=2, default=(100, 200), metavar=("LAYERS", "MODEL"))
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(100, 200), metavar=("LAYERS", "MODEL")
+    )
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibration", type=int, default=128, help="sentences")
@@ -180,7 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = run(teacher, split(options, tokenizer), options)
     given = sys.argv[1:] if argv is None else list(argv)
     found["command"] = f"python examples/convert_minilm.py {shlex.join(given)}".strip()
-    found["machine"] = f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    found["machine"] = (
+        f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(f"written: {options.json}")

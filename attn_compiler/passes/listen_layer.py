@@ -43,7 +43,6 @@ def listen_layer(
         RegionError: an operand cannot be laid out.
     """
     layer: Layer = piece.facts["layer"]
-    core: Core = piece.facts["core"]
     check_unwritten(layer, region.end)
     graph = region.end.graph
     order = {node: place for place, node in enumerate(graph.nodes)}

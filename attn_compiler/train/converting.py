@@ -22,7 +22,7 @@ from attn_compiler.config import CompileConfig, Target
 from attn_compiler.errors import BadOption
 from attn_compiler.install import rewrite_module
 from attn_compiler.installed import rewritten
-from attn_compiler.ir.site import AttentionSite
+from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels.switchhead import Mixture, Weights
 from attn_compiler.report import Report
 from attn_compiler.train.progress import bar
@@ -76,9 +76,7 @@ class Conversions:
         return replace(report, sites=tuple(_described(s, facts) for s in report.sites))
 
 
-def _described(
-    site: AttentionSite, facts: Mapping[tuple[str, str], list[str]]
-) -> AttentionSite:
+def _described(site: AttentionSite, facts: Mapping[tuple[str, str], list[str]]) -> AttentionSite:
     words = facts.get((site.path, site.location), [])
     if not words or not site.decision.accepted:
         return site
@@ -127,7 +125,11 @@ def _heard_instead(target: Target) -> Target:
     """What the copy gets where the model gets `target`: an ear, or nothing."""
     if isinstance(target, SwitchHead) and converts(target):
         return Listening(target)
-    return Unfit(SwitchHead(), "convert_unheard", "it is not to be converted")
+    return Unfit(SwitchHead(), _unheard())
+
+
+def _unheard() -> Reason:
+    return Reason("switchhead.convert_unheard", "what it computes could not be listened to")
 
 
 def _widened(call: tuple[Any, Any], narrow: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -178,9 +180,8 @@ def _listen(
 
 def _rest(config: CompileConfig) -> tuple[tuple[str, Target], ...]:
     """What is wanted of layers that were not heard."""
-    text = "nothing could be heard of it"
     return tuple(
-        (glob, Unfit(target, "convert_unheard", text))
+        (glob, Unfit(target, _unheard()))
         if isinstance(target, SwitchHead) and converts(target)
         else (glob, target)
         for glob, target in config.to
@@ -203,7 +204,7 @@ def _learnt(
         if isinstance(before, Converted) and isinstance(found, Converted):
             both = replace(found, bias=before.bias or found.bias)
             text = "attentions of one module turn at different speeds"
-            odd = Unfit(spec, "convert_rotation", text)
+            odd = Unfit(spec, Reason("switchhead.convert_rotation", text))
             targets[site.path] = both if before.speeds == found.speeds else odd
         elif isinstance(found, Unfit):
             targets[site.path] = found
@@ -222,14 +223,14 @@ def _target(
 ) -> Target:
     """What is asked for at a layer, now that it is known."""
     if isinstance(reading, Unreadable):
-        return Unfit(spec, reading.code, reading.text)
+        return Unfit(spec, reading.reason)
     layer = reading.layer
     exact = spec.heads == layer.heads
     least = max(layer.head_dim, layer.w_v.shape[2]) if exact else layer.head_dim
     fixed = exact or bool(reading.speeds)
     if fixed and isinstance(spec.head_dim, int) and spec.head_dim < least:
         text = f"turned or copied heads need {least} channels, and {spec.head_dim} were asked for"
-        return Unfit(spec, "convert_width", text)
+        return Unfit(spec, Reason("switchhead.convert_width", text))
     speeds = next((s for s in known if _same(s, reading.speeds)), reading.speeds)
     known.append(speeds)
     wanted = {f.name: getattr(spec, f.name) for f in fields(SwitchHead)}

@@ -123,7 +123,7 @@ def asked(ear: Ear, q: Tensor, v: Tensor) -> Tensor:
     if ear.question is None:
         return v.new_zeros(()).expand(batch, heads, rows, v.shape[3])
     like = v.new_empty(()).expand(batch, rows, heads * v.shape[3])
-    return ear.question.rows(like).unflatten(2, (heads, -1)).transpose(1, 2)
+    return ear.question.rows(like).view(batch, rows, heads, -1).transpose(1, 2)
 
 
 def choose(ear: Ear, result: Tensor, question: Tensor) -> Tensor:

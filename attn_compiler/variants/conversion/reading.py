@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_compiler.ir.site import Reason
 from attn_compiler.kernels.switchhead import Rotate, Scores, turned
 from attn_compiler.variants.conversion.ear import LARGE, Answer, Call, Ear, Question
 from attn_compiler.variants.conversion.ordinary import Given, Ordinary, calls, computed
@@ -33,12 +34,11 @@ _MISREAD = 0.01
 
 
 class Unreadable(Exception):
-    """A layer that is no ordinary one: a code and a text."""
+    """A layer that is no ordinary one, and why."""
 
-    def __init__(self, code: str, text: str) -> None:
-        super().__init__(text)
-        self.code = code
-        self.text = text
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +120,23 @@ def given(call: Call, ear: Ear) -> Given:
 
 def _read(ear: Ear, call: Call, answers: _Answers) -> Read:
     if call.cached:
-        raise Unreadable("convert_cache", "calibration was run with a cache that held tokens")
+        raise Unreadable(
+            Reason("switchhead.convert_cache", "calibration was run with a cache that held tokens")
+        )
     if call.x_v is not call.x_k:
-        raise Unreadable("convert_sources", "keys and values are made of two tensors")
+        raise Unreadable(
+            Reason("switchhead.convert_sources", "keys and values are made of two tensors")
+        )
     order, speeds = _rotation_of(answers, ear.turns)
     rotate = (_rotation(speeds), _rotation(speeds)) if speeds else None
     w_q, w_k, w_v = (_units(answers, name) for name in "qkv")
     w_q, w_k = (_unturned(w[..., order], speeds) for w in (w_q, w_k))
     b_q, b_k, b_v = (getattr(answers.zero, name)[0, :, 0].to(_WIDE) for name in "qkv")
+    w_q, w_k, w_v = (_rows(w, x) for w, x in ((w_q, call.x_q), (w_k, call.x_k), (w_v, call.x_v)))
     layer = Ordinary(
-        *(_rows(w, x) for w, x in ((w_q, call.x_q), (w_k, call.x_k), (w_v, call.x_v))),
-        _outputs(answers),
-        *map(_bias, (b_q[:, order], b_k[:, order], b_v, answers.zero.y[0, 0].to(_WIDE))),
-        scores=Scores(ear.program, scale=ear.scale),
-        rotate=rotate,
-    )
+        w_q, w_k, w_v, _outputs(answers), _bias(b_q[:, order]), _bias(b_k[:, order]), _bias(b_v),
+        _bias(answers.zero.y[0, 0].to(_WIDE)), Scores(ear.program, scale=ear.scale), rotate,
+    )  # fmt: skip
     _check(layer, call, ear)
     return Read(layer, speeds)
 
@@ -147,7 +149,7 @@ def _units(answers: _Answers, name: str) -> Tensor:
     """What unit vectors became, wherever they stood: [runs, B, heads, T, d]."""
     zero = getattr(answers.zero, name).to(_WIDE)
     found = torch.stack([getattr(a, name).to(_WIDE) for a in answers.units])
-    return (found - zero) / LARGE
+    return torch.div(found - zero, LARGE)
 
 
 def _rows(found: Tensor, x: Tensor) -> Tensor:
@@ -160,7 +162,8 @@ def _outputs(answers: _Answers) -> Tensor:
     """W_O [H, dv, D]."""
     found = torch.stack([a.y.to(_WIDE) for a in answers.units]) - answers.zero.y.to(_WIDE)
     heads, width = answers.zero.q.shape[1], answers.zero.v.shape[3]
-    return (found / LARGE).flatten(0, 2)[: heads * width].unflatten(0, (heads, width))
+    rows = torch.div(found, LARGE).flatten(0, 2)[: heads * width]
+    return rows.view(heads, width, -1)
 
 
 def _check(layer: Ordinary, call: Call, ear: Ear) -> None:
@@ -171,7 +174,7 @@ def _check(layer: Ordinary, call: Call, ear: Ear) -> None:
     missed = (ours - theirs)[sound].norm() / theirs[sound].norm().clamp_min(1e-30)
     if not bool(sound.any()) or float(missed) > _MISREAD:
         text = "its maps, as they were read, do not give what the layer gives"
-        raise Unreadable("convert_unread", text)
+        raise Unreadable(Reason("switchhead.convert_unread", text))
 
 
 # ---------------------------------------------------------------- rotation
@@ -183,10 +186,10 @@ def _rotation_of(answers: _Answers, turns: bool) -> tuple[list[int], tuple[float
     moved = {name: _moves(x) for name, x in sides.items()}
     if moved["v"] or moved["q"] != moved["k"]:
         text = "values, or one of queries and keys, depend on the position"
-        raise Unreadable("convert_rotation", text)
+        raise Unreadable(Reason("switchhead.convert_rotation", text))
     if turns and sides["q"].shape[0] == 1:
         text = "a rotation cannot be seen in calls of one token"
-        raise Unreadable("convert_rotation", text)
+        raise Unreadable(Reason("switchhead.convert_rotation", text))
     if not moved["q"]:
         return list(range(sides["q"].shape[2])), ()
     return _pairs([torch.linalg.pinv(x[0]) @ x for x in (sides["q"], sides["k"])])
@@ -225,7 +228,7 @@ def _pairs(turns: Sequence[Tensor]) -> tuple[list[int], tuple[float, ...]]:
         float((turn[:, order][..., order] - even).abs().max()) > _UNEVEN for turn in turns
     ):
         text = "queries and keys are not turned in pairs of channels, each at one speed"
-        raise Unreadable("convert_rotation", text)
+        raise Unreadable(Reason("switchhead.convert_rotation", text))
     return order, found
 
 

@@ -1,7 +1,7 @@
 """What is asked for at a layer before it is converted: an ear, or that it stays.
 
     Listening(spec)          hear the layer that `spec` is going to replace
-    Unfit(spec, reasons)     leave it: it was heard, and cannot be converted
+    Unfit(spec, reason)      leave it: it was heard, and cannot be converted
 
 Both are specs, so that the same search finds the same layers; no user asks for them.
 """
@@ -41,12 +41,11 @@ class Unfit(VariantSpec):
 
     Attributes:
         to: what was asked for.
-        code, text: why not, where nothing else stands in the way.
+        reason: why not, where nothing else stands in the way.
     """
 
     to: SwitchHead
-    code: str
-    text: str
+    reason: Reason
 
     def variant(self) -> Variant:
         return _UNFIT
@@ -62,7 +61,7 @@ def _listened(site: AttentionSite, spec: Listening) -> Iterator[Reason]:
 
 def _unfit(site: AttentionSite, spec: Unfit) -> Iterator[Reason]:
     found = list(legality(site, spec.to))
-    yield from found or [Reason(f"switchhead.{spec.code}", spec.text, site.location)]
+    yield from found or [replace(spec.reason, location=site.location)]
 
 
 _LISTENING = Variant(
