@@ -54,12 +54,13 @@ class Neighbours(Turned):
 
     def sides(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (heads(m(x)) for m in (self.q, self.k, self.v))
-        angles = torch.arange(x.shape[1])[:, None] * torch.tensor([1.1, 0.3, 0.01])
-        turns = torch.polar(torch.ones_like(angles), angles)
+        angles = torch.arange(x.shape[1])[:, None] * 0.1 ** torch.arange(3)
+        cos, sin = angles.cos(), angles.sin()
 
         def turned(t: Tensor) -> Tensor:
-            pairs = torch.view_as_complex(t[..., 1:].unflatten(-1, (-1, 2)).contiguous())
-            return torch.cat([t[..., :1], torch.view_as_real(pairs * turns).flatten(-2)], -1)
+            a, b = t[..., 1::2], t[..., 2::2]
+            pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            return torch.cat([t[..., :1], pairs], -1)
 
         return turned(q), turned(k), 1.5 * v
 
@@ -77,9 +78,12 @@ class KeysAlike(switched.Grouped):
 
 EXACT = {"a map of einsum": Plain, "rotated": Turned, "pairs of neighbours": Neighbours,
          "shared keys": KeysAlike}  # fmt: skip
+SOON = "pairs of neighbours"
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n != SOON else ()) for n in EXACT]
+)
 def test_as_many_maps_as_heads_compute_the_same(name: str) -> None:
     torch.manual_seed(0)
     model = EXACT[name]()
@@ -133,6 +137,7 @@ class Crossed(switched.Separate):
         return dot
 
 
+@pytest.mark.slow
 def test_two_sequences() -> None:
     torch.manual_seed(0)
     model = Crossed()
@@ -143,6 +148,7 @@ def test_two_sequences() -> None:
     assert new(*data[1][0]).shape == (3, 11, D)
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_in_single() -> None:
     torch.manual_seed(0)
     model = Turned().bfloat16()
@@ -152,6 +158,7 @@ def test_half_precision_is_read_in_single() -> None:
     assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_what_goes_in_is_as_before() -> None:
     model = switched.Stack(switched.Separate, 1)
     held = {n: x.clone() for n, x in model.state_dict().items()}
@@ -185,9 +192,9 @@ class Uneven(switched.Separate):
     ("kind", "sizes", "code"),
     [
         (switched.Separate, {"heads": 2, "experts": 2}, "switchhead.convert_heads"),
-        (Turned, {"head_dim": 5}, "switchhead.convert_width"),
-        (TwoSources, {}, "switchhead.convert_sources"),
-        (Uneven, {}, "switchhead.convert_rotation"),
+        pytest.param(Turned, {"head_dim": 5}, "switchhead.convert_width", marks=pytest.mark.slow),
+        pytest.param(TwoSources, {}, "switchhead.convert_sources", marks=pytest.mark.slow),
+        pytest.param(Uneven, {}, "switchhead.convert_rotation", marks=pytest.mark.slow),
     ],
 )
 def test_it_stays_with_a_reason(kind: type[nn.Module], sizes: dict[str, Any], code: str) -> None:
@@ -196,6 +203,7 @@ def test_it_stays_with_a_reason(kind: type[nn.Module], sizes: dict[str, Any], co
     assert type(new) is kind
 
 
+@pytest.mark.slow
 def test_a_cache_that_holds_tokens() -> None:
     tf = pytest.importorskip("transformers")
 
@@ -211,12 +219,14 @@ def test_a_cache_that_holds_tokens() -> None:
     assert codes() == {"switchhead.convert_cache"}
 
 
+@pytest.mark.slow
 def test_what_is_misread_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_compiler.variants.conversion.reading.LARGE", 2.0**41)
     converted(switched.Separate(), batches(1))
     assert codes() == {"switchhead.convert_unread"}
 
 
+@pytest.mark.slow
 def test_what_was_not_heard_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_compiler.train.converting._ears", lambda model: [])
     converted(switched.Separate(), batches(1))
@@ -226,7 +236,8 @@ def test_what_was_not_heard_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [(None, "calibration is missing"), ("later", 'calibration is "later"'),
-     ([], "calibration shows nothing"), ([draw()], "no.* pair|not a pair")],
+     pytest.param([], "calibration shows nothing", marks=pytest.mark.slow),
+     pytest.param([draw()], "not a pair", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_it_takes_calibration(given: Any, words: str) -> None:
     with pytest.raises(BadOption, match=words):
@@ -261,6 +272,7 @@ def test_a_converted_model_is_distilled(name: str) -> None:
         assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_cache_of_the_teacher_is_not_the_students() -> None:
     tf = pytest.importorskip("transformers")
 

@@ -38,7 +38,7 @@ class Question:
     def rows(self, like: Tensor) -> Tensor:
         """[B, T, n], for a tensor of this shape."""
         batch, rows, width = like.shape
-        made = torch.zeros_like(like)
+        made = like.new_zeros(like.shape)  # in order, whatever strides the inputs have
         if self.kind == "units":
             first = self.number * batch * rows
             count = max(0, min(width - first, batch * rows))
