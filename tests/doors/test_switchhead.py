@@ -283,7 +283,7 @@ def test_a_backend_cannot_install_it() -> None:
     assert [r.code for r in site.decision.reasons] == ["needs_rewrite"]
 
 
-@pytest.mark.parametrize("option", [{"feed_forward": "sigma_moe"}, {"init": "convert"}])
+@pytest.mark.parametrize("option", [{"feed_forward": "sigma_moe"}])
 def test_what_is_not_built_says_so(option: dict[str, Any]) -> None:
     with pytest.raises(ac.BadOption, match=next(iter(option))):
         ac.rewrite(switched.Separate(), (draw(),), to=ac.SwitchHead(**option))

@@ -189,7 +189,7 @@ def test_a_pattern_gives_its_tensor_back() -> None:
 
 
 def test_a_field_that_no_door_can_give_is_refused() -> None:
-    for spec in (SwitchHead(init="convert"), SwitchHead(feed_forward="sigma_moe")):
+    for spec in (SwitchHead(feed_forward="sigma_moe"),):
         with pytest.raises(BadOption, match="SwitchHead has"):
             make_config({"to": spec})
     for spec in (GAU(), SwitchHead(), ELAttention()):
