@@ -14,9 +14,10 @@ from torch import nn
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption
 from attn_compiler.report import Report
-from attn_compiler.train import converting, selective, spion
+from attn_compiler.train import selective, spion, switchhead_convert
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
+from attn_compiler.variants.sites.switchhead import converts
 
 Data = Iterable[Any] | Literal["later"] | None
 
@@ -35,7 +36,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             why=[f"{type(fitted[0]).__name__} is fitted to a model's own attention"],
             do='give calibration=batches, pairs (args, kwargs); or "later" with a schedule',
         )
-    if calibration == "later" and any(map(converting.converts, fitted)):
+    if calibration == "later" and any(map(converts, fitted)):
         raise BadOption(
             'calibration is "later", and SwitchHead is converted when the model is rewritten',
             do="give calibration=batches, pairs (args, kwargs) like the example",
@@ -61,16 +62,16 @@ def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | 
 
 def learnt(
     model: nn.Module, example: tuple[Any, Any], config: CompileConfig, data: Data
-) -> converting.Conversions:
+) -> switchhead_convert.Conversions:
     """What has to be known of a model before it is rewritten.
 
     Raises:
         BadOption: data shows nothing of a layer.
     """
-    if not any(converting.converts(spec) for _, spec in config.to):
-        return converting.Conversions({}, config)
+    if not any(converts(spec) for _, spec in config.to):
+        return switchhead_convert.Conversions({}, config)
     assert data is not None and data != "later"  # see `checked`
-    return converting.conversions(model, example, config, data)
+    return switchhead_convert.conversions(model, example, config, data)
 
 
 def fitted(

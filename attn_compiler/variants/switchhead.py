@@ -12,7 +12,7 @@ reproduces table 9. Widths differ from the paper's where those leave tensor core
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from attn_compiler.errors import BadOption
@@ -88,23 +88,6 @@ class SwitchHead(VariantSpec):
         why = "heads become experts on values and outputs"
         demand(self, "experts_on", heads_alone, 'leave it ("v", "o") with init="convert"', why)
         demand_one_of(self, "feed_forward", None, "sigma_moe")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Converted(SwitchHead):
-    """What is asked for where a layer was read already; doors make it.
-
-    Attributes:
-        speeds: at which its channels turn, radians a position.
-        bias: is a vector added to its outputs?
-    """
-
-    speeds: tuple[float, ...] = ()
-    bias: bool = False
-
-    def plain(self) -> SwitchHead:
-        """What was asked for by a user."""
-        return SwitchHead(**{f.name: getattr(self, f.name) for f in fields(SwitchHead)})
 
 
 def cost(

@@ -228,7 +228,7 @@ def test_what_is_misread_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_what_was_not_heard_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attn_compiler.train.converting._ears", lambda model: [])
+    monkeypatch.setattr("attn_compiler.train.switchhead_convert._ears", lambda model: [])
     converted(switched.Separate(), batches(1))
     assert codes() == {"switchhead.convert_unheard"}
 

@@ -21,15 +21,14 @@ from attn_compiler.variants.base import (
     VariantSpec,
 )
 from attn_compiler.variants.conversion import ear
-from attn_compiler.variants.sites.switchhead import legality
-from attn_compiler.variants.switchhead import SwitchHead
+from attn_compiler.variants.sites.switchhead import converts, legality
 
 
 @dataclass(frozen=True, slots=True)
 class Listening(VariantSpec):
     """An ear where `to` could be."""
 
-    to: SwitchHead
+    to: VariantSpec
 
     def variant(self) -> Variant:
         return _LISTENING
@@ -40,11 +39,11 @@ class Unfit(VariantSpec):
     """No conversion, for reasons that the layer itself does not show.
 
     Attributes:
-        to: what was asked for.
+        to: what was asked for; None for nothing.
         reason: why not, where nothing else stands in the way.
     """
 
-    to: SwitchHead
+    to: VariantSpec | None
     reason: Reason
 
     def variant(self) -> Variant:
@@ -56,11 +55,12 @@ def _replacement(site: AttentionSite, piece: Any, spec: Listening) -> Replacemen
 
 
 def _listened(site: AttentionSite, spec: Listening) -> Iterator[Reason]:
-    yield from legality(site, spec.to)
+    if converts(spec.to):
+        yield from legality(site, spec.to)
 
 
 def _unfit(site: AttentionSite, spec: Unfit) -> Iterator[Reason]:
-    found = list(legality(site, spec.to))
+    found = list(legality(site, spec.to)) if converts(spec.to) else []
     yield from found or [replace(spec.reason, location=site.location)]
 
 

@@ -8,7 +8,8 @@ Source: SwitchHead (arXiv 2312.07987v3), sections 2 and 3.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeGuard
 
 from attn_compiler.ir.expr import Expr, Var, walk
 from attn_compiler.ir.piece import Piece
@@ -25,7 +26,7 @@ from attn_compiler.variants.base import (
     normal,
     rows_of_length,
 )
-from attn_compiler.variants.switchhead import Converted, SwitchHead, filled, whole_width
+from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
 
 # how far the parameters may be from those that are replaced; the widths that are tried for it, the
 # best for kernels first
@@ -33,6 +34,37 @@ _TOLERANCE = 0.01
 _MULTIPLES = (16, 8, 4, 2, 1)
 # share of the channels that turn, and the base of their angles
 _TURNED = (0.5, 10000.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(SwitchHead):
+    """What is asked for where the layer to be converted was read already; doors make it.
+
+    Attributes:
+        speeds: at which its channels turn, radians a position.
+        bias: is a vector added to its outputs?
+    """
+
+    speeds: tuple[float, ...] = ()
+    bias: bool = False
+
+    @staticmethod
+    def of(spec: SwitchHead, speeds: tuple[float, ...], bias: bool) -> Prepared:
+        """What a user asked for, with what was read."""
+        return Prepared(**_fields(spec), speeds=speeds, bias=bias)
+
+    def plain(self) -> SwitchHead:
+        """What the user asked for."""
+        return SwitchHead(**_fields(self))
+
+
+def _fields(spec: SwitchHead) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(SwitchHead)}
+
+
+def converts(spec: Any) -> TypeGuard[SwitchHead]:
+    """Does a spec ask for the conversion of trained layers?"""
+    return isinstance(spec, SwitchHead) and spec.init == "convert"
 
 
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
@@ -143,10 +175,10 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
     else:
         widths = Widths(**facts["widths"])
-        asked = spec.plain() if isinstance(spec, Converted) else spec
+        asked = spec.plain() if isinstance(spec, Prepared) else spec
         made, count = sized(asked, site, widths, facts["parameters"])
         tensors = _tensors(made, widths, piece)
-        if isinstance(spec, Converted) and spec.bias:
+        if isinstance(spec, Prepared) and spec.bias:
             tensors = (*tensors, replace(tensors[0], name="b_o", shape=(widths.o,), fill=0.0))
         words = (
             f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
@@ -163,7 +195,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("program", str(site.program)),
         ("dropout", site.dropout),
         ("turned", _TURNED if facts["layer"].turned and made.init == "fresh" else None),
-        ("speeds", spec.speeds if isinstance(spec, Converted) else ()),
+        ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
     )
     return Replacement(
         switchhead_call.layer,

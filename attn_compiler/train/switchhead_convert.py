@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,15 +32,10 @@ from attn_compiler.variants.conversion.ear import Ear
 from attn_compiler.variants.conversion.ordinary import Batches, seen
 from attn_compiler.variants.conversion.reading import Read, Unreadable, ask, given
 from attn_compiler.variants.sites.listening import Listening, Unfit
-from attn_compiler.variants.switchhead import Converted, SwitchHead
+from attn_compiler.variants.sites.switchhead import Prepared, converts
 from attn_compiler.watch import copied
 
 _NARROW = (torch.float16, torch.bfloat16)
-
-
-def converts(spec: Any) -> bool:
-    """Does a spec ask for the conversion of trained layers?"""
-    return isinstance(spec, SwitchHead) and spec.init == "convert"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +118,9 @@ def conversions(
 
 def _heard_instead(target: Target) -> Target:
     """What the copy gets where the model gets `target`: an ear, or nothing."""
-    if isinstance(target, SwitchHead) and converts(target):
+    if converts(target):
         return Listening(target)
-    return Unfit(SwitchHead(), _unheard())
+    return Unfit(None, _unheard())
 
 
 def _unheard() -> Reason:
@@ -181,9 +176,7 @@ def _listen(
 def _rest(config: CompileConfig) -> tuple[tuple[str, Target], ...]:
     """What is wanted of layers that were not heard."""
     return tuple(
-        (glob, Unfit(target, _unheard()))
-        if isinstance(target, SwitchHead) and converts(target)
-        else (glob, target)
+        (glob, Unfit(target, _unheard())) if converts(target) else (glob, target)
         for glob, target in config.to
     )
 
@@ -198,17 +191,17 @@ def _learnt(
     known: list[tuple[float, ...]] = []
     for (site, ear), reading in zip(ears, readings, strict=True):
         spec = config.wanted(site.path)
-        assert isinstance(spec, SwitchHead)
+        assert converts(spec)  # only these were listened to
         found = _target(spec, site, reading, known)
         before = targets.setdefault(site.path, found)
-        if isinstance(before, Converted) and isinstance(found, Converted):
+        if isinstance(before, Prepared) and isinstance(found, Prepared):
             both = replace(found, bias=before.bias or found.bias)
             text = "attentions of one module turn at different speeds"
             odd = Unfit(spec, Reason("switchhead.convert_rotation", text))
             targets[site.path] = both if before.speeds == found.speeds else odd
         elif isinstance(found, Unfit):
             targets[site.path] = found
-        if isinstance(found, Converted) and isinstance(reading, Read):
+        if isinstance(found, Prepared) and isinstance(reading, Read):
             batches = seen(reading.layer, [given(call, ear) for call in ear.calls])
             heard = Heard(reading, batches)
             layers.setdefault((site.path, site.location), []).append(heard)
@@ -216,7 +209,7 @@ def _learnt(
 
 
 def _target(
-    spec: SwitchHead,
+    spec: Any,
     site: AttentionSite,
     reading: Read | Unreadable,
     known: list[tuple[float, ...]],
@@ -233,8 +226,7 @@ def _target(
         return Unfit(spec, Reason("switchhead.convert_width", text))
     speeds = next((s for s in known if _same(s, reading.speeds)), reading.speeds)
     known.append(speeds)
-    wanted = {f.name: getattr(spec, f.name) for f in fields(SwitchHead)}
-    return Converted(**wanted, speeds=speeds, bias=layer.bias is not None)
+    return Prepared.of(spec, speeds, layer.bias is not None)
 
 
 def _same(a: Sequence[float], b: Sequence[float]) -> bool:
