@@ -78,7 +78,7 @@ class KeysAlike(switched.Grouped):
 
 EXACT = {"a map of einsum": Plain, "rotated": Turned, "pairs of neighbours": Neighbours,
          "shared keys": KeysAlike}  # fmt: skip
-SOON = "pairs of neighbours"
+SOON = "a map of einsum"
 
 
 @pytest.mark.parametrize(
