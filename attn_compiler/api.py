@@ -222,12 +222,13 @@ def _rewrite_module(
     def finish(report: Report) -> Report:
         _check_globs(config, report)
         _check_rejected(config, report)
-        done = fitting.fitted(new, report, config, data, before)
+        done = learnt.put(new, fitting.fitted(new, report, config, data, before))
         keep_unexpanded(new)
         return done
 
     before = fitting.loss_before(new, config, data)
-    publish(rewrite_module(new, args, kwargs, config, verify, finish))
+    learnt = fitting.learnt(new, (args, kwargs), config, data)
+    publish(rewrite_module(new, args, kwargs, learnt.config, verify, finish))
     return new
 
 

@@ -14,12 +14,6 @@ from attn_compiler.variants import VARIANTS
 from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec
 
 Target = VariantSpec | Literal["fastest"]
-# what specs may ask for and no door can give yet: field, its usual value, why not
-_UNBUILT = {
-    "SwitchHead": (
-        ("init", "fresh", "layers are converted by variants.switchhead_convert, not by rewrite"),
-    ),
-}
 _OPTIONS = ("to", "hardware", "on_reject", "measure_top", "then", "mode", "inductor")
 
 
@@ -129,20 +123,8 @@ def _targets(to: Any) -> tuple[tuple[str, Target], ...]:
             raise BadOption(
                 f"option to is {target!r}", do=f'give "fastest", a spec ({names}) or a dict of them'
             )
-        _refuse_unbuilt_spec(target)
         found.append((glob, target))
     return tuple(found)
-
-
-def _refuse_unbuilt_spec(target: Target) -> None:
-    for field, usual, why in _UNBUILT.get(type(target).__name__, ()):
-        if getattr(target, field) != usual:
-            raise BadOption(
-                f"{type(target).__name__} has {field}={getattr(target, field)!r}",
-                where=f"option {field}",
-                why=[why],
-                do=f"leave it {usual!r}",
-            )
 
 
 def _exactly(target: Target) -> Target:

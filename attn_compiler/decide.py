@@ -33,6 +33,7 @@ from attn_compiler.ir.states import Kept, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
 from attn_compiler.passes.describe import describe
+from attn_compiler.passes.listen_layer import listen_layer
 from attn_compiler.passes.replace_block import replace_block
 from attn_compiler.passes.replace_layer import replace_layer
 from attn_compiler.passes.replace_net import replace_layer_and_net
@@ -182,6 +183,9 @@ def _replaced(
     piece = replace(piece, facts={**piece.facts, "calls": work.cache})
     try:
         made = variant.replace(site, piece, spec)
+        if made.listens:
+            ear = listen_layer(region, functional, piece)
+            return replace(site, decision=Decision(True, variant.name, tensors=ear))
         tensors = carry_out(region, functional, piece, made) if work.change else made.all_tensors
     except (NotAttention, RegionError) as refusal:
         reason = Reason(refusal.code, refusal.text, site.location)

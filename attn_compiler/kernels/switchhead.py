@@ -249,11 +249,24 @@ def rotary(x: Tensor, positions: Tensor, *, share: float = 0.5, base: float = 10
     n = int(share * x.shape[-1]) // 2 * 2
     dtype = torch.promote_types(x.dtype, torch.float32)
     exponents = torch.arange(0, n, 2, device=x.device, dtype=dtype) / max(n, 1)
-    angles = positions.to(dtype).unsqueeze(-1) * base**-exponents
+    return turned(x, positions, base**-exponents)
+
+
+def turned(x: Tensor, positions: Tensor, speeds: Tensor) -> Tensor:
+    """The same at any speeds: channel i and channel i + n are a pair, turned by p * speeds[i], and
+    the channels from 2 n on stay.
+
+    Args:
+        x: [B, H, T, c].
+        positions: [T] or [B, 1, T].
+        speeds: [n], in radians a position.
+    """
+    n, dtype = len(speeds), torch.promote_types(x.dtype, torch.float32)
+    angles = positions.to(dtype).unsqueeze(-1) * speeds.to(dtype)
     cos, sin = angles.cos(), angles.sin()
-    a, b = x[..., : n // 2].to(dtype), x[..., n // 2 : n].to(dtype)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-    return torch.cat([turned, x[..., n:]], -1)
+    a, b = x[..., :n].to(dtype), x[..., n : 2 * n].to(dtype)
+    pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.cat([pairs, x[..., 2 * n :]], -1)
 
 
 def relative_positions(w_p: Tensor, keys: int) -> Tensor:

@@ -28,6 +28,7 @@ from attn_compiler.kernels.switchhead import (
     drawn,
     keys_values,
     rotary,
+    turned,
 )
 
 Start = int | Tensor
@@ -40,6 +41,7 @@ class _Options:
     Attributes:
         names: of the weights, in order.
         turned: (share, base) of `rotary`, None for no rotation.
+        speeds: of `turned`, instead of these.
         expert_dropout: 0 in evaluation.
     """
 
@@ -53,6 +55,11 @@ class _Options:
     program: str
     dropout: float
     turned: tuple[float, float] | None
+    speeds: tuple[float, ...] = ()
+
+    @property
+    def turns(self) -> bool:
+        return self.turned is not None or bool(self.speeds)
 
     @property
     def mixture(self) -> Mixture:
@@ -73,10 +80,13 @@ class _Options:
         return drawn(like) if self.expert_dropout else None
 
     def rotate(self, start: Start, rows: int, like: Tensor) -> Rotate | None:
-        if self.turned is None:
+        if not self.turns:
             return None
-        share, base = self.turned
         positions = torch.arange(rows, device=like.device) + start
+        if self.turned is None:
+            speeds = torch.tensor(self.speeds, device=like.device, dtype=torch.float32)
+            return lambda x: turned(x, positions, speeds)
+        share, base = self.turned
         return lambda x: rotary(x, positions, share=share, base=base)
 
 
@@ -134,7 +144,7 @@ def write(
     chosen = _Options(**options)
     own, _ = chosen.weights(given)
     start: Start = 0
-    if chosen.turned is not None:
+    if chosen.turns:
         start = cache.get_seq_length(index)
         # a cache may count in a tensor of its own
         start = start.clone() if isinstance(start, Tensor) else start

@@ -144,7 +144,7 @@ class Emitter:
         owner = self.graph.owning_module
         assert owner is not None
         owner.register_module(name, module)
-        with self.graph.inserting_before(self.region.end):
+        with self.graph.inserting_before(self.at):
             node = self.graph.get_attr(name)
         self.new.append(node)
         return node

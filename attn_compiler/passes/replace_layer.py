@@ -46,7 +46,7 @@ def replace_layer(
     core: Core = piece.facts["core"]
     removed = {piece.end} if layer.update is None else {piece.end, layer.update}
     check_unread(region, piece, removed)
-    _check_unwritten(layer, region.end)
+    check_unwritten(layer, region.end)
     if layer.places is not None:
         _check_places(region, layer.places, removed)
     old = {place: ops.value(place) for place in layer.places or ()}
@@ -166,7 +166,7 @@ def _check_places(region: Region, places: Sequence[fx.Node], removed: set[fx.Nod
                 raise NotAttention("piece.read_elsewhere", text, user)
 
 
-def _check_unwritten(layer: Layer, end: fx.Node) -> None:
+def check_unwritten(layer: Layer, end: fx.Node) -> None:
     """Nobody may write to an input between its map and the end of the attention."""
     held = {m.x: ops.storages(m.x) for m in layer.made[:-1]}
     for made in layer.made[:-1]:

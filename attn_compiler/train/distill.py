@@ -228,11 +228,15 @@ def _alone(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> A
 def _listening(
     model: nn.Module, paths: Sequence[str]
 ) -> Iterator[list[tuple[str, tuple[Any, ...], dict[str, Any], Tensor]]]:
-    """Path, arguments and output of every call of some modules."""
+    """Path, arguments without caches, and output of every call of some modules."""
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Tensor]] = []
 
     def hear(path: str) -> Callable[..., None]:
-        return lambda _, args, kwargs, out: calls.append((path, args, kwargs, first_tensor(out)))
+        def call(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            named = {name: _no_cache(value) for name, value in kwargs.items()}
+            calls.append((path, tuple(map(_no_cache, args)), named, first_tensor(out)))
+
+        return call
 
     handles = [
         model.get_submodule(path).register_forward_hook(hear(path), with_kwargs=True)
@@ -243,6 +247,11 @@ def _listening(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _no_cache(value: Any) -> Any:
+    """A model makes a cache by itself: by now it holds what the teacher wrote."""
+    return None if hasattr(value, "update") and hasattr(value, "get_seq_length") else value
 
 
 def _model_loss(student: nn.Module, teacher: nn.Module, loss: Loss, batch: Batch) -> Tensor:

@@ -14,9 +14,10 @@ from torch import nn
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption
 from attn_compiler.report import Report
-from attn_compiler.train import gau, selective, spion
+from attn_compiler.train import gau, selective, spion, switchhead_convert
 from attn_compiler.variants import needs_data
 from attn_compiler.variants.base import VariantSpec
+from attn_compiler.variants.sites.switchhead import converts
 
 Data = Iterable[Any] | Literal["later"] | None
 
@@ -29,7 +30,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
     """
     specs = [spec for _, spec in config.to if isinstance(spec, VariantSpec)]
     fitted = [spec for spec in specs if needs_data(spec)]
-    converted = [spec for spec in fitted if gau.converts(spec)]
+    converted = [spec for spec in fitted if gau.converts(spec) or converts(spec)]
     if (calibration is None and fitted) or (calibration == "later" and converted):
         later_too = "" if converted else '; or "later" with a schedule'
         raise BadOption(
@@ -55,6 +56,20 @@ def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | 
     """The loss of a model that is about to get another function, where there is data."""
     other = any(selective.changes(spec) for _, spec in config.to)
     return selective.losses(model, data) if other and isinstance(data, list) else None
+
+
+def learnt(
+    model: nn.Module, example: tuple[Any, Any], config: CompileConfig, data: Data
+) -> switchhead_convert.Conversions:
+    """What has to be known of a model before it is rewritten.
+
+    Raises:
+        BadOption: data shows nothing of a layer.
+    """
+    if not any(converts(spec) for _, spec in config.to):
+        return switchhead_convert.Conversions({}, config)
+    assert data is not None and data != "later"  # see `checked`
+    return switchhead_convert.conversions(model, example, config, data)
 
 
 def fitted(

@@ -295,7 +295,7 @@ def calibrate(model: nn.Module, layers: list[Layer], batches: Iterable[Any]) -> 
     try:
         with torch.no_grad(), watched(layers), bar("calibration", number) as advance:
             for batch in batches:
-                args, kwargs = _call(batch)
+                args, kwargs = call_of(batch)
                 model(*args, **kwargs)
                 advance()
     finally:
@@ -303,7 +303,7 @@ def calibrate(model: nn.Module, layers: list[Layer], batches: Iterable[Any]) -> 
     return {layer.path: _settle(layer) for layer in layers}
 
 
-def _call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch as the arguments of a call."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         args, kwargs = batch

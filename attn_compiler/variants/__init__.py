@@ -38,7 +38,7 @@ __all__ = [
 
 def needs_data(spec: VariantSpec) -> bool:
     """Has it to see a model's attention before it can take its place?"""
-    if isinstance(spec, gau.GAU):
+    if isinstance(spec, gau.GAU | switchhead.SwitchHead):
         return spec.init == "convert"
     return isinstance(spec, spion.SPION) and spec.pattern is None
 

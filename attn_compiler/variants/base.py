@@ -244,6 +244,7 @@ class Replacement:
         cached: the same for a layer with a cache.
         net: what takes the place of the feed-forward net, where that is replaced by itself.
         origin: what is known of the weights that leave, for a start from them.
+        listens: nothing is replaced, an ear is put beside (`variants.conversion.ear`).
     """
 
     function: Callable[..., Any]
@@ -255,6 +256,7 @@ class Replacement:
     cached: CachedLayer | None = None
     net: Replacement | None = None
     origin: Any = None
+    listens: bool = False
 
     @property
     def all_tensors(self) -> tuple[NewTensor, ...]:

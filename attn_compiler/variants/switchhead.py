@@ -51,7 +51,9 @@ class SwitchHead(VariantSpec):
         experts_on: which projections are experts, out of q, k, v, o.
         shared_selection: one router for both sides.
         expert_dropout: probability that an expert is not chosen in training.
-        init: "fresh", or "convert" from the heads of the layer that is replaced.
+        init: "fresh", or "convert" from the heads of the layer that is replaced: groups of them
+            share a map, and each becomes an expert; with as many maps as heads, every expert is a
+            copy of its head, and the function stays. It takes calibration.
         feed_forward: "sigma_moe" replaces the feed-forward net too (SwitchAll).
 
     Raises:
@@ -87,7 +89,13 @@ class SwitchHead(VariantSpec):
         good = isinstance(p, int | float) and not isinstance(p, bool) and 0 <= p < 1
         demand(self, "expert_dropout", good, "give a probability from 0, below 1")
         demand_one_of(self, "init", "fresh", "convert")
+        heads_alone = self.init == "fresh" or self.experts_on == ("v", "o")
+        why = "heads become experts on values and outputs"
+        demand(self, "experts_on", heads_alone, 'leave it ("v", "o") with init="convert"', why)
         demand_one_of(self, "feed_forward", None, "sigma_moe")
+        alone = self.init == "fresh" or self.feed_forward is None
+        why = "the experts of a feed-forward net start afresh"
+        demand(self, "feed_forward", alone, 'leave it None with init="convert"', why)
 
 
 def cost(

@@ -37,10 +37,12 @@ from attn_compiler.variants.conversion.alike import balanced_groups, medoid, sim
 from attn_compiler.variants.conversion.bases import aligned, narrowed, without_bias
 from attn_compiler.variants.conversion.ordinary import (
     Batches,
+    Given,
     Moments,
     Ordinary,
     attended,
-    in_double,
+    calls,
+    computed,
     moments,
     projected,
 )
@@ -110,6 +112,30 @@ def duplicated(
     return Converted(weights, layer.bias, tuple((head,) * experts for head in range(layer.heads)))
 
 
+def embedded(layer: Ordinary, mixture: Mixture, head_dim: int, batches: Batches) -> Converted:
+    """`duplicated`, at any width and with biases: those of queries and keys that change scores are
+    folded into the weights, by least squares over the inputs. Without them it is exact.
+
+    Args:
+        layer: of H heads, which turns its first channels if any.
+        mixture: H heads, with experts on v and o.
+        head_dim: c, at least as wide as its heads.
+    """
+    wide = layer.wide()
+    if _has_bias(layer):
+        target, source = moments(batches)
+        turns = wide.rotate is not None or Program.parse(layer.scores.program).score != DOT
+        w_q = without_bias(wide.w_q, wide.b_q, target)
+        w_k = without_bias(wide.w_k, wide.b_k if turns else None, source)
+        wide = replace(wide, w_q=w_q, w_k=w_k, b_q=None, b_k=None)
+    found = duplicated(wide, mixture.experts, mixture.k)
+    old, scale = found.weights, (head_dim / layer.head_dim) ** 0.5
+    w_q, w_k, w_v = (_padded(w, head_dim) for w in (old.w_q * scale, old.w_k, old.w_v))
+    w_o = _padded(old.w_o.mT, head_dim).mT
+    router = None if mixture.shared else old.w_s
+    return replace(found, weights=Weights(w_q, w_k, w_v, w_o, router, old.w_d))
+
+
 # ---------------------------------------------------------------- approximate
 
 
@@ -152,6 +178,33 @@ def convert(layer: Ordinary, mixture: Mixture, head_dim: int, batches: Batches) 
     if bias is not None and layer.bias is not None:
         bias = bias.to(layer.bias.dtype) + layer.bias
     return Converted(Weights(**narrow), bias, groups)
+
+
+def missed(layer: Ordinary, found: Converted, mixture: Mixture, batches: Batches) -> float:
+    """|new - old|^2 / |old|^2 over the rows that count."""
+    weights = Weights(*(None if w is None else w.to(torch.float64) for w in _each(found.weights)))  # type: ignore[arg-type]
+    gap, size = 0.0, 0.0
+    for each, given in calls(layer.wide(), batches):
+        scores = replace(each.scores, scale=None)
+        new = switchhead_attention(
+            given.x_q, given.x_kv, weights, mixture, scores, rotate=_rotation(layer)
+        )
+        new = new if found.bias is None else new + found.bias
+        same, old = given.x_q is given.x_kv, computed(each, given)
+        gap += float(given.counted(new - old, same).square().sum())
+        size += float(given.counted(old, same).square().sum())
+    return gap / max(size, _TINY)
+
+
+def _each(weights: Weights) -> list[Tensor | None]:
+    return [getattr(weights, name) for name in Weights.__slots__]
+
+
+def _rotation(layer: Ordinary) -> tuple[Rotate, Rotate] | None:
+    return layer.rotate and (
+        first_channels(layer.rotate[0], layer.head_dim),
+        first_channels(layer.rotate[1], layer.head_dim),
+    )
 
 
 def _check(layer: Ordinary, mixture: Mixture, head_dim: int) -> None:
@@ -236,15 +289,16 @@ def _routers(
     size = layer.w_o @ layer.w_o.mT  # |r W_O|^2 = r W_O W_O^T r^T
     sums = [torch.zeros(()), torch.zeros(())]
     rows = [0, 0]
-    for x_q, x_kv in in_double(batches):
-        v = projected(x_kv, layer.w_v, None)
-        r = attended(layer, x_q, x_kv, v)
-        for side, (x, y) in enumerate(((x_kv, v), (x_q, r))):
+    for each, given in calls(layer, batches):
+        v = projected(given.x_kv, layer.w_v, None)
+        r = attended(each, given.x_q, given.x_kv, v)
+        same = given.x_q is given.x_kv
+        for side, (x, y, here) in enumerate(((given.keys, v, True), (given.queries, r, same))):
             norms = torch.einsum("bhtc,hce,bhte->bth", y, size, y).clamp_min(0).sqrt()[..., order]
             total = norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
             share = (norms / total).clamp(_LEAST_SHARE, 1 - _LEAST_SHARE)
-            sums[side] = sums[side] + torch.einsum("btd,btn->dn", x, share.logit().flatten(2))
-            rows[side] += x.shape[0] * x.shape[1]
+            sums[side] = sums[side] + x.mT @ given.counted(share.logit().flatten(2), here)
+            rows[side] += len(x)
     target, source = sides
     w_s = torch.linalg.solve(source.second, sums[0] / rows[0]).mT
     w_d = torch.linalg.solve(target.second, sums[1] / rows[1]).mT
@@ -262,12 +316,13 @@ def _outputs(
     size = len(width) + int(layer.bias is not None)
     zeros = (width.new_zeros(size, size), width.new_zeros(size, layer.w_o.shape[2]))
     fitted, kept = zeros, zeros  # products of what goes in with itself, and with what comes out
-    for number, (x_q, x_kv) in enumerate(in_double(batches)):
-        values = projected(x_kv, layer.w_v, None)
-        old = torch.einsum("bhtc,hcd->btd", attended(layer, x_q, x_kv, values), layer.w_o)
-        new = _mixed(layer, weights, mixture, x_q, x_kv).flatten(0, 1)
+    bare = replace(layer, b_v=None, b_o=None)
+    for number, (each, given) in enumerate(calls(bare, batches)):
+        same = given.x_q is given.x_kv
+        old = given.counted(computed(each, given), same)
+        new = given.counted(_mixed(each, weights, mixture, given), same)
         new = torch.nn.functional.pad(new, (0, size - len(width)), value=1.0)
-        products = new.mT @ new, new.mT @ old.flatten(0, 1)
+        products = new.mT @ new, new.mT @ old
         if number % _KEPT_BACK == _KEPT_BACK - 1:
             kept = kept[0] + products[0], kept[1] + products[1]
         else:
@@ -298,23 +353,17 @@ def _missed(found: Tensor, products: tuple[Tensor, Tensor]) -> float:
     return float((found * (normal @ found - 2 * right)).sum())
 
 
-def _mixed(
-    layer: Ordinary, weights: Weights, mixture: Mixture, x_q: Tensor, x_kv: Tensor
-) -> Tensor:
+def _mixed(layer: Ordinary, weights: Weights, mixture: Mixture, given: Given) -> Tensor:
     """Results of every head times the gates of its experts: what W_O multiplies, [B, T, H E c]."""
     heads, inner = mixture.heads, weights.w_o.shape[1]
     apart = torch.eye(heads * inner).to(weights.w_o).view(heads, inner, -1)
-    rotate = layer.rotate and (
-        first_channels(layer.rotate[0], layer.head_dim),
-        first_channels(layer.rotate[1], layer.head_dim),
-    )
     on = tuple(name for name in mixture.experts_on if name != "o")
     scores = replace(layer.scores, scale=None)
     results = switchhead_attention(
-        x_q, x_kv, replace(weights, w_o=apart), replace(mixture, experts_on=on), scores,
-        rotate=rotate,
+        given.x_q, given.x_kv, replace(weights, w_o=apart), replace(mixture, experts_on=on),
+        scores, rotate=_rotation(layer),
     )  # fmt: skip
-    routes = destination(x_q, weights, mixture)
+    routes = destination(given.x_q, weights, mixture)
     assert routes is not None  # there are experts on o
     gates = torch.zeros_like(routes.logits).scatter(3, routes.index.long(), routes.gate)
     each: Tensor = gates.unsqueeze(-1) * results.unflatten(2, (heads, 1, inner))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import attn_compiler as ac
-from attn_compiler.variants.blocks.switchhead import legality
 from tests.doors.switched import expected
 from tests.ir.block_models import WIDTH, Net, Parallel, Post, Pre, RmsNorm
 
@@ -247,13 +246,6 @@ def test_a_block_is_left_alone_as_a_whole(name: str) -> None:
     assert report.rewritten == 0 and list(new.state_dict()) == before
     assert {r.code for s in report.sites for r in s.decision.reasons} == {code}
     assert torch.equal(new(X), model(X))
-
-
-def test_no_conversion_of_nets() -> None:
-    rewritten(Pre())
-    site = replace(ac.last_report().sites[0], obstacles=())
-    spec = replace(SPEC, init="convert")
-    assert [r.code for r in legality(site, spec)] == ["switchall.convert"]
 
 
 def test_the_report_of_explain_and_of_a_backend() -> None:

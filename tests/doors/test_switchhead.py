@@ -297,12 +297,6 @@ def test_a_backend_cannot_install_it() -> None:
     assert [r.code for r in site.decision.reasons] == ["needs_rewrite"]
 
 
-@pytest.mark.parametrize("option", [{"init": "convert"}])
-def test_what_is_not_built_says_so(option: dict[str, Any]) -> None:
-    with pytest.raises(ac.BadOption, match=next(iter(option))):
-        ac.rewrite(switched.Separate(), (draw(),), to=ac.SwitchHead(**option))
-
-
 def test_it_learns_from_the_original() -> None:
     torch.manual_seed(0)
     model = switched.Stack(switched.Separate)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from attn_compiler.config import make_config
 from attn_compiler.errors import BadOption
 from attn_compiler.variants.base import VariantSpec
 from attn_compiler.variants.el import ELAttention
@@ -188,11 +187,9 @@ def test_a_pattern_gives_its_tensor_back() -> None:
     assert pattern.density == int(mask.sum()) / 121
 
 
-def test_a_field_that_no_door_can_give_is_refused() -> None:
-    with pytest.raises(BadOption, match="SwitchHead has"):
-        make_config({"to": SwitchHead(init="convert")})
-    for spec in (GAU(), SwitchHead(), SwitchHead(feed_forward="sigma_moe"), ELAttention()):
-        assert make_config({"to": spec}).wanted("any.path") == spec
+def test_experts_of_a_net_start_afresh() -> None:
+    with pytest.raises(BadOption, match="start afresh"):
+        SwitchHead(init="convert", feed_forward="sigma_moe")
 
 
 def test_specs_and_sizes_do_without_sympy() -> None:

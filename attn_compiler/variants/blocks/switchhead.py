@@ -37,15 +37,12 @@ if TYPE_CHECKING:
 
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """Codes: those of `sites.switchhead`; of `ir.blocks` (block.*) and `ir.feed_forward`
-    (feed_forward.*), where the block has no net that can be replaced; and switchall.convert.
+    (feed_forward.*), where the block has no net that can be replaced.
     """
     around = tuple(o for o in site.obstacles or () if "." in o.code)
     yield from around
     own = tuple(o for o in site.obstacles or () if "." not in o.code)
     yield from switchhead.legality(replace(site, obstacles=own), spec)
-    if spec.init == "convert":
-        text = "the feed-forward net cannot be converted: its experts start afresh"
-        yield Reason("switchall.convert", text, site.location)
 
 
 def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacement:

@@ -13,7 +13,7 @@ from itertools import combinations, product
 import torch
 from torch import Tensor
 
-from attn_compiler.variants.conversion.ordinary import Batches, Ordinary, in_double, maps_of
+from attn_compiler.variants.conversion.ordinary import Batches, Ordinary, calls, maps
 
 # rounding must not swap for ever
 _LEAST_GAIN = 1e-9
@@ -23,9 +23,10 @@ def similarity(layer: Ordinary, batches: Batches) -> Tensor:
     """1 less the mean Jensen-Shannon divergence of attention maps, in bits: [H, H], 1 for equal."""
     total = torch.zeros(layer.heads, layer.heads, dtype=torch.float64, device=layer.w_q.device)
     rows = 0
-    for x_q, x_kv in in_double(batches):
-        for a, b in zip(x_q.split(1), x_kv.split(1), strict=True):
-            p = maps_of(layer, a, b)
+    for each, given in calls(layer, batches):
+        for number, p in enumerate(maps(each, given)):
+            if given.rows is not None and given.x_q is given.x_kv:
+                p = p[:, given.rows[number]]
             rows += p.shape[1]
             entropies = _entropy(p)
             for head in range(layer.heads):

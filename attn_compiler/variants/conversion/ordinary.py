@@ -21,8 +21,42 @@ _WIDE = torch.float64
 # of a mean square: keeps inverses finite where inputs leave directions out
 _RIDGE = 1e-6
 
-# inputs of a layer: the queries' side [B, T, D] and the keys' side [B, S, D]
-Batches = Sequence[tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Inputs of a layer in one call.
+
+    Attributes:
+        x_q, x_kv: [B, T, D] and [B, S, D].
+        scores: with what the program reads in this call; None for those of the layer.
+        rows: [B, S], keys that a query sees, and so the rows of both sides where these are one;
+            None for all. Padding teaches nothing.
+    """
+
+    x_q: Tensor
+    x_kv: Tensor
+    scores: Scores | None = None
+    rows: Tensor | None = None
+
+    @property
+    def queries(self) -> Tensor:
+        """[N, D]: rows of the queries' side that count."""
+        return self.counted(self.x_q, self.x_q is self.x_kv)
+
+    @property
+    def keys(self) -> Tensor:
+        """[N, D]: rows of the keys' side that count."""
+        return self.counted(self.x_kv)
+
+    def counted(self, x: Tensor, here: bool = True) -> Tensor:
+        """[N, ...]: the rows of x [B, rows, ...] that count, `here` if x is of the keys' side."""
+        if self.rows is None or not here:
+            return x.flatten(0, 1)
+        return x[self.rows]
+
+
+# inputs of a layer: the queries' side [B, T, D] and the keys' side [B, S, D], or with more
+Batches = Sequence[tuple[Tensor, Tensor] | Given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +132,28 @@ def split_out(weight: Tensor, heads: int) -> Tensor:
     return weight.mT.reshape(heads, -1, weight.shape[0])
 
 
-def in_double(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+def in_double(batches: Batches) -> Iterator[Given]:
     """The inputs in double; one tensor for both sides stays one."""
-    for x_q, x_kv in batches:
-        wide = x_q.detach().to(_WIDE)
-        yield wide, wide if x_kv is x_q else x_kv.detach().to(_WIDE)
+    for batch in batches:
+        given = batch if isinstance(batch, Given) else Given(*batch)
+        x_q = given.x_q.detach().to(_WIDE)
+        same = given.x_kv is given.x_q
+        yield replace(given, x_q=x_q, x_kv=x_q if same else given.x_kv.detach().to(_WIDE))
+
+
+def calls(layer: Ordinary, batches: Batches) -> Iterator[tuple[Ordinary, Given]]:
+    """The inputs in double, each with the layer as it is in that call."""
+    for given in in_double(batches):
+        yield layer if given.scores is None else replace(layer, scores=given.scores), given
+
+
+def seen(layer: Ordinary, batches: Batches) -> list[Given]:
+    """The batches, with the keys that a query sees."""
+    found = []
+    for batch, (wide, given) in zip(batches, calls(layer.each(), batches), strict=True):
+        rows = torch.cat([p.amax((0, 1)).unsqueeze(0) > 0 for p in maps(wide, given)])
+        found.append(replace(batch if isinstance(batch, Given) else Given(*batch), rows=rows))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +167,10 @@ class Moments:
 def moments(batches: Batches) -> tuple[Moments, Moments]:
     """Of the queries' side, and of the keys' side."""
     sides = []
-    for side in (0, 1):
+    for side in ("queries", "keys"):
         rows, mean, second = 0, torch.zeros(()), torch.zeros(())
-        for pair in in_double(batches):
-            x = pair[side].flatten(0, 1)
+        for given in in_double(batches):
+            x: Tensor = getattr(given, side)
             rows, mean, second = rows + len(x), mean + x.sum(0), second + x.mT @ x
         second = second / rows
         ridge = _RIDGE * second.diagonal().mean().expand(len(second)).diag()
@@ -127,11 +178,27 @@ def moments(batches: Batches) -> tuple[Moments, Moments]:
     return sides[0], sides[1]
 
 
-def maps_of(layer: Ordinary, x_q: Tensor, x_kv: Tensor) -> Tensor:
-    """Attention maps of one sequence, [H, T, S]: what attention makes of unit values."""
-    keys = x_kv.shape[1]
-    unit = torch.eye(keys, dtype=x_kv.dtype, device=x_kv.device).expand(1, layer.heads, -1, -1)
-    return attended(layer, x_q, x_kv, unit)[0]
+def maps(layer: Ordinary, given: Given) -> Iterator[Tensor]:
+    """Attention maps [H, T, S] of one sequence after another: what attention makes of unit values.
+
+    Args:
+        layer: with keys of its own for every head.
+    """
+    # what the program reads belongs to all sequences of a call
+    whole = bool(layer.scores.reads)
+    sides = [[x] if whole else x.split(1) for x in (given.x_q, given.x_kv)]
+    for x_q, x_kv in zip(*sides, strict=True):
+        batch, keys = x_kv.shape[:2]
+        unit = torch.eye(keys, dtype=x_kv.dtype, device=x_kv.device)
+        yield from attended(layer, x_q, x_kv, unit.expand(batch, layer.heads, -1, -1))
+
+
+def computed(layer: Ordinary, given: Given) -> Tensor:
+    """What the layer puts out, [B, T, D]."""
+    values = projected(given.x_kv, layer.w_v, layer.b_v)
+    out = attended(layer, given.x_q, given.x_kv, values)
+    y = torch.einsum("bhtc,hcd->btd", out, layer.w_o)
+    return y if layer.b_o is None else y + layer.b_o
 
 
 def attended(layer: Ordinary, x_q: Tensor, x_kv: Tensor, v: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ Source: SwitchHead (arXiv 2312.07987v3), sections 2 and 3.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeGuard
 
 from attn_compiler.ir.expr import Expr, Var, walk
 from attn_compiler.ir.piece import Piece
@@ -35,10 +36,41 @@ _MULTIPLES = (16, 8, 4, 2, 1)
 _TURNED = (0.5, 10000.0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(SwitchHead):
+    """What is asked for where the layer to be converted was read already; doors make it.
+
+    Attributes:
+        speeds: at which its channels turn, radians a position.
+        bias: is a vector added to its outputs?
+    """
+
+    speeds: tuple[float, ...] = ()
+    bias: bool = False
+
+    @staticmethod
+    def of(spec: SwitchHead, speeds: tuple[float, ...], bias: bool) -> Prepared:
+        """What a user asked for, with what was read."""
+        return Prepared(**_fields(spec), speeds=speeds, bias=bias)
+
+    def plain(self) -> SwitchHead:
+        """What the user asked for."""
+        return SwitchHead(**_fields(self))
+
+
+def _fields(spec: SwitchHead) -> dict[str, Any]:
+    return {f.name: getattr(spec, f.name) for f in fields(SwitchHead)}
+
+
+def converts(spec: Any) -> TypeGuard[SwitchHead]:
+    """Does a spec ask for the conversion of trained layers?"""
+    return isinstance(spec, SwitchHead) and spec.init == "convert"
+
+
 def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """Codes: one for each obstacle that `ir.layer` names (switchhead.no_projection, .no_output,
     .qk_norm, .between, .rotation, .cross_rotary, .cache_form, .layout, .positions, .hidden,
-    .nested), and switchhead.per_head, .sink, .scale, .sizes.
+    .nested), and switchhead.per_head, .sink, .scale, .sizes, .convert_heads.
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
@@ -55,6 +87,16 @@ def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     if site.query_heads is None or site.head_dim is None:
         text = "heads and their width are known only when the model runs"
         yield Reason("switchhead.sizes", text, site.location)
+    elif spec.init == "convert":
+        yield from _unconvertible(site, spec, site.query_heads)
+
+
+def _unconvertible(site: AttentionSite, spec: SwitchHead, heads: int) -> Iterator[Reason]:
+    """switchhead.convert_heads: heads that do not become experts, each one of a group."""
+    found = filled(replace(spec, head_dim=1), width=1, heads=heads, head_dim=1)
+    if heads not in (found.heads, int(found.heads) * int(found.experts)):
+        text = f"{heads} heads are not {found.heads} groups of {found.experts}"
+        yield Reason("switchhead.convert_heads", text, site.location)
 
 
 def _names_head(expr: Expr) -> bool:
@@ -113,6 +155,10 @@ def sized(
             ),
             round(limit) or whole_width(limit),
         )
+    if spec.head_dim == "auto" and spec.init == "convert":
+        # narrower heads would lose what they are converted from
+        least = max(site.head_dim, site.value_dim or site.head_dim)
+        width = least if found.heads == site.query_heads else max(width, least)
     return replace(found, head_dim=width), width * each + routers
 
 
@@ -129,8 +175,11 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
     else:
         widths = Widths(**facts["widths"])
-        made, count = sized(spec, site, widths, facts["parameters"])
+        asked = spec.plain() if isinstance(spec, Prepared) else spec
+        made, count = sized(asked, site, widths, facts["parameters"])
         tensors = _tensors(made, widths, piece)
+        if isinstance(spec, Prepared) and spec.bias:
+            tensors = (*tensors, replace(tensors[0], name="b_o", shape=(widths.o,), fill=0.0))
         words = (
             f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
             f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
@@ -145,7 +194,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
         ("program", str(site.program)),
         ("dropout", site.dropout),
-        ("turned", _TURNED if facts["layer"].turned else None),
+        ("turned", _TURNED if facts["layer"].turned and made.init == "fresh" else None),
+        ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
     )
     return Replacement(
         switchhead_call.layer,
