@@ -152,9 +152,12 @@ class Call:
         return fake
 
     def _place(self, text: str) -> fx.Node:
-        name = f"{_cleaned(shown(text))}_{len(self.leaves)}"
+        name = _cleaned(shown(text))
+        alike = [other for other in self.leaves if _cleaned(shown(other)) == name]
         self.leaves.append(text)
-        return self.recorder.graph.placeholder(name)
+        return self.recorder.graph.placeholder(
+            given(f"{name}_{len(self.leaves)}" if alike else name)
+        )
 
     # ------------------------------------------------------------ modules, attributes, state
 

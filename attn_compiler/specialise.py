@@ -2,7 +2,7 @@
 text.
 
     covers(self, x_, mask_, kwargs_)   is all as it was when the call was traced, up to sizes?
-    body(self, x_0, mask_1)            the rewritten graph as Python
+    body(self, x_, mask_)              the rewritten graph as Python
     run(self, x_, mask_, kwargs_)      body, with the leaves of the arguments
 """
 
