@@ -32,10 +32,12 @@ class MaskedLayer(DynamicLayer):
     Attributes:
         amount: [B, S], below 0 where a token is protected; None before the first pass.
         selector: keys and values of a selecting head of its own, [B, 1, S, e] and [B, 1, S, f].
+        windowed: does it stand in the place of a layer of a sliding window?
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.windowed = False
         self.amount: Tensor | None = None
         self.selector: tuple[Tensor, ...] = ()
 
@@ -112,14 +114,15 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         None where it is no cache of transformers.
 
     Raises:
-        UnsupportedCall: the layer is of another kind, or holds keys already; or another one of the
-            cache keeps a window.
+        UnsupportedCall: the layer is of another kind, or holds keys already; or it goes on in the
+            place of one of a window, and another one keeps its own.
     """
     layer = layer_for(cache, index)
     if layer is None:
         return None
-    _check_windows(cache.layers)
     if isinstance(layer, SelectiveLayer | MaskedLayer):
+        if layer.windowed and layer.get_seq_length():
+            _check_windows(cache.layers)
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         raise UnsupportedCall(
@@ -128,11 +131,13 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
             do="give an empty DynamicCache, a SelectiveCache, or none",
         )
     cache.layers[index] = made = MaskedLayer() if budget is None else SelectiveLayer(budget)
+    made.windowed = type(layer) is DynamicSlidingWindowLayer
     return made
 
 
 def _check_windows(layers: Sequence[Any]) -> None:
-    """All layers have masks of the same length: those of a window alone would shorten the others'.
+    """Layers of windows have masks of the same length: one that keeps its window alone would
+    shorten those of the others. Masks of other layers, and of a first pass, are as long as ever.
 
     Raises:
         UnsupportedCall: a layer keeps a window already.

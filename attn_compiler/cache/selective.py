@@ -34,6 +34,9 @@ class SelectiveLayer(CacheLayerMixin):
     Args:
         budget: tokens that stay, at least 2: the first and the newest always do.
 
+    Attributes:
+        windowed: does it stand in the place of a layer of a sliding window?
+
     Raises:
         BadOption: the budget is smaller.
     """
@@ -50,7 +53,7 @@ class SelectiveLayer(CacheLayerMixin):
                 why=("the first token and the newest are never dropped",),
                 do="give at least 2",
             )
-        self.budget, self.seen = budget, 0
+        self.budget, self.seen, self.windowed = budget, 0, False
         self.slots: Slots | None = None
         self.keys: Tensor | None = None
         self.values: Tensor | None = None

@@ -57,6 +57,17 @@ def mistral() -> Any:
     return _sharp(tf.MistralForCausalLM(config))
 
 
+def gemma2() -> Any:
+    """One layer of a sliding window, one of all tokens."""
+    torch.manual_seed(0)
+    config = tf.Gemma2Config(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=LAYERS, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=4, vocab_size=61, max_position_embeddings=64,
+        sliding_window=3, bos_token_id=None, eos_token_id=None, attn_implementation="eager",
+    )  # fmt: skip
+    return _sharp(tf.Gemma2ForCausalLM(config))
+
+
 def _sharp(model: Any) -> Any:
     """Logits that mask something, in float64."""
     for name, parameter in model.named_parameters():
@@ -65,7 +76,10 @@ def _sharp(model: Any) -> Any:
     return model.double().eval()
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "llama, eager": llama_eager, "mistral": mistral}
+MODELS = {
+    "llama": llama, "gpt2": gpt2, "llama, eager": llama_eager, "mistral": mistral,
+    "gemma2": gemma2,
+}  # fmt: skip
 
 
 def inputs(padded: bool) -> dict[str, Tensor]:
@@ -99,6 +113,7 @@ CASES = [
     pytest.param("gpt2", True, {}, marks=SLOW),
     pytest.param("llama, eager", True, {}, marks=SLOW),
     pytest.param("mistral", True, {}, marks=SLOW),
+    pytest.param("gemma2", True, {}, marks=SLOW),
     pytest.param("gpt2", True, {"start": "gate"}, marks=SLOW),
 ]
 

@@ -43,3 +43,21 @@ def test_windows_become_layers_of_all_tokens() -> None:
         cache.update(keys, keys, index)
     with pytest.raises(UnsupportedCall, match="layer 1 keeps a window"):
         masked_layer.hold(cache, 0, None)
+
+
+@pytest.mark.parametrize("budget", [None, 4])
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+def test_a_window_beside_it_is_no_obstacle(kind: str, budget: int | None) -> None:
+    """To a layer of all tokens never: its mask is another one. To a layer of a window only when it
+    goes on: the masks of a first pass are as long as its rows.
+    """
+    config = tf.Gemma2Config(
+        num_hidden_layers=2, sliding_window=5, layer_types=["sliding_attention", kind]
+    )
+    cache, keys = tf.DynamicCache(config=config), draw(2, 7).unsqueeze(1)
+    cache.update(keys, keys, 0)
+    held: Any = masked_layer.hold(cache, 1, budget)
+    assert held is cache.layers[1] and cache.is_sliding == [True, False]
+    assert held.windowed == (kind == "sliding_attention")
+    assert masked_layer.hold(cache, 1, budget) is held
+    assert held.get_seq_length() == 0
