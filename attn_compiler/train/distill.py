@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,7 +201,7 @@ def _layer_loss(
     with torch.no_grad(), _listening(teacher, paths) as calls:
         teacher(*args, **kwargs)
     losses = [
-        relative(first_tensor(_alone(student.get_submodule(path), given, named)), wanted)
+        relative(first_tensor(student.get_submodule(path)(*given, **named)), wanted)
         for path, given, named, wanted in calls
     ]
     if not losses:
@@ -212,16 +211,6 @@ def _layer_loss(
             do="give layers that the batches pass through",
         )
     return torch.stack(losses).mean()
-
-
-def _alone(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """A layer's output, without a cache that a library's model has made: the teacher filled it."""
-    library = sys.modules.get("transformers.cache_utils")
-
-    def kept(value: Any) -> Any:
-        return None if library is not None and isinstance(value, library.Cache) else value
-
-    return layer(*map(kept, given), **{name: kept(value) for name, value in named.items()})
 
 
 @contextmanager
