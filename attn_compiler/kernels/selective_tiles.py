@@ -67,7 +67,8 @@ def _kept(given: Inputs, least: Tensor, past: int, gate: Tensor | None) -> Tenso
     q_norm, k_norm = (_largest(torch.linalg.vector_norm(x.float(), dim=-1)) for x in (q, k))
     bound = abs(scale) * q_norm.unsqueeze(-1) * k_norm.repeat_interleave(group, 1).unsqueeze(-2)
     if gate is not None:
-        least = torch.where(gate.reshape(()) > 0, least * gate.reshape(()).float(), 0.0)
+        factor = gate.reshape(()).float()
+        least = torch.where(factor < 0, -torch.inf, least * factor)
     margin = math.log(keys / torch.finfo(q.dtype).eps)
     return ~(bound - least.unsqueeze(1) < floor.unsqueeze(-1) - margin)
 
