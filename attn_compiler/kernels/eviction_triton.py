@@ -17,7 +17,7 @@ from attn_compiler.kernels.template import load, render
 
 # keys whose fate the registers of a program hold, on every device that the tests compile for
 _MOST = 2**13
-_KEYS_OF_A_WARP = 2**10
+_KEYS_OF_A_WARP = 2**8
 
 
 def runs(keys: int) -> bool:

@@ -67,7 +67,7 @@ def test_kernels_compile(target: str, width: int, dtype: torch.dtype) -> None:
                 assert MATRIX[target] in found.text, name
 
 
-@pytest.mark.parametrize("keys", [1024, eviction_triton._MOST])
+@pytest.mark.parametrize("keys", [1021, 4093, eviction_triton._MOST - 1, eviction_triton._MOST])
 @pytest.mark.parametrize("target", MATRIX)
 def test_eviction_compiles(target: str, keys: int) -> None:
     shape, rows = (2, keys), 128
