@@ -90,7 +90,7 @@ def _by_kernels(selection: Selection, cached: Tensor, budget: int) -> Tensor | N
         scan = scan_of(part)
         if scan is None or not eviction_triton.runs(keys):
             return None
-        amount, state, _ = scan.amounts()
+        amount, state = scan.amounts()
         own = cached[:, start:end].contiguous()
         eviction_triton.evict(amount, scan.protected, own, death, start, budget)
     return death

@@ -15,9 +15,9 @@ from torch import Tensor
 from attn_compiler.kernels.launch import Launch
 from attn_compiler.kernels.template import load, render
 
-# keys whose fate the registers of a program hold
-_MOST = 2**14
-_KEYS_OF_A_WARP = 2**10
+# keys whose fate the registers of a program hold, on every device that the tests compile for
+_MOST = 2**13
+_KEYS_OF_A_WARP = 2**8
 
 
 def runs(keys: int) -> bool:

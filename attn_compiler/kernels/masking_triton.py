@@ -31,7 +31,6 @@ from attn_compiler.kernels.launch import (
     structure_of,
 )
 from attn_compiler.kernels.masking import PROTECTED
-from attn_compiler.kernels.selective_tiles import pooled
 from attn_compiler.kernels.template import load
 from attn_compiler.kernels.triton_source import masking_source
 
@@ -82,18 +81,11 @@ class Scan:
         found.protect().run()
         return found
 
-    def amounts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """F [B, T, S], the state [B, S], and the smallest F of tiles (see `selective_tiles`).
-
-        F is 0 where no row sees a key.
-        """
+    def amounts(self) -> tuple[Tensor, Tensor]:
+        """F [B, T, S], 0 where no row sees a key, and the state [B, S]."""
         amount, after = self._whole(torch.float32), torch.empty_like(self.start)
-        tile, sizes = self._tile, amount.shape[1:]
-        tiles = (-(-n // m) for n, m in zip(sizes, (tile.rows, tile.keys), strict=True))
-        least = after.new_zeros(len(after), *tiles)
-        self.launch("amounts", (self.start, amount, after, least)).run()
-        state = after.masked_fill(self.protected.bool(), PROTECTED)
-        return amount, state, pooled(least, tile.rows, tile.keys)
+        self.launch("amounts", (self.start, amount, after)).run()
+        return amount, after.masked_fill(self.protected.bool(), PROTECTED)
 
     def pull(self, grad: Tensor, below: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the selecting query and key and of F in row 0, from that of F and of F after

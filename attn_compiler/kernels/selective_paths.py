@@ -339,9 +339,9 @@ def _reading(
     """
     given = selection.given
     if scan is not None:
-        amount, state, least = scan.amounts()
+        amount, state = scan.amounts()
         read = selection.reading(selection.weighed(amount))
-        return left_out(read, given, least, selection.past, selection.gate), amount, state
+        return left_out(read, given, amount, selection.past, selection.gate), amount, state
     shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
     amount = torch.zeros(shape, dtype=given.dtype, device=given.q.device)
     for span in _spans(masking):

@@ -4,7 +4,8 @@
 
 z_ii is what a row gives to its own token, from which nothing is ever subtracted. So a key that is
 left out weighs less than e^-margin beside it, and S of them together less than one rounding of the
-output: margin = log(S / eps). The kernels that visit lists of blocks do the rest.
+output: margin = log(S / eps). F only grows from row to row, so its smallest value in a tile stands
+in the first row. The kernels that visit lists of blocks do the rest.
 
 Source: the bound is ours; that F grows until distant tokens are gone is Selective Attention
 (arXiv 2410.02703).
@@ -30,13 +31,13 @@ from attn_compiler.kernels.frame import Frame, Inputs
 SIDE = 128
 
 
-def left_out(read: Inputs, given: Inputs, least: Tensor, past: int, gate: Tensor | None) -> Inputs:
+def left_out(read: Inputs, given: Inputs, amount: Tensor, past: int, gate: Tensor | None) -> Inputs:
     """An attention that reads F, without the tiles that F has masked away.
 
     Args:
         read: the attention with F.
         given: the same without.
-        least: the smallest F of each tile of SIDE x SIDE, [B, row tiles, key tiles].
+        amount: F, [B, T, S]; a row has no smaller F than the one before.
         past: keys before row 0.
         gate: what F is multiplied with; where it is negative nothing is left out.
 
@@ -46,7 +47,7 @@ def left_out(read: Inputs, given: Inputs, least: Tensor, past: int, gate: Tensor
     program = Program.parse(read.program)
     if Program.parse(given.program).score != DOT or given.k.shape[2] < past + given.q.shape[2]:
         return read
-    kept = _kept(given, least, past, gate)
+    kept = _kept(given, _smallest(amount), past, gate)
     index = (Var("b"), Var("h"), *(call("floordiv", Var(x), SIDE) for x in "qk"))
     near = Read(len(read.reads), index)
     mask = near if program.mask == TRUE else call("and", near, program.mask)
@@ -66,7 +67,8 @@ def _kept(given: Inputs, least: Tensor, past: int, gate: Tensor | None) -> Tenso
     q_norm, k_norm = (_largest(torch.linalg.vector_norm(x.float(), dim=-1)) for x in (q, k))
     bound = abs(scale) * q_norm.unsqueeze(-1) * k_norm.repeat_interleave(group, 1).unsqueeze(-2)
     if gate is not None:
-        least = torch.where(gate.reshape(()) > 0, least * gate.reshape(()).float(), 0.0)
+        factor = gate.reshape(()).float()
+        least = torch.where(factor < 0, -torch.inf, least * factor)
     margin = math.log(keys / torch.finfo(q.dtype).eps)
     return ~(bound - least.unsqueeze(1) < floor.unsqueeze(-1) - margin)
 
@@ -90,10 +92,8 @@ def _largest(x: Tensor) -> Tensor:
     return found
 
 
-def pooled(least: Tensor, rows: int, keys: int) -> Tensor:
-    """Of tiles of rows x keys, which divide SIDE, the smallest of each SIDE x SIDE."""
-    steps = SIDE // rows, SIDE // keys
-    over = (0, -least.shape[2] % steps[1], 0, -least.shape[1] % steps[0])
-    wide = pad(least, over, value=torch.inf)
-    found: Tensor = wide.unflatten(2, (-1, steps[1])).unflatten(1, (-1, steps[0])).amin((2, 4))
+def _smallest(amount: Tensor) -> Tensor:
+    """Of F [B, T, S] in each tile, [B, row tiles, key tiles]."""
+    first = pad(amount[:, ::SIDE], (0, -amount.shape[2] % SIDE), value=torch.inf)
+    found: Tensor = first.unflatten(2, (-1, SIDE)).amin(3)
     return found
