@@ -1,7 +1,7 @@
 """Pairs of gated units that are started from the blocks which they replace.
 
     teacher's block on calibration  ->  inputs and outputs of its branches, maps of its heads
-                                    ->  weights of the pair (`variants.gau_convert`)
+                                    ->  weights of the pair (`variants.conversion.gau`)
 
 A block is read through two forwards of its module: the exact rewriting says q, k, v and what comes
 out of the heads, and the rewritten one, with the teacher's answers in place of its units, what the
@@ -32,8 +32,8 @@ from attn_compiler.specialise import Plan, specialise
 from attn_compiler.train.distill import first_tensor, relative
 from attn_compiler.train.gau_block import TrainedBlock, unreadable
 from attn_compiler.variants import Flash
+from attn_compiler.variants.conversion.gau import judged
 from attn_compiler.variants.gau import GAU
-from attn_compiler.variants.gau_convert import judged
 from attn_compiler.watch import Recorded, autocast, bound, copied
 
 _EXACT = CompileConfig(to=(("*", Flash()),))

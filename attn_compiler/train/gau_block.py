@@ -27,7 +27,7 @@ from attn_compiler.kernels.gau_convert import mean_map
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, gau_layer
 from attn_compiler.kernels.gau_unit import NAMES, Call
 from attn_compiler.kernels.library import attention
-from attn_compiler.variants.gau_convert import (
+from attn_compiler.variants.conversion.gau import (
     Heads,
     Net,
     Taught,

@@ -87,7 +87,7 @@ def test_rewritten_forward_is_readable_python(new: nn.Module) -> None:
     claims.in_order(
         source,
         "def covers(self, x_):",
-        "self.c_attn(x_0)",
+        "self.c_attn(x_)",
         "torch.ops.attn_compiler.attention.default(",
         "self.c_proj(",
         "def run(self, x_):",

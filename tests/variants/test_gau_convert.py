@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, fresh, gau_layer
-from attn_compiler.variants.gau_convert import Net, Taught, kept_back, missed, net_start
+from attn_compiler.variants.conversion.gau import Net, Taught, kept_back, missed, net_start
 
 WIDTH, SECOND = 7, GauForm(chunk=5, causal=True, scale_mode="fixed(1)")
 
