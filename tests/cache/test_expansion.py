@@ -111,6 +111,7 @@ def test_the_class_looks_like_the_model_s_own(pair: tuple[Any, Any], tmp_path: P
     assert type(loaded) is type(model) and torch.equal(beams(loaded), expected)
 
 
+@pytest.mark.slow
 def test_a_model_inside_of_another_one() -> None:
     class Around(nn.Module):
         def __init__(self) -> None:

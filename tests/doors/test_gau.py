@@ -82,6 +82,7 @@ def test_a_block_computes_its_two_units(kind: type[Pre]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_a_module_has_to_bear() -> None:
     new = rewritten(Pre(net=Net(functional.silu, gated=True), norm=RmsNorm), X)
     y = new(X)
@@ -115,7 +116,9 @@ def test_every_new_parameter_learns() -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(48, 192), (32, 70)])
+@pytest.mark.parametrize(
+    ("width", "hidden"), [(48, 192), pytest.param(32, 70, marks=pytest.mark.slow)]
+)
 def test_sizes_match_the_block(width: int, hidden: int) -> None:
     model = nn.TransformerEncoderLayer(width, 2, hidden, batch_first=True).train()
     new = ac.rewrite(model, (torch.randn(2, 7, width),), to=ac.GAU())
@@ -125,7 +128,7 @@ def test_sizes_match_the_block(width: int, hidden: int) -> None:
     assert abs(units / replaced - 1) <= 0.02
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_encoder_layers_with_padding(batch_first: bool) -> None:
     old = nn.TransformerEncoderLayer(WIDTH, 3, 20, dropout=0.0, batch_first=batch_first).train()
     x = X if batch_first else X.transpose(0, 1)
@@ -208,12 +211,14 @@ def test_a_backend_has_no_place_for_parameters() -> None:
     assert [r.code for r in site.decision.reasons] == ["needs_rewrite"]
 
 
+@pytest.mark.slow
 def test_explain_says_what_would_be_done() -> None:
     (site,) = ac.explain(Pre(), (X,), to=SMALL).sites
     assert site.decision.accepted
     assert "18 wide" in site.facts["gau"]
 
 
+@pytest.mark.slow
 def test_units_learn_what_the_blocks_computed() -> None:
     teacher = nn.Sequential(Pre(), Post())
     student = ac.rewrite(teacher, (X,), to=SMALL)
@@ -264,6 +269,7 @@ def test_generation_is_the_full_pass(kind: str, chunk: int | None) -> None:
     assert torch.equal(new.generate(IDS, **beams), new.generate(IDS, use_cache=False, **beams))
 
 
+@pytest.mark.slow
 def test_generation_with_padding_on_the_left() -> None:
     new: Any = rewritten(language_model("llama"), IDS, to=SMALL)
     mask = torch.ones_like(IDS)
@@ -277,6 +283,7 @@ def test_generation_with_padding_on_the_left() -> None:
     assert close(torch.stack(out.logits, 1), full)
 
 
+@pytest.mark.slow
 def test_the_state_does_not_grow() -> None:
     new: Any = rewritten(language_model("llama"), IDS, to=SMALL)
     sizes = []

@@ -57,6 +57,7 @@ def _output(code: str, cwd: Path, **environment: str) -> str:
 # ---------------------------------------------------------------- logs and traces
 
 
+@pytest.mark.slow
 def test_torch_logs_with_a_plus_shows_the_graphs(tmp_path: Path) -> None:
     """A package that can be imported needs no registration: its name is a logger's."""
     done = _run(EAGER, tmp_path, TORCH_LOGS="+attn_compiler")

@@ -279,6 +279,7 @@ def test_functional_transforms(original: nn.Module, new: nn.Module, x: torch.Ten
     torch.testing.assert_close(found, new(x))
 
 
+@pytest.mark.slow
 def test_two_processes_under_ddp(tmp_path: Path) -> None:
     context = mp.get_context("spawn")
     results = context.Queue()

@@ -73,7 +73,7 @@ def test_seeds_that_once_failed(seed: int, dynamic: bool) -> None:
 
 
 def test_a_few_random_graphs() -> None:
-    assert sum(_try(seed, bool(seed % 2)) for seed in range(30)) > 5
+    assert sum(_try(seed, bool(seed % 2)) for seed in range(12)) > 2
 
 
 @pytest.mark.slow

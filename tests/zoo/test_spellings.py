@@ -60,7 +60,7 @@ def test_canonical_facts(mask: str) -> None:
     assert text.startswith(mask)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=QUIET)
 @given(spellings.facts, spellings.choices)
 def test_any_spelling(facts: Facts, choices: Choices) -> None:
     _agree(facts, choices)
