@@ -1,8 +1,9 @@
-"""Train a rewritten model of transformers: an ordinary loop, an ordinary optimiser.
+"""Train a rewritten model with Hugging Face's Trainer: it sees an ordinary model.
 
 new = ac.rewrite(model, kwargs=batch)
+Trainer(new, arguments, train_dataset=sentences).train()
 
-The loss of both models is followed over the same batches; what is saved is an ordinary checkpoint.
+Both models are trained on the same batches; what is saved is an ordinary checkpoint.
 """
 
 from __future__ import annotations
@@ -13,33 +14,46 @@ import tempfile
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 import attn_compiler as ac
 
-STEPS, LENGTH, WORDS = 20, 48, 32
+STEPS, BATCH, LENGTH, WORDS = 20, 8, 48, 32
 
 
-def batch(step: int) -> dict[str, Tensor]:
+class Sentences(Dataset[dict[str, Tensor]]):
     """Sentences that count upwards from a word of their own."""
-    start = torch.randint(0, WORDS, (8, 1), generator=torch.Generator().manual_seed(step))
-    ids = (start + torch.arange(LENGTH)) % WORDS
-    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+    def __len__(self) -> int:
+        return STEPS * BATCH
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = torch.randint(0, WORDS, (1,), generator=torch.Generator().manual_seed(index))
+        ids = (start + torch.arange(LENGTH)) % WORDS
+        return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def train(model: nn.Module) -> list[float]:
-    """The loss of each step."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for step in range(STEPS):
-        loss = model(**batch(step)).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-    return losses
+def train(model: PreTrainedModel, folder: str) -> list[float]:
+    """The loss of each step; the checkpoint is left in a folder."""
+    arguments = TrainingArguments(
+        folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=3e-3,
+        lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Sentences())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 def main() -> None:
@@ -50,19 +64,19 @@ def main() -> None:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
-    new = ac.rewrite(model, kwargs=batch(0))
+    sentences = Sentences()
+    batch = torch.utils.data.default_collate([sentences[i] for i in range(BATCH)])
+    new = ac.rewrite(model, kwargs=batch)
     print(ac.last_report())
 
-    ours, theirs = train(new), train(model)
-    print(f"loss {ours[0]:.3f} -> {ours[-1]:.3f}")
-
-    # an ordinary checkpoint: the original class reads it
-    with tempfile.TemporaryDirectory() as folder:
-        new.save_pretrained(folder)
-        again = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="eager")
+    with tempfile.TemporaryDirectory() as ours, tempfile.TemporaryDirectory() as theirs:
+        losses, expected = train(new, ours), train(model, theirs)
+        # an ordinary checkpoint: the original class reads it
+        again = GPT2LMHeadModel.from_pretrained(ours, attn_implementation="eager")
     assert again.state_dict().keys() == model.state_dict().keys()
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     # training makes rounding errors grow: only the first steps can be compared
-    difference = max(abs(a - b) for a, b in zip(ours[:3], theirs[:3], strict=True))
+    difference = max(abs(a - b) for a, b in zip(losses[:3], expected[:3], strict=True))
     print(f"largest difference: {difference:.1e}; over {STEPS} steps both learn")
 
 
