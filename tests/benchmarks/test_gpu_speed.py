@@ -295,12 +295,12 @@ def test_sections_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         case = replace(case, ways=case.ways[:2])
     monkeypatch.setattr(gpu_speed, "cases", lambda: [case])
     for way, found in worked(case, tmp_path / "notes").items():
-        if way in ("cudnn", "gluon") or (way == "flex" and "backward" in case.section):
+        if way in ("cudnn", "gluon", "el kernel") or (way == "flex" and "backward" in case.section):
             assert found["error"], way
         elif case.section == "numerics":
             assert len(found["errors"]) == 4 and max(found["errors"].values()) < 1e-5, way
         else:
-            assert found["seconds"], way
+            assert found.get("seconds"), (way, found)
             # float32: all of them compute the same
             assert max(found.get("differences", [0.0])) < 1e-5, way
 
