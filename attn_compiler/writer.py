@@ -57,7 +57,7 @@ class Writer:
             node = self.graph.call_function(getattr, (self.argument(args[0]), attribute_of(func)))
         elif name in ("__getitem__", "__setitem__"):
             node = self.graph.call_function(getattr(operator, name.strip("_")), self.argument(args))
-        elif getattr(torch.Tensor, name, None) is func:
+        elif _is_method(func, name):
             node = self.graph.call_method(name, self.argument(args), self.argument(kwargs))
         else:
             node = self.graph.call_function(func, self.argument(args), self.argument(kwargs))
@@ -180,6 +180,12 @@ def _tensor_paths(root: nn.Module) -> dict[int, str]:
             if isinstance(value, torch.Tensor):
                 found.setdefault(id(value), f"{path}.{name}".lstrip("."))
     return found
+
+
+def _is_method(func: Callable[..., Any], name: str) -> bool:
+    """Does a tensor's method of this name do the same? `Tensor.__pow__` calls itself `pow`."""
+    method = getattr(torch.Tensor, name, None)
+    return method is func or (method is not None and func.__module__ == "torch._tensor")
 
 
 def holds_tensor(value: Any) -> bool:

@@ -82,6 +82,24 @@ def test_owner_keeps_name_signature_and_state(original: nn.Module, new: nn.Modul
     assert repr(new) == repr(original)
 
 
+class Symbols(nn.Module):
+    """Operators of tensors by their symbols; some are wrapped under other names."""
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(1, q.shape[1] + 1)
+        by = 2.0**at + at**2 + at**0.5 + 3 / at + 7 // at + (5 - at) % 3 + abs(-at) + (~at & 1)
+        by **= 0.5
+        q = q * (by * 1e-2)[:, None]
+        return (q @ q.mT).softmax(-1) @ q
+
+
+def test_operators_by_their_symbols() -> None:
+    model, q = Symbols(), torch.randn(2, 7, 8)
+    new = ac.rewrite(model, (q,))
+    assert ac.last_report().rewritten == 1
+    torch.testing.assert_close(new(q), model(q))
+
+
 def test_rewritten_forward_is_readable_python(new: nn.Module) -> None:
     source = new.own._attn_variants[0].source  # type: ignore[union-attr]
     claims.in_order(
