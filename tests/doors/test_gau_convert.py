@@ -139,9 +139,9 @@ def language_model(kind: str) -> Any:
     tf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     none = {"bos_token_id": None, "eos_token_id": None, "vocab_size": 61}
-    small = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 20}
+    small = {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96}
     if kind == "gpt2":
-        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=12, n_layer=2, n_head=2, **none))
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=48, n_layer=2, n_head=2, **none))
     elif kind == "llama":
         sizes = {"num_hidden_layers": 2, "num_key_value_heads": 1, **small}
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, **none))
@@ -150,7 +150,7 @@ def language_model(kind: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.mul_(8)  # so that attention is not the mean
+                parameter.mul_(4)  # so that attention is not the mean
     return model.eval()
 
 
@@ -161,17 +161,18 @@ def test_a_library_model_is_converted_and_distilled(kind: str) -> None:
     draw = torch.Generator().manual_seed(2)
     data = [((torch.randint(1, 61, (3, 13), generator=draw),), {}) for _ in range(6)]
     student = ac.rewrite(
-        teacher, *data[0], to=ac.GAU(init="convert"), calibration=data, on_reject="raise"
+        teacher, *data[0], to=ac.GAU(s=16, init="convert"), calibration=data, on_reject="raise"
     )
-    fresh = ac.rewrite(teacher, *data[0], to=ac.GAU())
+    fresh = ac.rewrite(teacher, *data[0], to=ac.GAU(s=16))
     wanted = teacher(*data[0][0]).logits
     errors = [missed(m(*data[0][0]).logits, wanted) for m in (student, fresh)]
     assert errors[0] < errors[1]
     done = ac.distill(
-        student, teacher, data, steps=(30, 30), lr=2e-3, recipe=Recipe(progress=False)
+        student, teacher, data, steps=(30, 30), lr=2e-4, recipe=Recipe(progress=False)
     )
     assert len(done.layers) == 2
-    assert done.losses["layers"][-1] < done.losses["layers"][0]
+    layers = done.losses["layers"]  # six batches, over and over
+    assert sum(layers[-6:]) < sum(layers[:6])
     assert missed(student(*data[0][0]).logits, wanted) < errors[0]
     if kind != "bert":
         for sampled in (False, True):
