@@ -56,12 +56,14 @@ _WARM_UP, _LAST_RATE, _CURVE = 0.1, 0.1, 10
 
 @dataclass(slots=True)
 class Run:
-    """One training: its loss on held-out text, in bits per byte, along the way."""
+    """One training: after some steps, the seconds they took and the loss on held-out text, in bits
+    per byte. The seconds are of steps alone.
+    """
 
     variant: str
     seed: int
     parameters: int
-    curve: list[tuple[int, float]] = field(default_factory=list)
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
     loss: float = math.nan
     seconds: float = 0.0
 
@@ -98,18 +100,18 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), given.lr, (0.9, 0.95), weight_decay=0.1)
     held_out = text.windows(given.windows, given.batch, given.length)
     every = max(1, given.steps // _CURVE)
-    start = time.perf_counter()
+    clock = time.process_time if given.busy else time.perf_counter
     with bar(f"{variant}, seed {seed}", given.steps, 0, shown=not given.quiet) as advance:
         for step, windows in enumerate(
             text.batches(given.steps, given.batch, given.length, seed), start=1
         ):
+            start = clock()
             loss = one_step(given, model, optimizer, windows, step)
+            run.seconds += clock() - start
             advance(loss)
-            if step % every == 0 and step < given.steps:
-                run.curve.append((step, evaluate(given, model, held_out)))
-    run.seconds = time.perf_counter() - start
-    run.loss = evaluate(given, model, held_out)
-    run.curve.append((given.steps, run.loss))
+            if step % every == 0 or step == given.steps:
+                run.loss = evaluate(given, model, held_out)
+                run.curve.append((step, run.seconds, run.loss))
     return model, run
 
 
@@ -238,6 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"no variant {unknown[0]!r}: choose among {', '.join(VARIANTS)}", file=sys.stderr)
         return 2
+    if given.busy:
+        torch.set_num_threads(1)
     text = corpus(given.text)
     print(f"text: {text.words}", file=sys.stderr)
     variants, refused = possible(given, variants)
@@ -256,10 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result |= {"parity": [asdict(parity) for parity in parities], "memory": factors(parities)}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "train_lm.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if runs:
-        lines = {f"{r.variant} {r.seed}": r.curve for r in runs}
-        drawn = {"across": "steps", "up": "bits per byte"}
-        line_plot.write(given.out / "training.svg", lines, title="held-out loss", **drawn)
+    drawn_curves(given, runs)
     drawn_parities(given, parities)
     return 1 if refused else 0
 
@@ -308,6 +309,22 @@ def words_of(parity: Parity, seed: int) -> str:
     return line + f"{parity.factor:.2f} times fewer tokens at equal loss (kept: {kept})"
 
 
+def drawn_curves(given: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Loss against steps and against seconds, the mean of the seeds."""
+    means = {
+        variant: [
+            tuple(map(mean, zip(*points, strict=True)))
+            for points in zip(*(r.curve for r in runs if r.variant == variant), strict=True)
+        ]
+        for variant in dict.fromkeys(_names(runs))
+    }
+    for at, name, across in ((0, "training", "steps"), (1, "time", "seconds of training")):
+        lines = {variant: [(p[at], p[2]) for p in points] for variant, points in means.items()}
+        if lines:
+            drawn = {"title": "held-out loss", "across": across, "up": "bits per byte"}
+            line_plot.write(given.out / f"{name}.svg", lines, **drawn)
+
+
 def drawn_parities(given: argparse.Namespace, parities: Sequence[Parity]) -> None:
     lines: dict[str, Sequence[tuple[float, float]]] = {}
     for seed, parity in enumerate(parities):
@@ -354,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate (0.001)")
     parser.add_argument("--minutes", type=float, help="choose the steps so that it takes so long")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread, and its own seconds: others work here too"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("reports/train_lm"), help="folder (reports/train_lm)"
     )

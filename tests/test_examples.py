@@ -100,7 +100,12 @@ def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
     ]
     assert 0 < dense["mean"] < 9 and dense["mean"] != selective["mean"]
     assert len(found["parity"]) == 2 and all(p["factor"] >= 1 for p in found["parity"])
-    assert (tmp_path / "training.svg").read_text(encoding="utf-8").count("<polyline") == 4
+    for name in ("training", "time"):
+        assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8").count("<polyline") == 2
+    steps, seconds, losses = zip(*found["runs"][0]["curve"], strict=True)
+    assert steps == tuple(sorted(steps)) and steps[-1] == found["options"]["steps"]
+    assert 0 < seconds[0] and seconds == tuple(sorted(seconds))
+    assert losses[-1] == found["runs"][0]["loss"]
 
 
 def test_budgets_at_the_loss_of_another_model() -> None:
