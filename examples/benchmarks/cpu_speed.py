@@ -29,6 +29,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps it off
+
+import resident
 import torch
 from torch import Tensor, nn
 
@@ -141,16 +144,7 @@ def peak_mebibytes(family: str, way: str, length: int) -> float:
     forward = torch.compile(model, backend=backend, dynamic=True)
     for warm in (96, 128):
         seconds_of(forward, tokens(warm))
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmHWM")
-    seconds_of(forward, tokens(length))
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> int:
-    """Kibibytes of a field of the kernel's account of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return resident.growth(lambda: seconds_of(forward, tokens(length)))
 
 
 MEASURES = {"compile": compile_seconds, "memory": peak_mebibytes}

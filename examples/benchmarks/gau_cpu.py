@@ -17,8 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps it off
+
+import resident
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
@@ -99,7 +104,7 @@ def compare(width: int, length: int, rounds: int) -> dict[str, Any]:
 
 
 def growth(width: int, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Microseconds for a token of the pair at each length, in turns."""
+    """Microseconds for a token of the pair at each length, in turns, and MiB at the peak."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     pair = torch.compile(Pair(width).eval(), dynamic=True)
@@ -110,7 +115,14 @@ def growth(width: int, lengths: Sequence[int], rounds: int) -> list[dict[str, An
     for _ in range(rounds):
         for length, x in inputs.items():
             taken[length].append(1e6 * seconds_of(pair, x) / length)
-    return [{"length": n, "microseconds_per_token": spread(t)} for n, t in taken.items()]
+    return [
+        {
+            "length": length,
+            "microseconds_per_token": spread(times),
+            "mebibytes": resident.growth(partial(seconds_of, pair, inputs[length])),
+        }
+        for length, times in taken.items()
+    ]
 
 
 def say(text: str) -> None:
@@ -142,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = row["microseconds_per_token"]
         say(
             f"T={row['length']}: pair {found['median']:.1f} us for a token "
-            f"({found['min']:.1f} to {found['max']:.1f})"
+            f"({found['min']:.1f} to {found['max']:.1f}), {row['mebibytes']:.0f} MiB at the peak"
         )
     if len(grown) > 1:
         each = [row["microseconds_per_token"]["median"] for row in grown]

@@ -25,6 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps it off
+
+import resident
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
@@ -94,22 +97,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def growth(given: argparse.Namespace) -> float:
+def peak(given: argparse.Namespace) -> float:
     """MiB that one forward pass of `--measure` adds to the largest resident set."""
     call = ways(given.length, given.heads, given.dim, given.measure)[given.measure]
     small = ways(64, given.heads, given.dim, given.measure)[given.measure]
     small()  # what is loaded once
-    # the largest so far becomes what is there now
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = largest()
-    call()
-    return (largest() - before) / 1024
-
-
-def largest() -> int:
-    """Kibibytes of this process's largest resident set, by the kernel's account (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resident.growth(call)
 
 
 def memory(given: argparse.Namespace) -> dict[str, float]:
@@ -131,7 +124,7 @@ def main() -> None:
     arguments.add_argument("--measure", help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.measure:
-        print(growth(given))
+        print(peak(given))
         return
     found = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
