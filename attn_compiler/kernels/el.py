@@ -40,8 +40,9 @@ from attn_compiler.kernels.grid import Span
 from attn_compiler.kernels.rows import weighed
 from attn_compiler.kernels.schema import LIBRARY
 
-# elements of x that are read twice while they are near, and of what is held D wide at once
-_NEAR = 2**20
+# elements of x that are read twice while they are near (in the last cache of a CPU), and of what is
+# held D wide at once
+_NEAR = 2**22
 _WIDE = 2**24
 
 LIBRARY.define(
@@ -234,9 +235,12 @@ def _tile(given: Inputs) -> el_triton.WideTile:
 
 
 def _items(call: _Call) -> Iterator[slice]:
-    """Blocks of batch items of x, small enough to be near when they are read again."""
+    """Blocks of batch items of x, small enough to be near when they are read again; a product of
+    fewer items than threads would leave threads idle.
+    """
     count, length, width = call.x.shape
-    step = max(1, _NEAR // (length * width))
+    threads = torch.get_num_threads() if call.x.device.type == "cpu" else 1
+    step = max(threads, _NEAR // (length * width))
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
@@ -255,9 +259,10 @@ def _attend(
     if shift is not None:
         dot = dot.add_(shift[span.b0 : span.b1])
     block = weighed(frame, span, dot)
-    p = block.e.div_(block.total)
-    wide[span.b0 : span.b1] = (p.view(x.shape[0], -1, x.shape[1]) @ x).view_as(rows)
-    return p.sum(-1, keepdim=True), block.lse
+    mass = block.e.sum(-1, keepdim=True).div_(block.total)
+    found = (block.e.view(x.shape[0], -1, x.shape[1]) @ x).view_as(rows)
+    torch.div(found, block.total, out=rows)
+    return mass, block.lse
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
