@@ -194,8 +194,10 @@ def call(op: str, *args: Expr | bool | int | float) -> Expr:
         folded = _fold(op, [a.value for a in nodes if isinstance(a, Const)])
         if folded is not None:
             return folded
-    if op == "where" and isinstance(nodes[0], Const):
-        return nodes[1] if nodes[0].value else nodes[2]
+    if op == "where":
+        chosen = _chosen(*nodes)
+        if chosen is not None:
+            return chosen
     neutral = _NEUTRAL.get(op)
     if neutral is not None:
         if isinstance(nodes[1], Const) and nodes[1].value == neutral:
@@ -203,6 +205,19 @@ def call(op: str, *args: Expr | bool | int | float) -> Expr:
         if op in _COMMUTATIVE and isinstance(nodes[0], Const) and nodes[0].value == neutral:
             return nodes[1]
     return Call(op, nodes)
+
+
+def _chosen(condition: Expr, then: Expr, other: Expr) -> Expr | None:
+    """where() without what decides nothing. A rectangle that is written into a tensor keeps the old
+    value in two places, where(rows, where(columns, new, old), old): once is enough.
+    """
+    if isinstance(condition, Const):
+        return then if condition.value else other
+    if then == other:
+        return then
+    if isinstance(then, Call) and then.op == "where" and then.args[2] == other:
+        return call("where", call("and", condition, then.args[0]), then.args[1], other)
+    return None
 
 
 _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1, "and": True, "or": False}
@@ -243,6 +258,24 @@ def walk(expr: Expr) -> Iterator[Expr]:
         seen.add(id(node))
         yield node
         stack.extend(children(node))
+
+
+def weight(expr: Expr, known: dict[int, int]) -> int:
+    """Nodes of the tree, a shared one as often as it is used: the length of the text, about.
+
+    Args:
+        expr: the root.
+        known: weights by identity; those of new nodes are entered.
+    """
+    stack = [expr]
+    while stack:
+        node = stack[-1]
+        missing = [] if id(node) in known else [c for c in children(node) if id(c) not in known]
+        if not missing:
+            known[id(node)] = known.get(id(node)) or 1 + sum(known[id(c)] for c in children(node))
+            stack.pop()
+        stack.extend(missing)
+    return known[id(expr)]
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:

@@ -23,7 +23,10 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.axes import CannotSplit, Index, along
-from attn_compiler.ir.expr import Call, Const, Expr, Var, call
+from attn_compiler.ir.expr import Call, Const, Expr, Var, call, weight
+
+# of the tree of an element; beyond, its tensor is read
+_HEAVIEST = 2**12
 
 Coordinate = Index | Expr
 Coordinates = tuple[Coordinate, ...]
@@ -151,6 +154,8 @@ class Puller:
         self.bound: dict[fx.Node, Expr | fx.Node] = {}
         self._axes: list[ax.Axis] = []
         self._done: dict[tuple[fx.Node, Coordinates], Expr] = {}
+        self._weights: dict[int, int] = {}
+        self._heavy: list[Expr] = []
 
     def new_axis(self, extent: ax.Size) -> ax.Axis:
         self._axes.append(ax.Axis(extent))
@@ -183,7 +188,12 @@ class Puller:
             return number(node)
         key = (node, where)
         if key not in self._done:
-            self._done[key] = self._expand(node, where)
+            found = self._expand(node, where)
+            # as a text, what is shared comes as often as it is used
+            if weight(found, self._weights) > _HEAVIEST:
+                self._heavy.append(found)  # weights go by identity
+                found = self.leaf(node, where)
+            self._done[key] = found
         return self._done[key]
 
     def _expand(self, node: fx.Node, where: Coordinates) -> Expr:
