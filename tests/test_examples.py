@@ -104,7 +104,7 @@ def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.svg").read_text(encoding="utf-8").count("<polyline") == 2
     steps, seconds, losses = zip(*found["runs"][0]["curve"], strict=True)
     assert steps == tuple(sorted(steps)) and steps[-1] == found["options"]["steps"]
-    assert 0 < seconds[0] and seconds == tuple(sorted(seconds))
+    assert seconds[0] > 0 and seconds == tuple(sorted(seconds))
     assert losses[-1] == found["runs"][0]["loss"]
 
 

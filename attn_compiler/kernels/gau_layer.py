@@ -9,7 +9,7 @@ Norm and residual are outside, so two units take the places of attention and fee
     norm1(x + attention(x)), norm2(x + net(x))   ->   norm1(x + unit1(x)), norm2(x + unit2(x))
 
 Source: Transformer Quality in Linear Time (arXiv 2202.10447); rotation of both halves of the
-channels, standard deviations of 0.02 and biases of 0 as published programs have them. Relative
+channels and biases of 0 as published programs have them; scales of 1 as some of them. Relative
 positions: a table over distances, or, for any length, <rope(a)_i, rope(a')_j> with learned a, a'.
 """
 
@@ -25,7 +25,10 @@ from attn_compiler.errors import BadOption, UnsupportedCall
 from attn_compiler.kernels.frame import accumulator
 from attn_compiler.kernels.gau import gau_attention
 
-_STD = 0.02
+# published programs draw every weight with 0.02, at a width of about 768: the same at any width
+_WEIGHT = 0.02 * 768**0.5
+# of relative positions; with 0.02 a square of about 0.0004 would be all that mixes tokens at first
+_POSITIONS = 0.3
 _BASE = 10000.0
 
 
@@ -87,9 +90,7 @@ def fresh(
     generator: torch.Generator | None = None,
     like: Tensor | None = None,
 ) -> GauParameters:
-    """New weights: normal with a standard deviation of 0.02; beta and biases 0.
-
-    At this start the scores are near 0: relative positions alone decide what is mixed.
+    """New weights, normal with the standard deviations of `deviations`; gamma 1, beta and biases 0.
 
     Args:
         sizes: D, e, s.
@@ -107,21 +108,39 @@ def fresh(
     if relative_bias and chunk is None and s % 2:
         raise BadOption(f"a rotated relative bias has s={s}", where="option s", do="make it even")
 
-    def drawn(*shape: int) -> Tensor:
-        return like.new_empty(shape).normal_(0.0, _STD, generator=generator)
+    of = deviations(sizes, chunk)
+
+    def drawn(name: str, *shape: int) -> Tensor:
+        return like.new_empty(shape).normal_(0.0, of[name], generator=generator)
 
     rows = 2 if chunk is None else 4
-    weights = drawn(width, 2 * expanded + s), drawn(rows, s), drawn(expanded, width)
-    table = drawn(2, s) if chunk is None else drawn(2 * chunk - 1)
+    table = (2, s) if chunk is None else (2 * chunk - 1,)
     return GauParameters(
-        w_uvz=weights[0],
+        w_uvz=drawn("w_uvz", width, 2 * expanded + s),
         b_uvz=like.new_zeros(2 * expanded + s) if biases else None,
-        gamma=weights[1],
+        gamma=like.new_ones(rows, s),
         beta=like.new_zeros(rows, s),
-        w_o=weights[2],
+        w_o=drawn("w_o", expanded, width),
         b_o=like.new_zeros(width) if biases else None,
-        rel_bias=table if relative_bias else None,
+        rel_bias=drawn("rel_bias", *table) if relative_bias else None,
     )
+
+
+def deviations(sizes: tuple[int, int, int], chunk: int | None) -> dict[str, float]:
+    """Standard deviations at the start, by name: 0.55 / sqrt(inputs) for weights, 0.3 for relative
+    positions.
+
+    Args:
+        sizes: D, e, s.
+        chunk: as in `fresh`; without one, positions are sums of s products of two numbers.
+    """
+    width, expanded, s = sizes
+    table = _POSITIONS if chunk is not None else (_POSITIONS / s**0.5) ** 0.5
+    return {
+        "w_uvz": _WEIGHT / width**0.5,
+        "w_o": _WEIGHT / expanded**0.5,
+        "rel_bias": table,
+    }
 
 
 def gau_layer(

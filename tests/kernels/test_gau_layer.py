@@ -125,11 +125,23 @@ def test_fresh_weights() -> None:
     }  # fmt: skip
     for name, shape in shapes.items():
         x, count = getattr(unit, name), torch.Size(shape).numel()
-        if name in ("b_uvz", "beta", "b_o"):
+        if name == "gamma":
+            assert (x == 1).all()
+        elif name in ("b_uvz", "beta", "b_o"):
             assert not x.any()
-        else:  # five standard errors
-            assert abs(x.mean()) < 5 * 0.02 / count**0.5
-            assert abs(x.std() / 0.02 - 1) < 5 / (2 * count) ** 0.5
+        else:  # five standard errors; 0.02 at a width of 768
+            std = {"w_uvz": 0.032, "w_o": 0.0226274, "rel_bias": 0.3}[name]
+            assert abs(x.mean()) < 5 * std / count**0.5
+            assert abs(x.std() / std - 1) < 5 / (2 * count) ** 0.5
+
+
+def test_fresh_positions_are_as_large_with_chunks_as_without() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for chunk in (200, None):
+        units = [fresh((6, 13, 64), chunk=chunk, generator=draw, like=LIKE) for _ in range(50)]
+        form = GauForm(chunk=chunk, causal=True)
+        table = torch.stack([relative(u, form, 200) for u in units])
+        assert abs(table.std() / 0.3 - 1) < 0.1
 
 
 def test_fresh_weights_without_chunks() -> None:

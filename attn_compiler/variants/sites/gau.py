@@ -19,6 +19,7 @@ from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import gau_unit
+from attn_compiler.kernels.gau_layer import deviations
 from attn_compiler.variants.base import (
     Fidelity,
     NewTensor,
@@ -30,7 +31,6 @@ from attn_compiler.variants.base import (
 )
 from attn_compiler.variants.gau import GAU, break_even_length, filled, parameters, second_of
 
-_STD = 0.02
 # offsets of a causal mask that lets a row see up to itself
 _DIAGONALS = ("0", "S - T")
 
@@ -157,18 +157,19 @@ def _tensors(spec: GAU, width: int, home: str, facts: Any) -> tuple[NewTensor, .
     """Shapes as `kernels.gau_layer` has them, and how they start: see `fresh` there."""
     s, expanded = int(spec.s), round(float(spec.expansion) * width)
     rows = 2 if spec.chunk is None else 4
-    drawn = Start(normal, (_STD,))
+    of = deviations((width, expanded, s), spec.chunk)
+    drawn = {name: Start(normal, (deviation,)) for name, deviation in of.items()}
     shapes: dict[str, tuple[tuple[int, ...], float | Start]] = {
-        "w_uvz": ((width, 2 * expanded + s), drawn),
+        "w_uvz": ((width, 2 * expanded + s), drawn["w_uvz"]),
         "b_uvz": ((2 * expanded + s,), 0.0),
-        "gamma": ((rows, s), drawn),
+        "gamma": ((rows, s), 1.0),
         "beta": ((rows, s), 0.0),
-        "w_o": ((expanded, width), drawn),
+        "w_o": ((expanded, width), drawn["w_o"]),
         "b_o": ((width,), 0.0),
     }
     if spec.relative_bias:
         table = (2, s) if spec.chunk is None else (2 * int(spec.chunk) - 1,)
-        shapes["rel_bias"] = (table, drawn)
+        shapes["rel_bias"] = (table, drawn["rel_bias"])
     return tuple(
         NewTensor(name, shape, facts["dtype"], start, True, home, facts["device"])
         for name, (shape, start) in shapes.items()
