@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from doors.cached import Attend, Counted, draw, rewritten, same
+from doors.cached import Attend, Counted, draw, heads, rewritten, same
 from torch import Tensor, nn
 
 import attn_compiler as ac
@@ -51,6 +51,44 @@ def test_a_layer_with_a_hook_does_not_follow_one_without() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert type(pasts[0][0].layers[0]) is layer.StatesLayer
     assert type(pasts[0][1].layers[0]) is not layer.StatesLayer
+
+
+class Numbered(Attend):
+    """Biased by the distance, for which the cache is asked how much it holds in this layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor, past: Any) -> Tensor:
+        first = past.get_seq_length(self.number)
+        q = heads(self.q(x))
+        k, v = past.update(*self.sides(x), self.number)
+        rows, keys = torch.arange(x.shape[1])[:, None] + first, torch.arange(k.shape[2])
+        dot = q @ k.transpose(-1, -2) - 0.3 * (rows - keys)
+        weights = dot.masked_fill(keys > rows, float("-inf")).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class Several(nn.Module):
+    """Layers of one cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Numbered(number) for number in range(3))
+
+    def forward(self, x: Tensor, past: Any) -> Tensor:
+        for attend in self.layers:
+            x = attend(x, past)
+        return x
+
+
+def test_a_layer_that_follows_another_asks_for_its_own_length() -> None:
+    model = Several().eval()
+    new = ac.rewrite(model, (draw(2, 7), tf.DynamicCache()), to=ac.ELAttention())
+    assert [s.decision.variant for s in ac.last_report().sites] == ["el"] * 3
+    past = same(model, new)
+    assert {type(held) for held in past.layers} == {layer.StatesLayer}
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
