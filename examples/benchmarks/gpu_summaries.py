@@ -32,7 +32,7 @@ class Summaries:
 
     def __init__(self, case: Case, machine: Machine) -> None:
         self.sizes, self.machine = case.sizes, machine
-        self.layers, self.vocabulary = (12, 50265) if machine.cuda else (2, 101)
+        self.layers, self.vocabulary = (12, 50265) if machine.cuda else (1, 101)
 
     def ways(self) -> dict[str, Callable[[], Way]]:
         """By name, ours first."""
