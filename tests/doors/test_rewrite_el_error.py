@@ -111,6 +111,18 @@ def test_error_of_logits(name: str, dtype: torch.dtype) -> None:
     assert ours <= wanted, (ours / theirs, theirs)
 
 
+@pytest.mark.parametrize("name", ["bart", "gpt2"])
+def test_error_of_logits_of_a_model_that_is_rounded_later(name: str) -> None:
+    judged, found = Judged(name, torch.float32), torch.zeros(2, dtype=torch.float64)
+    judged.new.to(HALF)
+    judged.model.to(HALF)
+    for seed in range(DRAWS):
+        redraw(judged.model, judged.stds, seed)
+        judged.agree()
+        found += judged.errors(*judged.inputs(HALF)) / DRAWS
+    assert found[0].sqrt() <= 1.2 * found[1].sqrt()
+
+
 @contextmanager
 def rounded_queries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Queries that are expanded by W_k, in bfloat16 and not as they are computed."""
