@@ -29,6 +29,8 @@ from attn_compiler.symbols import CaptureError, Symbols
 
 _DEEPEST = 8
 CONSTANTS = (bool, type(None), str, float, torch.dtype, torch.device)
+# marks a node that holds a number which an object gave
+NUMBER = "opaque_number"
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,7 @@ def _wrap(recorder: Recorder, value: Any, node: fx.Node, text: str) -> Any:
         number = recorder.symbols.integer(value)
         recorder.symbols.bind(number, node, text)
         node.meta["example_value"] = number
+        node.meta[NUMBER] = True
         return number
     return Opaque(recorder, value, node, text)
 

@@ -26,7 +26,7 @@ from attn_compiler.call import Call, given
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import CHECKS, Variant, names_of
 from attn_compiler.ir.layer import BEFORE, PREFIX, VOID
-from attn_compiler.opaque import settle
+from attn_compiler.opaque import NUMBER, settle
 from attn_compiler.passes.emit import CONSTANT, MODAL
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare, plain_module
@@ -221,7 +221,8 @@ def _constants(graph: fx.Graph) -> dict[str, Any]:
     return {
         node.name: (node.args, node.kwargs)
         for node in graph.nodes
-        if node.op in ("call_method", "call_function") and "example_value" not in node.meta
+        if node.op in ("call_method", "call_function")
+        and ("example_value" not in node.meta or NUMBER in node.meta)
     }
 
 

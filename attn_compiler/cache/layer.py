@@ -172,8 +172,11 @@ def hold(
 
     Returns:
         The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded,
-        holds keys already, or what another model makes its keys of, or it does not pay.
+        holds keys already, or what another model makes its keys of, is filled by an `update` of
+        somebody's own, or it does not pay.
     """
+    if getattr(getattr(cache, "update", None), "__func__", None) is not Cache.update:
+        return None  # it may do more than to fill a layer
     layer, (x, beside) = layer_for(cache, index), given
     if type(layer) is StatesLayer and layer.maps.same(maps):
         layer.append(x, beside)

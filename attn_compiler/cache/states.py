@@ -175,8 +175,8 @@ class States:
         self.beams *= times
 
     def shorten(self, count: int) -> None:
-        """Drop the last keys."""
-        length = self.x.shape[1] - count
+        """Drop the last keys, all of them where there are fewer."""
+        length = max(0, self.x.shape[1] - count)
         self.put(self.x[:, :length], self.beams)
         self.beside = tuple(t[:, :, :length] for t in self.beside)
 

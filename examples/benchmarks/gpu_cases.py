@@ -14,7 +14,7 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "variants", "variants backward",
-    "decode", "el", "blocks", "numerics", "launch",
+    "decode", "el", "summaries", "blocks", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -77,15 +77,17 @@ def cases() -> tuple[Case, ...]:
         *_variants(),
         *_decode(),
         *_states(),
+        Case("summaries", "full", Sizes(1, 16, 16, 4, 1024, 64), SUMMARIES, 2, 32),
         *_maps(),
         *_numerics(),
         *(
-            Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, 2, 12)
-            for rule in ("softcap", "causal")
+            Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, early, 12)
+            for rule, early in (("softcap", 2), ("causal", 3))
         ),
     )
 
 
+SUMMARIES = ("el", "dynamic", "static, compiled")
 CEILINGS = ("sum", "largest", "copy", "product")
 LAUNCH = (
     "ours, no grad", "ours, grad", "ours, forward and backward", "ours, CUDA graph",
@@ -99,7 +101,8 @@ def _dense() -> Iterator[Case]:
         early = 3 if length == 4096 else 1 if dim == 128 else 2
         yield Case("forward", rule, square(length, dim), _FORWARD, early, 14)
     for length, (dim, rule) in product((4096, 8192), shapes):
-        early = 4 if length == 4096 else {64: 2, 128: 1, 256: 3}[dim]
+        late = length == 4096 or (dim, rule) == (64, "full")
+        early = 4 if late else {64: 2, 128: 1, 256: 3}[dim]
         yield Case("backward", rule, square(length, dim), _BACKWARD, early, 20)
     for dim, rule in shapes:
         ways = ("triton", *(f"tile {n}" for n in range(_TILES)))
@@ -159,7 +162,7 @@ def shrunk(case: Case) -> Case:
         # one long cache, or several shorter ones
         length = 300 if s.B > 1 else 500
         return replace(case, sizes=Sizes(min(s.B, 2), group, 1, 1, length, 16))
-    if case.section == "el":
+    if case.section in ("el", "summaries"):
         return replace(case, sizes=Sizes(2, 2, 2, s.T, 53, 16))
     # a map has blocks of its own size; others want some tiles and a ragged edge
     length = 2 * BLOCK if case.rule == "blocks" else 53 if s.T < 8192 else 67

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from gpu_cases import Case
 from gpu_el import step
+from gpu_summaries import summaries
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
 from gpu_ways import Call, makers
 from torch import Tensor
@@ -24,6 +25,8 @@ from attn_compiler.kernels.library import attention
 
 # elements of the tensor that is read and copied for the bandwidth: a gigabyte
 _STREAMED = 2**28
+# runs of seconds need few rounds
+_FEW = 3
 # heads of the first sequence that are computed in float64
 _JUDGED = 2
 Row = dict[str, Any]
@@ -214,8 +217,17 @@ def _states(case: Case, machine: Machine, rounds: int, note: Note, lost: Mapping
     return {**numbers, "ways": ways}
 
 
+def _summaries(
+    case: Case, machine: Machine, rounds: int, note: Note, lost: Mapping[str, str]
+) -> Row:
+    """Whole generations with beams, each way at its largest batch."""
+    made = _kept(summaries(case, machine), lost)
+    return {"ways": measure(machine, made, min(rounds, _FEW), machine.seconds, note)}
+
+
 _SECTIONS: dict[str, Callable[..., Row]] = {
     "el": _states,
+    "summaries": _summaries,
     "ceilings": _ceilings,
     "numerics": _numerics,
     "launch": _launches,

@@ -32,6 +32,7 @@ SECTIONS = {
     "variants backward": ("backward of soft-cap, documents", "FlexAttention"),
     "decode": ("decode", "read bandwidth, FlexAttention"),
     "el": ("EL-attention, a step", "read bandwidth, own decode of keys and values"),
+    "summaries": ("summaries at the largest batch", "generate(), dynamic cache; static, compiled"),
     "blocks": ("maps of blocks", "own dense kernel, FlexAttention"),
     "numerics": ("error in bfloat16 against float64", "SDPA"),
     "launch": ("seconds of the host per call", "SDPA"),
@@ -78,6 +79,8 @@ def title(row: Row) -> str:
     what = f"{row['section']}, {row['rule']}"
     if row["section"] == "el":
         what, length = "EL-attention", f"{s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
+    if row["section"] == "summaries":
+        return f"summaries, {s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
     if row["rule"] == "blocks":
         what = f"blocks of 128, {row['share']:.0%} kept"
     return f"{what}, B {s['B']}, {heads}, d {s['d']}, {length}"
@@ -177,6 +180,26 @@ def _steps(row: Row, ceiling: float) -> tuple[str, str]:
     return parts[0], "; ".join(parts[1:])
 
 
+def _samples(row: Row, ceiling: float) -> tuple[str, str]:
+    """Samples a second of each way at its batch, and how many times as many ours makes."""
+    parts, mine = [], _per_second(row, "el")
+    for way in row["ways"]:
+        rates = _per_second(row, way)
+        number = f"{spread(rates, 1)} samples/s" if rates else _absent(row, way)
+        batch = row["ways"][way].get("batch", 1)
+        text = f"{_name(way)}: {number}, batch {batch}" if rates else f"{_name(way)}: {number}"
+        if way != "el" and rates and mine:
+            found = [ours / theirs for ours, theirs in zip(mine, rates, strict=False)]
+            text += f", el makes {spread(found)}x as many"
+        parts.append(text)
+    return parts[0], "; ".join(parts[1:])
+
+
+def _per_second(row: Row, way: str) -> list[float]:
+    batch = row["ways"].get(way, {}).get("batch", 1)
+    return [batch / seconds for seconds in measured(row, way)]
+
+
 def _tiles(row: Row, ceiling: float) -> tuple[str, str]:
     texts = []
     for way, found in row["ways"].items():
@@ -227,6 +250,7 @@ def _launches(row: Row, ceiling: float) -> tuple[str, str]:
 _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
     "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth, "el": _steps,
+    "summaries": _samples,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 

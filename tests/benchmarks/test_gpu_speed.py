@@ -17,6 +17,7 @@ import torch
 from gpu_cases import Case, cases, next_case, shrunk
 from gpu_process import Task, gather
 from gpu_rules import RULES, Sizes
+from gpu_summaries import largest
 from gpu_timing import DeviceLost, Machine, NotHere, Way, differences, measure
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,21 @@ def test_the_most_important_case_that_fits_comes_next() -> None:
     assert next_case([third, second], 6.0) is third
     assert next_case(left, 4.9) is None
     assert next_case([], 100.0) is None
+
+
+def test_the_largest_batch_is_found_from_small_ones() -> None:
+    asked: list[int] = []
+
+    def peak(batch: int) -> int:
+        """1000 bytes and 10 for each sample; beyond 300 samples something else needs 12."""
+        asked.append(batch)
+        return max(1000 + 10 * batch, 12 * batch)
+
+    assert largest(peak, 4000) == 296 and asked == [16, 32, 296]
+    # 12 * 896 is too much, and the next try is not
+    assert largest(peak, 10000) == 832 and asked[-2:] == [896, 832]
+    with pytest.raises(NotHere, match="no batch"):
+        largest(peak, 1050)
 
 
 # ---------------------------------------------------------------- rules

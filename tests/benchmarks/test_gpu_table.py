@@ -62,6 +62,9 @@ def _row(case: Case) -> dict[str, Any]:
     if case.section == "ceilings":
         for found in ways.values():
             found |= {"bytes": 4e9, "flops": 1e12}
+    if case.section == "summaries":
+        for found, batch in zip(ways.values(), (64, 16, 16), strict=True):
+            found["batch"] = batch
     if case.section == "numerics":
         for n, found in enumerate(ways.values()):
             found["errors"] = {"out": 1e-3 / (n + 1), "dq": 2e-3}
@@ -117,6 +120,9 @@ def test_the_table_of_a_result() -> None:
     assert "splits 1: 1000 (909 to 1111) GB/s, 25% of reading" in others
     _, _, others = _lines(text, "numerics, causal, B 1, 8 heads, d 128")[0]
     assert "cuDNN out 3.3e-04, dq 2.0e-03; Triton at most 3.00x" in others
+    _, ours, others = _lines(text, "summaries")[0]
+    assert ours == "el: 64000.0 (58181.8 to 71111.1) samples/s, batch 64"
+    assert "dynamic: 8000.0 (7272.7 to 8888.9) samples/s, batch 16, el makes 8.00" in others
     _, ours, _ = _lines(text, "launch, softcap")[0]
     assert ours.startswith("ours, no grad: 1000.0 (900.0 to 1100.0) µs")
     assert _lines(text, "blocks of 128, 50% kept")

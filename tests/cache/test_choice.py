@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from doors.test_rewrite_el import FEATURES, HEADS, WIDTH, Attend, draw, same
+from doors.cached import FEATURES, HEADS, WIDTH, Attend, draw, same
 
 import attn_compiler as ac
 from attn_compiler.cache import choice

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_compiler.cache.maps import Rows
+from attn_compiler.cache.maps import Maps, Rows
 from attn_compiler.cache.states import States, equal_neighbours
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.schema import attention
 
 transformers = pytest.importorskip("transformers")
 el = pytest.importorskip("attn_compiler.cache.el")
+layers = pytest.importorskip("attn_compiler.cache.layer")
 
 HEADS, FEATURES, WIDTH = 3, 5, 17
 ROWS = Rows(0, FEATURES, HEADS, FEATURES)
@@ -99,6 +100,7 @@ def test_selecting_repeating_cropping(borrowed: bool) -> None:
         lambda c: c.crop(-2),
         lambda c: c.batch_select_indices(keep.repeat_interleave(3)),
         lambda c: c.batch_select_indices(torch.tensor([0])),
+        lambda c: c.crop(-11),
     ]
     for change in changes:
         for cache in (ours, theirs):
@@ -195,6 +197,32 @@ def test_a_static_cache_is_updated_as_ever() -> None:
     kept = el.keep(ours, (x, made.weights, False, 0, None, None), (ROWS, ROWS), 0)
     theirs.update(*made(x), 0)
     assert isinstance(kept, el.Pair) and torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+
+
+def test_a_cache_whose_layers_go_elsewhere_holds_keys() -> None:
+    made, x = Projections(), states(2, 7)
+    cache = transformers.DynamicCache()
+    cache.offloading = True
+    assert layers.hold(cache, 0, (x, ()), Maps(made.weights, (ROWS, ROWS)), False) is None
+    cache.offloading = False
+    assert layers.hold(cache, 0, (x, ()), Maps(made.weights, (ROWS, ROWS)), False) is not None
+
+
+class Weaker(transformers.DynamicCache):
+    """A cache whose `update` somebody wrote."""
+
+    def update(self, keys: Tensor, values: Tensor, index: int, *more: Any) -> Any:
+        return super().update(0.5 * keys, values, index, *more)
+
+
+def test_an_update_of_somebody_s_own_is_called() -> None:
+    made, x = Projections(), states(2, 7)
+    ours, theirs = Weaker(), Weaker()
+    for step in (x, x[:, :1]):
+        kept = el.keep(ours, (step, made.weights, False, 0, None, None), (ROWS, ROWS), 0)
+        theirs.update(*made(step), 0)
+        assert isinstance(kept, el.Pair)
+    same(ours, theirs)
 
 
 # ---------------------------------------------------------------- lifetime

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from doors.test_rewrite_el import Counted
+from doors.cached import Counted
 from torch import nn
 
 import attn_compiler as ac

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from doors.test_rewrite_el import Form, Part, Shown, draw
+from doors.cached import draw
+from doors.test_rewrite_el_refused import Form, Part, Shown
 from torch import nn
 
 import attn_compiler as ac
