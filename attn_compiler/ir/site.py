@@ -173,6 +173,21 @@ class Missed:
     operation: str = ""
 
 
+@dataclass(frozen=True)
+class Break:
+    """Where the tracer let go of a model, so that no attention is seen whole across it.
+
+    Attributes:
+        location: "file.py:88", "" if nothing of the model was traced.
+        text: why, as the tracer says it.
+        line: the text at `location`.
+    """
+
+    location: str
+    text: str
+    line: str = ""
+
+
 def told(fact: Any) -> str:
     """A fact in words: itself, or what it says of itself."""
     return str(fact.get("text", "") if isinstance(fact, dict) else fact or "")
