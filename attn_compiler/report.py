@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from attn_compiler.cost.points import Roofline
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Break, Decision, Missed, told
+from attn_compiler.ir.site import AttentionSite, Break, Decision, Missed, heads_of, told
 
 
 class Chosen(Protocol):
@@ -183,19 +183,6 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     if "experts" in first.facts:
         lines.append(f"      experts {told(first.facts['experts'])}")
     return lines
-
-
-def heads_of(site: AttentionSite) -> str:
-    """8 heads over 2 kv heads of 64."""
-    found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
-    if site.kv_heads != site.query_heads:
-        found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"
-    return f"{found} of {site.head_dim or '?'}"
-
-
-def many(word: str, count: int | None) -> str:
-    """The word for so many of it."""
-    return word if count == 1 else f"{word}s"
 
 
 def _seconds(decision: Decision) -> str:

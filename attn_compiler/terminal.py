@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TextIO
 
-from attn_compiler.ir.site import AttentionSite, Break, Missed, told
-from attn_compiler.report import Report, alike, heads_of, many
+from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, many, told
+from attn_compiler.report import Report, alike
 
 WIDTH = 100
 _LABEL = 10

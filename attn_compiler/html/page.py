@@ -20,7 +20,7 @@ from attn_compiler.html.graph_view import GraphView, Places, exchanged, noted, v
 from attn_compiler.html.site_view import SiteView, view
 from attn_compiler.html.source_text import pieces
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Break, Missed, told
+from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, told
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -199,6 +199,7 @@ def _environment() -> Any:
         span=words.span,
         json=_json,
         told=told,
+        heads=heads_of,
         kind=lambda item: type(item).__name__,
         own=Markup,  # our own style and script, never a text of a model
     )

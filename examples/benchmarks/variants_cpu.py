@@ -2,13 +2,13 @@
 
     eager, compiled   the model as it is, its attention written out
     sdpa              the same on PyTorch's fused call, compiled
-    fastest, ...      that, rewritten, then compiled by stock torch.compile
+    fastest, ...      the model as it is, rewritten, then compiled by stock torch.compile
 
-A GPT-2 with random weights on random tokens, B=1, fp32. `forward` is a pass without gradients,
-`train` a step (forward, backward, AdamW), `generate` tokens by beam search behind a prompt, not
-compiled. In every round each way runs once, so that a busy moment of the machine hits all of them;
-a ratio is taken inside a round: medians with the smallest and the largest. What a variant with
-parameters of its own computes is not trained here: this is its time, and says nothing else of it.
+A decoder like GPT-2 with random weights on random tokens, B=1, fp32. `forward` is a pass without
+gradients, `train` a step (forward, backward, AdamW), `generate` tokens of transformers' GPT-2 by
+beam search behind a prompt, not compiled. In every round each way runs once, so that a busy moment
+of the machine hits all of them; a ratio is taken inside a round: medians with the smallest and the
+largest. Nothing is trained: this is the time of a variant, and says nothing of what it is worth.
 
     python examples/benchmarks/variants_cpu.py [--length 2048] [--only forward train] [--json]
 """
@@ -31,7 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from spion_cpu import pattern
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import attn_compiler as ac
 from attn_compiler.bench import Spread, peak_bytes, ratios
@@ -59,42 +60,86 @@ def spec(name: str, given: argparse.Namespace) -> Any:
     }[name]
 
 
-def build(given: argparse.Namespace, attention: str) -> Any:
-    """A random model; the same seed gives all the same weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+class Attention(nn.Module):
+    """Causal; written out, or PyTorch's fused call."""
 
+    def __init__(self, width: int, fused: bool) -> None:
+        super().__init__()
+        self.qkv, self.out, self.fused = nn.Linear(width, 3 * width), nn.Linear(width, width), fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, HEAD)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            length = x.shape[1]
+            future = torch.ones(length, length, dtype=torch.bool).triu(1)
+            scores = (q @ k.mT / HEAD**0.5).masked_fill(future, float("-inf"))
+            mixed = scores.softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward net."""
+
+    def __init__(self, width: int, fused: bool) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attention = Attention(width, fused)
+        self.net = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.net(self.norms[1](x))
+
+
+class Decoder(nn.Module):
+    """A language model like GPT-2."""
+
+    def __init__(self, given: argparse.Namespace, fused: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, given.width)
+        self.places = nn.Embedding(given.length, given.width)
+        self.blocks = nn.ModuleList(Block(given.width, fused) for _ in range(given.layers))
+        self.norm = nn.LayerNorm(given.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.tokens.weight.mT
+
+
+def decoder(given: argparse.Namespace, fused: bool) -> Decoder:
+    """With random weights; the same seed gives all ways the same."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=given.width, n_layer=given.layers, n_head=given.width // HEAD,
-        n_positions=given.length + given.tokens, vocab_size=VOCABULARY,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=None, eos_token_id=None, attn_implementation=attention,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
-
-
-def tokens(given: argparse.Namespace) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    return torch.randint(0, VOCABULARY, (1, given.length), generator=draw)
-
-
-def rewritten(name: str, given: argparse.Namespace, use_cache: bool) -> Any:
-    example = {"input_ids": tokens(given), "use_cache": use_cache}
-    return ac.rewrite(
-        build(given, "sdpa"), (), example,
-        to=spec(name, given), on_reject="raise", verify=False, inplace=True,
-    )  # fmt: skip
+    return Decoder(given, fused).eval()
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:
     """Every way of `forward` and `train`."""
     torch._dynamo.reset()
-    found = {name: build(given, "sdpa" if name == "sdpa" else "eager") for name in DENSE}
-    found |= {name: rewritten(name, given, False) for name in given.variants if name in VARIANTS}
+    found = {name: decoder(given, fused=name == "sdpa") for name in DENSE}
+    for name in given.variants:
+        if name in VARIANTS:
+            model = decoder(given, fused=False)
+            found[name] = rewritten(model, (tokens(given),), {}, spec(name, given))
     return {
         name: model if name == "eager" else torch.compile(model, dynamic=False)
         for name, model in found.items()
     }
+
+
+def rewritten(model: nn.Module, args: tuple[Any, ...], kwargs: Any, to: Any) -> Any:
+    """Every layer, or an error; the model itself is changed."""
+    return ac.rewrite(model, args, kwargs, to=to, on_reject="raise", verify=False, inplace=True)
+
+
+def tokens(given: argparse.Namespace) -> Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCABULARY, (1, given.length), generator=draw)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -105,7 +150,7 @@ def forward(given: argparse.Namespace) -> Calls:
 
     @torch.inference_mode()
     def call(model: Any) -> Any:
-        return model(input_ids=ids, use_cache=False).logits
+        return model(ids)
 
     return {name: lambda m=m: call(m) for name, m in models(given).items()}
 
@@ -115,7 +160,7 @@ def train(given: argparse.Namespace) -> Calls:
 
     def call(model: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).backward()
         optimizer.step()
 
     found = {name: model.train() for name, model in models(given).items()}
@@ -123,13 +168,30 @@ def train(given: argparse.Namespace) -> Calls:
     return {name: lambda n=name: call(found[n], optimizers[n]) for name in found}
 
 
+def gpt2(given: argparse.Namespace) -> Any:
+    """One that can generate."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=given.width, n_layer=given.layers, n_head=given.width // HEAD,
+        n_positions=given.length + given.tokens, vocab_size=VOCABULARY,
+        bos_token_id=None, eos_token_id=None, attn_implementation="sdpa",
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
 def generate(given: argparse.Namespace) -> Calls:
     ids = tokens(given)
-    found = {name: build(given, name) for name in ("eager", "sdpa")}
-    found |= {name: rewritten(name, given, True) for name in given.variants if name in GENERATING}
+    found = {"sdpa": gpt2(given)}
+    for name in given.variants:
+        if name in GENERATING:
+            example = {"input_ids": ids, "use_cache": True}
+            found[name] = rewritten(gpt2(given), (), example, spec(name, given))
     if "selective" in found:
-        sites = [site.path for site in ac.explain(build(given, "sdpa"), (ids,)).sites]
-        ac.set_budgets(found["selective"], dict.fromkeys(sites, given.budget or given.length // 8))
+        budget = given.budget or given.length // 8
+        sites = [site.path for site in ac.explain(gpt2(given), (ids,)).sites]
+        ac.set_budgets(found["selective"], dict.fromkeys(sites, budget))
 
     @torch.inference_mode()
     def call(model: Any) -> Any:

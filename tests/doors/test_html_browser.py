@@ -180,6 +180,20 @@ def test_the_graph_opens_and_closes(tab: Tab) -> None:
     assert sum(_shown(tab, rows)) < at_first
 
 
+def test_the_graph_zooms_and_is_moved_in_its_frame(tab: Tab) -> None:
+    tab.value("document.querySelector('[data-open=all]').click()")
+    height = "document.querySelector('.graph .r').getBoundingClientRect().height"
+    tab.value("window.slider = document.getElementById('zoom')")
+    heights = {}
+    for percent in (50, 100, 200):
+        tab.value(f"slider.value = {percent}; slider.dispatchEvent(new Event('input'))")
+        assert tab.value("slider.nextElementSibling.textContent") == f"{percent} %"
+        heights[percent] = tab.value(height)
+    assert heights[50] < heights[100] < heights[200]
+    moved = "const frame = document.querySelector('.graph'); frame.scrollTop = 300; frame.scrollTop"
+    assert tab.value(moved) == 300
+
+
 @pytest.mark.parametrize("width", [360, 420, 800, 1100, 1600])
 def test_it_fits(tab: Tab, width: int) -> None:
     tab.size(width, 900)
