@@ -39,6 +39,12 @@ def test_the_table_of_codes_is_that_of_the_sources() -> None:
     assert text.split(reasons.START)[1].split(reasons.END)[0].strip() == reasons.table()
 
 
+def test_every_code_says_something() -> None:
+    table = dict(re.findall(r"\| `([\w.]+)` \| (.*) \|", reasons.table()))
+    assert table.keys() == reasons.codes().keys()
+    assert [code for code, text in table.items() if not re.search(r"[a-z]{3}", text)] == []
+
+
 def test_every_code_that_a_source_spells_is_found() -> None:
     """Whatever looks like a code of a known family is in the table."""
     known = reasons.codes()
