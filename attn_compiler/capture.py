@@ -23,7 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch.utils import _pytree as pytree
 
 from attn_compiler.config import CompileConfig
@@ -63,7 +63,7 @@ def each_graph(
         visit(copy.deepcopy(gm))
         return gm.forward
 
-    ended, complained = torch._dynamo.graph_break_reasons, counters["unimplemented"]
+    ended, complained = graph_break_reasons, counters["unimplemented"]
     before, known = len(ended), dict(complained)
     torch.compile(model, backend=collect)(*args, **kwargs)
     found = [_broken(reason) for reason in ended[before:]]

@@ -25,20 +25,8 @@ def test_every_way_has_a_spec() -> None:
 
 @pytest.mark.slow
 def test_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = [
-        "--length",
-        "128",
-        "--width",
-        "64",
-        "--layers",
-        "1",
-        "--rounds",
-        "1",
-        "--tokens",
-        "2",
-        "--beams",
-        "2",
-    ]
+    numbers = {"length": 128, "width": 64, "layers": 1, "rounds": 1, "tokens": 2, "beams": 2}
+    sizes = [f"--{name}={value}" for name, value in numbers.items()]
     asked = ["--only", "forward", "generate", "--variants", "spion", "el", "--json"]
     assert variants_cpu.main([*sizes, *asked]) == 0
     printed = capsys.readouterr()
