@@ -249,7 +249,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     sizes = {"length": 2048, "width": 512, "layers": 4, "rounds": 9, "beams": 4, "tokens": 16}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--density", type=float, default=0.05, help="of SPION's blocks")
+    parser.add_argument(
+        "--density", type=float, default=0.05, help="of blocks for SPION, below the diagonal"
+    )
     parser.add_argument("--budget", type=int, help="of a selective cache, an eighth of the length")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     every = list(dict.fromkeys((*VARIANTS, *GENERATING)))

@@ -24,6 +24,7 @@ _GENERAL = {
     "el.cache_larger": "a cache would hold more numbers than keys and values",
     "feed_forward.unlike": "it is no net of linear maps with an activation between them: …",
     "gau.sizes": "no sizes of the units match the block: …",
+    "region.untraceable": "an operation in between cannot be traced alone: …",
     "spion.pattern": "the pattern that is given does not fit the sequence: …",
     "switchall.sizes": "no sizes of the experts match the feed-forward net: …",
 }
