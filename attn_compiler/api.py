@@ -122,13 +122,13 @@ def _explain_calls(
     reports: list[Report] = []
     memory = MEMORY if config.installs else None
     with untouched(model, grad=True):
-        each_graph(
+        breaks = each_graph(
             model,
             copied(args),
             copied(kwargs),
             lambda gm: reports.append(compile_graph(gm, config, memory=memory)),
         )
-    return sum(reports, Report())
+    return sum(reports, Report(breaks=breaks))
 
 
 # ---------------------------------------------------------------- the pass
@@ -308,16 +308,18 @@ def _check_call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     """Can the model be called like this at all?"""
     forward = model.forward if isinstance(model, nn.Module) else model
     try:
-        inspect.signature(forward).bind(*args, **kwargs)
+        signature = inspect.signature(forward)
+    except ValueError:
+        return  # a builtin without a signature: the call itself will tell
+    try:
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         missing = "missing" in str(error)
         raise BadOption(
             "example inputs are missing" if missing else "the example does not fit the model",
             why=[str(error)],
-            do="give an example call: rewrite(model, args, kwargs)",
+            do=f"give args and kwargs of one call: ({', '.join(signature.parameters)})",
         ) from error
-    except ValueError:
-        return  # a builtin without a signature: the call itself will tell
 
 
 def _check_globs(config: CompileConfig, report: Report) -> None:

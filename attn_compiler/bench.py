@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from attn_compiler import backend
-from attn_compiler.given import Given, failure
+from attn_compiler.given import Given, called
 from attn_compiler.kernels.timing import alternated
 from attn_compiler.report import Report
 from attn_compiler.terminal import heading
@@ -106,12 +106,8 @@ def compare(given: Given, to: Any, rounds: int) -> Comparison:
             return ways[way](*given.args, **given.kwargs)
 
     calls = {way: (lambda way=way: call(way)) for way in ways}
-    try:
+    with called(given):
         outputs = {way: one() for way, one in calls.items()}
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise error.inner_exception from error
-    except Exception as error:
-        raise failure(given, error) from error
     report = backend.last_report()
     seconds = alternated(calls, rounds, partial(_seconds, device))
     return Comparison(

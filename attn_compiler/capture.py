@@ -12,25 +12,32 @@ What is spelled out and not rewritten is put back.
 from __future__ import annotations
 
 import copy
+import linecache
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx, nn
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch.utils import _pytree as pytree
 
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption, require
 from attn_compiler.installed import require_mode
 from attn_compiler.ir import ops
+from attn_compiler.ir.site import Break
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare
 from attn_compiler.report import Report
 from attn_compiler.symbols import CaptureError, Symbols, oblivious
 
+# how Dynamo says which function it leaves
+_FRAME = "frame skipped: "
 _ANCHORS = ops.SOFTMAX | ops.SDPA | ops.MHA | ops.FLEX | ops.EXPONENTIAL
 
 
@@ -42,14 +49,53 @@ def each_graph(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     visit: Callable[[fx.GraphModule], None],
-) -> None:
-    """Call the model once and visit a copy of every graph that Dynamo finds in it."""
+) -> tuple[Break, ...]:
+    """Call the model once and visit a copy of every graph that Dynamo finds in it.
+
+    Returns:
+        Where a graph ended before the model did, in order, each line once.
+    """
+    graphs = 0
 
     def collect(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
         visit(copy.deepcopy(gm))
         return gm.forward
 
+    ended, complained = graph_break_reasons, counters["unimplemented"]
+    before, known = len(ended), dict(complained)
     torch.compile(model, backend=collect)(*args, **kwargs)
+    found = [_broken(reason) for reason in ended[before:]]
+    found += [_skipped(t) for t, n in complained.items() if n > known.get(t, 0) and _FRAME in t]
+    if not graphs and not found:
+        return (Break("", "nothing was traced: it is kept from the tracer, or calls no torch"),)
+    return tuple(dict.fromkeys(found))
+
+
+def _broken(reason: Any) -> Break:
+    """A break in the words of the tracer, at the innermost line of the user's."""
+    text = (reason.reason.strip().splitlines() or [""])[0]
+    if text.startswith("generic_jump"):  # its own word is that of a bytecode
+        text = "a branch depends on the value of a tensor"
+    home = str(Path(torch.__file__).parent)
+    users = [frame for frame in reason.user_stack if not frame.filename.startswith(home)]
+    if not users:
+        return Break("", text)
+    frame = users[-1]
+    return Break(f"{Path(frame.filename).name}:{frame.lineno}", text, (frame.line or "").strip())
+
+
+def _skipped(text: str) -> Break:
+    """A function that is not traced at all, since the tracer would have to let go in a loop."""
+    found = re.search(rf"{_FRAME}(\S+) \((.+) line (\d+)\)", text)
+    name, file, line = found.groups() if found else ("the function", "", "0")
+    first = text.splitlines()[0]
+    return Break(
+        f"{Path(file).name}:{line}" if file else "",
+        f"{first}, in a loop, so that nothing of {name} is traced",
+        linecache.getline(file, int(line)).strip(),
+    )
 
 
 # ---------------------------------------------------------------- graph modules

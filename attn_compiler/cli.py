@@ -16,6 +16,7 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -82,14 +83,16 @@ def _put(options: argparse.Namespace, text: str) -> None:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """PyTorch's own log lines about a model that fails would bury the paragraph."""
+    """PyTorch's own log lines and warnings about a model that fails would bury the paragraph."""
     before = logging.root.manager.disable
-    if not debug and not os.environ.get("TORCH_LOGS"):
-        logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    with warnings.catch_warnings():
+        if not debug and not os.environ.get("TORCH_LOGS"):
+            logging.disable(logging.ERROR)
+            warnings.filterwarnings("ignore", module=r"torch\._(dynamo|inductor)\b")
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 # ---------------------------------------------------------------- what can be asked
@@ -225,14 +228,10 @@ def explain(options: argparse.Namespace) -> int:
     from attn_compiler.terminal import show
 
     to, found = given.target(options.to), given.load(options.given)
-    try:
+    with given.called(found):
         report = api.explain(
             found.model, found.args, found.kwargs, to=to, hardware=options.hardware
         )
-    except AttnCompilerError:
-        raise
-    except Exception as error:
-        raise given.failure(found, error) from error
     if options.html:
         report.to_html(options.html)
     if options.json:
@@ -275,12 +274,8 @@ def _plan_of_model(options: argparse.Namespace, spec: VariantSpec | Literal["fas
     if options.dtype:
         raise BadOption("a model has numbers of its own type", do="leave --dtype out")
     hardware, found = resolve(options.hardware), given.load(options.model)
-    try:
+    with given.called(found):
         report = api.explain(found.model, found.args, found.kwargs, hardware=hardware)
-    except AttnCompilerError:
-        raise
-    except Exception as error:
-        raise given.failure(found, error) from error
     plans = list(site_plans(report, spec, hardware))
     if options.json:
         parts = [{"site": p.site, "plan": _plain(p.plan) if p.plan else None} for p in plans]

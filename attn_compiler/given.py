@@ -11,10 +11,12 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -71,12 +73,27 @@ def load(target: str) -> Given:
             f"{path.name} has no function {function}",
             do=f"{hint}define it to return (model, args, kwargs)",
         )
+    _check_no_arguments(make, target)
     try:
-        return _checked(make(), target)
+        made = make()
     except AttnCompilerError:
         raise
     except (Exception, SystemExit) as error:
         raise _failed(f"{function} fails", error) from error
+    return _checked(made, target)
+
+
+def _check_no_arguments(make: Callable[..., Any], target: str) -> None:
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise BadOption(
+            f"{target} cannot be called without arguments",
+            why=[str(error)],
+            do="name a function without any, that returns (model, args, kwargs)",
+        ) from error
+    except ValueError:
+        return  # a builtin without a signature: the call itself will tell
 
 
 def _module(path: Path) -> Any:
@@ -102,22 +119,44 @@ def _checked(found: Any, target: str) -> Given:
             do="return (model, args, kwargs), args a tuple and kwargs a dict",
         )
     model, args, kwargs = (*parts, None)[:3]
-    if not isinstance(args, tuple | list) or not isinstance(kwargs or {}, Mapping):
-        raise BadOption(
-            f"{target} returns args as a {type(args).__name__}", do="return (model, (x,), {})"
-        )
+    if isinstance(model, type):
+        name = model.__name__
+        raise BadOption(f"{target} returns a class, {name}", do=f"return a model, {name}(...)")
+    for name, value, kinds in (("args", args, (tuple, list)), ("kwargs", kwargs or {}, Mapping)):
+        if not isinstance(value, kinds):
+            raise BadOption(
+                f"{target} returns {name} as a {type(value).__name__}",
+                do="return (model, (x,), {}), args a tuple and kwargs a dict",
+            )
     return Given(model, tuple(args), dict(kwargs or {}))
 
 
 # ---------------------------------------------------------------- where a model fails
 
 
-def failure(given: Given, error: Exception) -> CouldNot:
+@contextmanager
+def called(given: Given) -> Iterator[None]:
+    """Around whatever runs a model: its errors as one of ours.
+
+    Raises:
+        CouldNot: the model fails, or cannot be traced.
+    """
+    try:
+        yield
+    except AttnCompilerError:
+        raise
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise error.inner_exception from error
+    except (Exception, SystemExit) as error:
+        raise _failure(given, error) from error
+
+
+def _failure(given: Given, error: BaseException) -> CouldNot:
     """Why a model could not be traced: its own error, or something that the tracer cannot do."""
     try:
         with torch.no_grad():
             given.model(*given.args, **given.kwargs)
-    except Exception as own:
+    except (Exception, SystemExit) as own:
         return _failed("the model fails on its example, also without a compiler,", own)
     found = _FRAME.findall(str(error).partition("from user code:")[2])
     users = [frame for frame in found if not frame[0].startswith(_INSIDE)]
@@ -126,11 +165,15 @@ def failure(given: Given, error: Exception) -> CouldNot:
         "the model runs by itself, and torch.compile cannot trace it",
         where=f"{Path(file).name}:{number}" if file else "",
         why=[*([line] if line else []), f"{type(error).__name__}: {_first(error)}"],
-        do="keep that line out of the trace with torch.compiler.disable, or write it otherwise",
+        do="keep that line out of the trace with torch.compiler.disable, or write it otherwise"
+        if file
+        else "give a model that torch.compile accepts; --debug shows the whole traceback",
     )
 
 
 def _failed(what: str, error: BaseException) -> CouldNot:
+    if isinstance(error, SyntaxError):
+        return _not_python(what, error)
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if not frame.filename.startswith(_INSIDE)]
     last = [f for f in users if "importlib" not in f.filename][-1:] or list(frames[-1:])
@@ -139,6 +182,17 @@ def _failed(what: str, error: BaseException) -> CouldNot:
         where=f"{Path(last[0].filename).name}:{last[0].lineno}" if last else "",
         why=[*(f.line for f in last if f.line), f"{type(error).__name__}: {_first(error)}"],
         do="mend that line, then try again; --debug shows the whole traceback",
+    )
+
+
+def _not_python(what: str, error: SyntaxError) -> CouldNot:
+    """The line that is wrong was never run, so that no frame names it."""
+    line = (error.text or "").strip()
+    return CouldNot(
+        what,
+        where=f"{Path(error.filename).name}:{error.lineno}" if error.filename else "",
+        why=[*([line] if line else []), f"{type(error).__name__}: {error.msg}"],
+        do="mend that line, then try again" if error.filename else "give a file of Python",
     )
 
 

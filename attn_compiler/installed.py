@@ -333,11 +333,21 @@ def base_of(module: nn.Module) -> type[nn.Module]:
 def unlike(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
     """A variant for a call that none covers, analysed now; None: the original code runs."""
     exact = all(s.decision.fidelity == "exact" for s in owner.__dict__["_attn_sites"])
-    if not torch.compiler.is_compiling():
-        from attn_compiler.install import extend
+    traced, dynamo = torch.compiler.is_compiling(), torch.compiler.is_dynamo_compiling()
+    # the original code computes the same, and a graph that has to be whole stays so
+    found = None if traced and (exact or not dynamo) else _analysed(owner, values)
+    require(
+        exact or found is not None,
+        "a call like the example, as there is no original that computes the same",
+    )
+    return found
 
-        found = extend(owner, values)
-        if found is not None or exact:
-            return found
-    require(exact, "a call like the example, as there is no original that computes the same")
-    return None
+
+@torch.compiler.disable(reason="attn_compiler analyses a call unlike the example, once")
+def _analysed(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
+    """While torch.compile traces, a graph ends here: what is analysed has to be there. The next
+    call is traced with the variant.
+    """
+    from attn_compiler.install import extend
+
+    return extend(owner, values)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from attn_compiler.cost.points import Roofline
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Decision, Missed, told
+from attn_compiler.ir.site import AttentionSite, Break, Decision, Missed, heads_of, told
 
 
 class Chosen(Protocol):
@@ -32,6 +32,7 @@ class Report:
         kernels: source of generated kernels by name.
         roofline: the roofs of the hardware that was named, with a point for each predicted site.
         graphs: the same graphs node by node, with the source line and the module of each.
+        breaks: where the tracer let go of the model, as `explain` sees it.
     """
 
     sites: tuple[AttentionSite, ...] = ()
@@ -41,6 +42,7 @@ class Report:
     kernels: dict[str, str] = field(default_factory=dict)
     roofline: Roofline | None = None
     graphs: tuple[Listing, ...] = ()
+    breaks: tuple[Break, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -75,6 +77,7 @@ class Report:
             {**self.kernels, **other.kernels},
             _joined(self.roofline, other.roofline),
             self.graphs + other.graphs,
+            self.breaks + other.breaks,
         )
 
     def __str__(self) -> str:
@@ -86,16 +89,20 @@ class Report:
             where = missed.path or "the root"
             lines.append(f"  left alone  {where} ({missed.location or 'no source line'})")
             lines.append(f"      {missed.code}: {missed.text}")
+        for cut in self.breaks:
+            lines.append(f"  not traced  {cut.location or 'the model'}")
+            lines.append(f"      {cut.text}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """The same as a JSON object with the keys `sites`, `missed`, `graph_before`, `graph_after`,
-        `kernels`.
+        """The same as a JSON object with the keys `sites`, `missed`, `breaks`, `graph_before`,
+        `graph_after`, `kernels`.
         """
         return json.dumps(
             {
                 "sites": [_site_dict(site) for site in self.sites],
                 "missed": [vars_of(missed) for missed in self.missed],
+                "breaks": [vars_of(cut) for cut in self.breaks],
                 "graph_before": self.graph_before,
                 "graph_after": self.graph_after,
                 "kernels": self.kernels,
@@ -115,9 +122,10 @@ class Report:
         shown = page.Found(
             groups=tuple(map(tuple, alike(self.sites))),
             missed=self.missed,
+            breaks=self.breaks,
             graphs=self.graphs,
             kernels=self.kernels,
-            numbers={name: found[name] for name in ("sites", "missed")},
+            numbers={name: found[name] for name in ("sites", "missed", "breaks")},
         )
         Path(path).write_text(page.render(shown), encoding="utf-8")
 
@@ -175,19 +183,6 @@ def _site_lines(sites: list[AttentionSite]) -> list[str]:
     if "experts" in first.facts:
         lines.append(f"      experts {told(first.facts['experts'])}")
     return lines
-
-
-def heads_of(site: AttentionSite) -> str:
-    """8 heads over 2 kv heads of 64."""
-    found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
-    if site.kv_heads != site.query_heads:
-        found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"
-    return f"{found} of {site.head_dim or '?'}"
-
-
-def many(word: str, count: int | None) -> str:
-    """The word for so many of it."""
-    return word if count == 1 else f"{word}s"
 
 
 def _seconds(decision: Decision) -> str:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TextIO
 
-from attn_compiler.ir.site import AttentionSite, Missed, told
-from attn_compiler.report import Report, alike, heads_of, many
+from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, many, told
+from attn_compiler.report import Report, alike
 
 WIDTH = 100
 _LABEL = 10
@@ -23,7 +23,8 @@ _SIGNS = {
     " <= ": " ≤ ", " >= ": " ≥ ", " != ": " ≠ ", " == ": " = ", " & ": " ∧ ", " | ": " ∨ ",
     " * ": " · ", "~": "¬",
 }  # fmt: skip
-_COLOURS = {"rewritten": "green", "kept": "yellow", "left alone": "magenta"}
+_COLOURS = {"rewritten": "green", "kept": "yellow", "left alone": "magenta", "not traced": "red"}
+Verdict = Literal["rewritten", "kept", "left alone", "not traced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class Block:
         rows: pairs of a label and a text.
     """
 
-    verdict: Literal["rewritten", "kept", "left alone"]
+    verdict: Verdict
     title: str
     location: str
     rows: tuple[tuple[str, str], ...]
@@ -86,9 +87,10 @@ def heading(report: Report) -> str:
 
 
 def blocks(report: Report) -> list[Block]:
-    """One for each group of sites alike, then the near misses."""
+    """One for each group of sites alike, then the near misses, then where the tracer let go."""
     found = [_site(group) for group in alike(report.sites)]
-    return found + [_miss(missed) for missed in report.missed]
+    found += [_miss(missed) for missed in report.missed]
+    return found + [_break(cut) for cut in report.breaks]
 
 
 # ---------------------------------------------------------------- what is said
@@ -99,7 +101,7 @@ def _site(sites: list[AttentionSite]) -> Block:
     title = first.path or "the root"
     if len(sites) > 1:
         title += f" ... {last.path or 'the root'} ({len(sites)} alike)"
-    verdict: Literal["rewritten", "kept"] = "rewritten" if first.decision.accepted else "kept"
+    verdict: Verdict = "rewritten" if first.decision.accepted else "kept"
     return Block(verdict, title, first.location or "no source line", tuple(_said(first)))
 
 
@@ -166,6 +168,14 @@ def _miss(missed: Missed) -> Block:
         rows.append(("misfit", f"the first operation that does not fit: {missed.operation}"))
     where = missed.location or "no source line"
     return Block("left alone", missed.path or "the root", where, tuple(rows))
+
+
+def _break(cut: Break) -> Block:
+    rows = [("line", cut.line)] if cut.line else []
+    rows.append(("reason", cut.text))
+    if cut.location:
+        rows.append(("means", "one graph ends here: an attention on both sides is not seen whole"))
+    return Block("not traced", cut.location or "the model", "", tuple(rows))
 
 
 def notation(expression: str) -> str:

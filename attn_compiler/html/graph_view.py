@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
@@ -12,6 +13,8 @@ from attn_compiler.ir.listing import Line, Listing
 from attn_compiler.ir.site import AttentionSite, Missed
 
 Note = Literal["", "attention", "kept", "missed"]
+# of a layer in a path; x_0 and x_1 are names of their own
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # lines as before that are shown between others
 _LONG = 4
 
@@ -67,12 +70,25 @@ Item = SourceView | RowView | RunView | FoldView | PartView
 
 
 @dataclass(frozen=True, slots=True)
+class InputView:
+    """Inputs and parameters of one type whose names differ in nothing but numbers."""
+
+    names: tuple[str, ...]
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
 class GraphView:
     """A graph: its name, the inputs, everything else as a tree."""
 
     name: str
-    inputs: tuple[Line, ...]
+    inputs: tuple[InputView, ...]
     top: PartView
+
+    @property
+    def count(self) -> int:
+        """Of inputs and parameters."""
+        return sum(len(item.names) for item in self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +123,22 @@ def views(graphs: Sequence[Listing], places: Places) -> tuple[GraphView, ...]:
     """Every graph that computes something."""
     found = []
     for graph in graphs:
-        inputs = tuple(line for line in graph.before if line.kind == "input")
+        inputs = tuple(_inputs(line for line in graph.before if line.kind == "input"))
         top = _part(tree(graph), places)
         if top.size:
             found.append(GraphView(graph.name, inputs, top))
     return tuple(found)
+
+
+def _inputs(lines: Iterable[Line]) -> Iterator[InputView]:
+    """layers.0.w, layers.1.w   ->   one view: as many layers as there are, the list is as long as
+    that of one.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        groups.setdefault((_NUMBER.sub("*", line.name), line.type), []).append(line.name)
+    for (_, kind), names in groups.items():
+        yield InputView(tuple(names), kind)
 
 
 def noted(graphs: Sequence[GraphView]) -> dict[int, RowView]:

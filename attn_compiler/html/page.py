@@ -20,7 +20,7 @@ from attn_compiler.html.graph_view import GraphView, Places, exchanged, noted, v
 from attn_compiler.html.site_view import SiteView, view
 from attn_compiler.html.source_text import pieces
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Missed, told
+from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, told
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -32,6 +32,7 @@ class Found:
     Attributes:
         groups: sites, those that differ in nothing but their path together.
         missed: near misses.
+        breaks: where the tracer let go of the model.
         graphs: before and after, line by line.
         kernels: generated sources by name.
         numbers: sites and near misses as the report's JSON has them.
@@ -39,6 +40,7 @@ class Found:
 
     groups: tuple[tuple[AttentionSite, ...], ...]
     missed: tuple[Missed, ...]
+    breaks: tuple[Break, ...]
     graphs: tuple[Listing, ...]
     kernels: Mapping[str, str]
     numbers: Mapping[str, Any]
@@ -73,6 +75,7 @@ def render(found: Found) -> str:
         .render(
             sites=sites,
             missed=_alike(found.missed),
+            breaks=found.breaks,
             graphs=graphs,
             kernels=[_kernel(n, name, found.kernels[name], sites) for name, n in order.items()],
             total=Totals.of(sites, found.missed),
@@ -196,6 +199,7 @@ def _environment() -> Any:
         span=words.span,
         json=_json,
         told=told,
+        heads=heads_of,
         kind=lambda item: type(item).__name__,
         own=Markup,  # our own style and script, never a text of a model
     )

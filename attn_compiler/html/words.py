@@ -93,14 +93,6 @@ def mask_words(mask: Mask) -> list[tuple[str, str]]:
     return [(terms_text((term,), mask.names), _TERMS[type(term)]) for term in mask.terms]
 
 
-def heads_words(site: AttentionSite) -> str:
-    """6 x 32, or 8 over 2 x 64 where heads share keys."""
-    heads = str(site.query_heads or "?")
-    if site.kv_heads != site.query_heads:
-        heads += f" over {site.kv_heads or '?'}"
-    return f"{heads} × {site.head_dim or '?'}"
-
-
 def formula(site: AttentionSite) -> list[str]:
     """The attention as it was understood, line by line."""
     scale = "scale" if site.scale is None else f"{site.scale:.6g}"

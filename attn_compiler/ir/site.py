@@ -173,6 +173,34 @@ class Missed:
     operation: str = ""
 
 
+@dataclass(frozen=True)
+class Break:
+    """Where the tracer let go of a model, so that no attention is seen whole across it.
+
+    Attributes:
+        location: "file.py:88", "" if nothing of the model was traced.
+        text: why, as the tracer says it.
+        line: the text at `location`.
+    """
+
+    location: str
+    text: str
+    line: str = ""
+
+
 def told(fact: Any) -> str:
     """A fact in words: itself, or what it says of itself."""
     return str(fact.get("text", "") if isinstance(fact, dict) else fact or "")
+
+
+def heads_of(site: AttentionSite) -> str:
+    """8 heads over 2 kv heads of 64."""
+    found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
+    if site.kv_heads != site.query_heads:
+        found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"
+    return f"{found} of {site.head_dim or '?'}"
+
+
+def many(word: str, count: int | None) -> str:
+    """The word for so many of it."""
+    return word if count == 1 else f"{word}s"

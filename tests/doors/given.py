@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ class Untraceable(nn.Module):
         return x + offset
 
 
+class Disabled(nn.Module):
+    """The tracer may not look into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention()
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
 def example() -> Tensor:
     return torch.randn(2, 11, WIDTH, generator=torch.Generator().manual_seed(3))
 
@@ -90,6 +103,64 @@ def prints() -> Made:
     model = Attention()
     model.register_forward_pre_hook(lambda *_: print("called"))
     return model, (example(),), {}
+
+
+def exits() -> Made:
+    class Exits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            sys.exit(3)
+
+    return Exits(), (example(),), {}
+
+
+class Cut(nn.Module):
+    """The tracer lets go between the scores and the softmax, then for good."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.mT
+        torch._dynamo.graph_break()
+        x = scores.softmax(-1) @ x
+        if x.sum() > 0:
+            x = x + 1
+        return self.again(x)
+
+    def again(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + 1
+            torch._dynamo.graph_break()
+        return x
+
+
+def cut() -> Made:
+    return Cut(), (example(),), {}
+
+
+def kept_out() -> Made:
+    return Disabled(), (example(),), {}
+
+
+def needs(width: int) -> Made:
+    return nn.Linear(width, width), (example(),), {}
+
+
+def a_class() -> Any:
+    return Attention, (example(),), {}
+
+
+def bare_args() -> Any:
+    return Attention(), example()
+
+
+def listed_kwargs() -> Any:
+    return Attention(), (), [("x", example())]
+
+
+def too_few() -> Made:
+    return Attention(), (), {}
+
+
+def scripted() -> Made:
+    return torch.jit.script(nn.Linear(WIDTH, 3)), (example(),), {}
 
 
 def leaves() -> Made:

@@ -19,6 +19,17 @@ _CODE = re.compile(r"[a-z_]+(\.[a-z_]+)?")
 _FAMILY = dict.fromkeys(("affine.py", "states.py", "sides.py", "key_parts.py"), "el.")
 
 
+# words that are put together when it happens: what they say
+_GENERAL = {
+    "el.cache_larger": "a cache would hold more numbers than keys and values",
+    "feed_forward.unlike": "it is no net of linear maps with an activation between them: …",
+    "gau.sizes": "no sizes of the units match the block: …",
+    "region.untraceable": "an operation in between cannot be traced alone: …",
+    "spion.pattern": "the pattern that is given does not fit the sequence: …",
+    "switchall.sizes": "no sizes of the experts match the feed-forward net: …",
+}
+
+
 def codes() -> dict[str, list[str]]:
     """Words by code."""
     found: dict[str, list[str]] = {}
@@ -82,7 +93,8 @@ def _words(node: ast.expr, function: ast.FunctionDef, line: int) -> str:
 def table() -> str:
     """As Markdown."""
     rows = ["| code | what it says |", "|---|---|"]
-    for code, words in codes().items():
+    for code, found in codes().items():
+        words = [_GENERAL[code]] if code in _GENERAL else found
         rows.append(f"| `{code}` | {'<br>'.join(words).replace('|', chr(92) + '|')} |")
     return "\n".join(rows)
 

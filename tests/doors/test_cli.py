@@ -103,6 +103,7 @@ def test_a_page_that_cannot_be_written(capsys: Run, tmp_path: Path) -> None:
         ("untraceable", "offset = int(", "torch.compile cannot trace it"),
         ("fails", "raise FileNotFoundError", "no weights here"),
         ("leaves", "raise SystemExit", "usage: given.py NAME"),
+        ("exits", "sys.exit(3)", "also without a compiler"),
     ],
 )
 def test_a_model_that_fails(function: str, line: str, said: str, capsys: Run) -> None:
@@ -112,6 +113,52 @@ def test_a_model_that_fails(function: str, line: str, said: str, capsys: Run) ->
     assert printed == "" and said in words and "To do:" in words
     assert f"given.py:{_line(line)}" in words and line in words
     assert "Traceback" not in error and len(error.splitlines()) < 8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"import torch\ndef make(:\n    pass\n", "wrong.py:2 (def make(:; SyntaxError:"),
+        (b"make = 1\0", "give a file of Python"),
+        (b"import no_such_module\n", "wrong.py:1 (import no_such_module;"),
+    ],
+)
+def test_a_file_that_cannot_be_run(text: bytes, said: str, tmp_path: Path, capsys: Run) -> None:
+    (tmp_path / "wrong.py").write_bytes(text)
+    assert cli.main(["explain", f"{tmp_path}/wrong.py:make"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert said in error and "importlib" not in error and "Traceback" not in error
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_that_the_tracer_does_not_take_at_all(capsys: Run) -> None:
+    assert cli.main(["explain", f"{FILE}:scripted"]) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert "torch.compile cannot trace it (" in error and "that line" not in error
+
+
+def test_explain_shows_where_the_tracer_let_go(capsys: Run) -> None:
+    assert cli.main(["explain", f"{FILE}:cut"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    line = "torch._dynamo.graph_break()"
+    assert printed.count(f"not traced given.py:{_line(line)} line {line}") == 1
+    branch = "if x.sum() > 0:"
+    assert f"not traced given.py:{_line(branch)} line {branch}" in printed
+    assert "a branch depends on the value of a tensor" in printed
+    skipped = "def again(self, x: Tensor) -> Tensor:"
+    assert f"not traced given.py:{_line(skipped)} line {skipped}" in printed
+    assert "in a loop, so that nothing of again is traced" in printed
+    assert cli.main(["explain", f"{FILE}:make", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["breaks"] == []
+
+
+def test_explain_of_a_model_that_is_kept_from_the_tracer(capsys: Run) -> None:
+    assert cli.main(["explain", f"{FILE}:kept_out"]) == 0
+    printed = capsys.readouterr().out
+    assert "not traced  the model\n" in printed and "torch.compiler.disable" in printed
+    assert cli.main(["explain", f"{FILE}:kept_out", "--json"]) == 0
+    (cut,) = json.loads(capsys.readouterr().out)["breaks"]
+    assert cut["location"] == ""
 
 
 def test_a_traceback_only_with_debug(capsys: Run) -> None:
@@ -126,6 +173,11 @@ def test_a_traceback_only_with_debug(capsys: Run) -> None:
         ("absent.py:make", "there is no file absent.py"),
         (f"{FILE}:mak", "did you mean make?"),
         (f"{FILE}:number", "returns a value of type int"),
+        (f"{FILE}:needs", "cannot be called without arguments"),
+        (f"{FILE}:a_class", "return a model, Attention(...)"),
+        (f"{FILE}:bare_args", "returns args as a Tensor"),
+        (f"{FILE}:listed_kwargs", "returns kwargs as a list"),
+        (f"{FILE}:too_few", "give args and kwargs of one call: (x)"),
     ],
 )
 def test_what_is_badly_asked(asked: str, said: str, capsys: Run) -> None:

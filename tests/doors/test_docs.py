@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from doors import printed, reasons
 
+import attn_compiler as ac
 from attn_compiler import cli
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,6 +39,12 @@ def test_the_table_of_codes_is_that_of_the_sources() -> None:
     assert text.split(reasons.START)[1].split(reasons.END)[0].strip() == reasons.table()
 
 
+def test_every_code_says_something() -> None:
+    table = dict(re.findall(r"\| `([\w.]+)` \| (.*) \|", reasons.table()))
+    assert table.keys() == reasons.codes().keys()
+    assert [code for code, text in table.items() if not re.search(r"[a-z]{3}", text)] == []
+
+
 def test_every_code_that_a_source_spells_is_found() -> None:
     """Whatever looks like a code of a known family is in the table."""
     known = reasons.codes()
@@ -58,6 +66,45 @@ def test_what_the_readme_shows_of_the_command_line(
     assert f"```\n{capsys.readouterr().out}```" in readme
     assert cli.main(["explain", "tests/doors/given.py:broken"]) == 1
     assert f"```\n{capsys.readouterr().err}```" in readme
+
+
+# "## GAU", then code; `py` is a recipe, `python` is printed and compared
+RECIPES = {
+    section.split("\n", 1)[0]: re.findall(r"```py\n(.*?)```", section, re.DOTALL)
+    for section in (DOCS / "variants.md").read_text(encoding="utf-8").split("\n## ")[1:]
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name, found in RECIPES.items() if found])
+def test_the_recipes_of_the_variants_run(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a language model, with the few names that a reader has: model, args, batches, a loss."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=61)
+    config.bos_token_id = config.eos_token_id = None
+    ids = torch.randint(0, 61, (2, 128), generator=torch.Generator().manual_seed(1))
+
+    def loss_of(output: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        (ids,) = inputs
+        return torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, ids[:, 1:])
+
+    kwargs = {"use_cache": False}
+    given = {"torch": torch, "ac": ac, "model": GPT2LMHeadModel(config).eval(), "kwargs": kwargs}
+    given |= {"args": (ids,), "batches": [((ids,), kwargs)] * 2, "loss_of": loss_of}
+    monkeypatch.chdir(tmp_path)
+    for recipe in RECIPES[variant]:
+        exec(recipe, given)
+    report = ac.last_report()
+    assert report.rewritten == len(report.sites) > 0, report
+    assert given["new"] is not given["model"]
+
+
+def test_every_variant_that_is_trained_has_a_recipe() -> None:
+    assert [name for name, found in RECIPES.items() if not found] == ["What they cost", "Flash"]
 
 
 def test_the_pieces_of_the_page_on_variants_are_the_example() -> None:

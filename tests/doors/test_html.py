@@ -15,7 +15,8 @@ from doors.pages import LENGTH, Page, explained
 
 import attn_compiler as ac
 from attn_compiler.html import words
-from attn_compiler.ir.site import Missed, Reason
+from attn_compiler.ir.listing import Line, Listing
+from attn_compiler.ir.site import Break, Missed, Reason
 from attn_compiler.report import Report
 
 EVIL = '</script></style><script>window.owned = 1</script><img src="x" onerror="window.owned=1">&'
@@ -77,7 +78,7 @@ def test_every_site_and_near_miss_is_there(page: Page, report: Report) -> None:
 def test_its_numbers_are_those_of_the_report(page: Page, report: Report) -> None:
     found = json.loads(report.to_json())
     (data,) = page.data
-    assert json.loads(data) == {"sites": found["sites"], "missed": found["missed"]}
+    assert json.loads(data) == {name: found[name] for name in ("sites", "missed", "breaks")}
     rows = [found for found in page.all("tbody") if found.get("class") == "site"]
     assert sum(int(row["data-count"]) for row in rows) == len(report.sites)
     seconds = {site.decision.predicted_seconds for site in report.sites} - {None}
@@ -206,3 +207,24 @@ def test_gpt2(layers: int, most: int, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").stat().st_size < most
     assert all(site.path in page.text for site in found.sites)
     assert f"{layers} alike" in page.text and f"{layers - 1} modules like" in page.text
+
+
+def test_where_the_tracer_let_go_is_said(tmp_path: Path) -> None:
+    cut = Break("model.py:7", "Call to <print>", "print(x)")
+    page = page_of(Report(breaks=(cut,)), tmp_path)
+    assert page.complaints == [] and "let go of it at 1 place" in page.text
+    for said in ("model.py:7", "print(x)", "Call to <print>"):
+        assert said in page.text
+    (numbers,) = page.data
+    assert json.loads(numbers)["breaks"][0]["location"] == "model.py:7"
+
+
+def test_parameters_of_repeated_layers_are_one_line(tmp_path: Path) -> None:
+    names = [f"layers.{i}.attention.weight" for i in range(48)]
+    output = Line("output", "output", "", "", "(x,)", "", "", ())
+    lines = (*(Line(n, "input", "float32[3]", "", "", "", "", ()) for n in names), output)
+    odd = Line("layers.7.attention.bias", "input", "float32[3]", "", "", "", "", ())
+    page = page_of(Report(graphs=(Listing("", (odd, *lines), (odd, *lines)),)), tmp_path)
+    assert f"{names[0]} … {names[-1]} float32[3] 48 alike" in page.text
+    assert "inputs and parameters 49" in page.text and "layers.7.attention.bias" in page.text
+    assert "layers.5.attention.weight" not in page.text

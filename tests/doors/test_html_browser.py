@@ -22,7 +22,7 @@ from attn_compiler.report import Report
 pytestmark = pytest.mark.skipif(executable() is None, reason="no Chromium on this machine")
 
 OPENS_WITHIN = 1.0
-_TRIES = 5
+_TRIES = 25
 # another page, so that the next is really opened
 _NOTHING = Path("/dev/null")
 
@@ -71,14 +71,17 @@ def _shown(tab: Tab, selector: str) -> list[bool]:
 
 
 def seconds_to_open(tab: Tab, file: Path) -> float:
-    """The best of some tries: the machine does other things as well."""
-    times = []
+    """The best of some tries, until one is quick enough: the machine does other things as well."""
+    best = float("inf")
     for _ in range(_TRIES):
         tab.open(_NOTHING)
         tab.open(file)
         timing = "performance.getEntriesByType('navigation')[0].loadEventEnd"
-        times.append(tab.value(f"new Promise((f) => setTimeout(() => f({timing}), 0))"))
-    return float(min(times)) / 1000
+        taken = tab.value(f"new Promise((f) => setTimeout(() => f({timing}), 0))")
+        best = min(best, float(taken) / 1000)
+        if 0 < best < OPENS_WITHIN:
+            break
+    return best
 
 
 def test_it_opens_within_a_second(tab: Tab, file: Path) -> None:
@@ -178,6 +181,20 @@ def test_the_graph_opens_and_closes(tab: Tab) -> None:
     tab.value("document.getElementById('only').click()")
     tab.value("document.querySelector('[data-open=none]').click()")
     assert sum(_shown(tab, rows)) < at_first
+
+
+def test_the_graph_zooms_and_is_moved_in_its_frame(tab: Tab) -> None:
+    tab.value("document.querySelector('[data-open=all]').click()")
+    height = "document.querySelector('.graph .r').getBoundingClientRect().height"
+    tab.value("window.slider = document.getElementById('zoom')")
+    heights = {}
+    for percent in (50, 100, 200):
+        tab.value(f"slider.value = {percent}; slider.dispatchEvent(new Event('input'))")
+        assert tab.value("slider.nextElementSibling.textContent") == f"{percent} %"
+        heights[percent] = tab.value(height)
+    assert heights[50] < heights[100] < heights[200]
+    moved = "const frame = document.querySelector('.graph'); frame.scrollTop = 300; frame.scrollTop"
+    assert tab.value(moved) == 300
 
 
 @pytest.mark.parametrize("width", [360, 420, 800, 1100, 1600])

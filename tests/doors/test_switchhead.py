@@ -218,6 +218,21 @@ def test_other_calls_are_analysed_or_refused() -> None:
         new(x, bare=True)
 
 
+def test_other_calls_under_torch_compile() -> None:
+    """A library may hand over another mask while it is traced: the graph ends, once."""
+    torch._dynamo.reset()
+    new, x, y = rewritten(switched.Separate(), draw()), draw(2), draw(3)
+    whole = {"backend": "eager", "fullgraph": True}
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="a call unlike the example"):
+        torch.compile(new, **whole)(x, y)
+    with pytest.raises(ac.UnsupportedCall):
+        torch.export.export(new, (x, y), strict=False)
+    want = expected(new, x, y, SPEC, below(11))
+    close(torch.compile(new, backend="eager")(x, y), want)
+    torch._dynamo.reset()
+    close(torch.compile(new, **whole)(x, y), want)
+
+
 @pytest.mark.slow
 def test_no_kind_of_call_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_compiler.install._MOST_VARIANTS", 2)

@@ -57,6 +57,11 @@
   }));
   const only = one("only");
   if (only) only.addEventListener("change", () => one("graph").classList.toggle("only", only.checked));
+  const zoom = one("zoom");
+  if (zoom) zoom.addEventListener("input", () => {
+    one("graph").style.setProperty("--zoom", zoom.value / 100);
+    zoom.nextElementSibling.textContent = `${zoom.value} %`;
+  });
 
   // ---- kernels
   all(".copy").forEach((button) => button.addEventListener("click", async () => {
