@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
 from attn_compiler.cache.expansion import keep_unexpanded
-from attn_compiler.cache.masked import MEMORY
+from attn_compiler.cache.memories import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant

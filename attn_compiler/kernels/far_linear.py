@@ -130,11 +130,16 @@ class _Band:
         return self.first, self.first + self.tile * self.count
 
 
+def rows_of_tile(window: int) -> int:
+    """Of a call with more rows than that: a span is at least half of what a row sees."""
+    return min(max(window, _LEAST_TILE), _MOST_TILE)
+
+
 def _bands(call: NearAndFar) -> list[_Band]:
     batch, heads, rows, _ = call.q.shape
     # a window wider than all keys sees no more than all of them
     width = min(call.window, call.k.shape[2])
-    tile = min(max(width, _LEAST_TILE), _MOST_TILE, rows)
+    tile = min(rows_of_tile(width), rows)
     most = _SCORES.get(call.q.device.type, _MANY_SCORES)
     step = max(1, most // (batch * heads * tile * (tile + width - 1)))
     tiles, found = -(-rows // tile), []
