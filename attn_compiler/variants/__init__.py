@@ -33,6 +33,7 @@ __all__ = [
     "Selective",
     "core_of",
     "costed",
+    "is_measured",
     "needs_data",
     "ordinary",
 ]
@@ -43,6 +44,11 @@ def needs_data(spec: VariantSpec) -> bool:
     if isinstance(spec, gau.GAU | switchhead.SwitchHead):
         return spec.init == "convert"
     return isinstance(spec, spion.SPION) and spec.pattern is None
+
+
+def is_measured(spec: object) -> bool:
+    """Does the report say, where there is data, what the change of function costs a model?"""
+    return isinstance(spec, selective.Selective | LinearAttention)
 
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:
