@@ -34,7 +34,7 @@ from attn_compiler.kernels.frame import accumulator, empty_heads, empty_lse, in_
 INF = float("inf")
 # rows of a tile, and scores that a band may hold at once, by device type
 _LEAST_TILE, _MOST_TILE = 32, 128
-_SCORES = {"cpu": 2**21}
+_SCORES = {"cpu": 2**18}
 _MANY_SCORES = 2**27
 
 
@@ -260,11 +260,10 @@ def forward(call: NearAndFar) -> tuple[Tensor, Tensor]:
     for band in tiles.bands:
         sums = tiles.sums(band)
         before, state = _exclusive(sums, state)
-        near, size = _near(tiles, band)
         f = tiles.rows(call.f, band)
         inner = tiles.masked(f @ _leaving(tiles.g, band).mT, band)
         far = inner @ _leaving(tiles.values, band) + f @ before
-        mixed, total = _joined(near, size, far)
+        mixed, total = _joined(tiles, band, far)
         rows = slice(band.rows.start, min(band.rows.stop, shape[2]))
         out[:, :, rows] = _of_tiles(mixed, band, shape[2])
         lse[:, :, rows] = _of_tiles(total, band, shape[2]).squeeze(-1)
@@ -273,25 +272,26 @@ def forward(call: NearAndFar) -> tuple[Tensor, Tensor]:
 
 def _exclusive(sums: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The state before each tile [B, G, m, F, n], and after the last."""
-    summed = state.unsqueeze(2) + pad(sums, (0, 0, 0, 0, 1, 0)).cumsum(2)
-    return summed[:, :, :-1], summed[:, :, -1]
+    summed = torch.empty_like(sums)
+    for number in range(sums.shape[2]):  # a scan over this dimension is slow on a CPU
+        summed[:, :, number] = state
+        state = state + sums[:, :, number]
+    return summed, state
 
 
-def _near(tiles: _Tiles, band: _Band) -> tuple[Tensor, Tensor]:
-    """Softmax over what is near, and the logarithm of its denominator."""
+def _joined(tiles: _Tiles, band: _Band, far: Tensor) -> tuple[Tensor, Tensor]:
+    """What is near and what is far [B, G, m, R C, dv + 1] under one denominator, and its logarithm.
+
+    Both are divided by the larger one, so that nothing overflows.
+    """
     _, scores = tiles.scores(band)
-    size = scores.logsumexp(-1, keepdim=True)
-    weights = scores.sub_(size.masked_fill(size == -INF, 0.0)).exp_()
-    return weights @ _spans(tiles.values, band)[..., :-1], size
-
-
-def _joined(near: Tensor, size: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-    """Both parts under one denominator, and its logarithm."""
-    total = torch.logaddexp(size, far[..., -1:].log())
-    nothing = total == -INF
-    share = (size - total).masked_fill(nothing, 0.0).exp()
-    out = near * share + far[..., :-1] * _inverse(total)
-    return out.masked_fill(nothing, 0.0), total
+    most = torch.maximum(scores.amax(-1, keepdim=True), far[..., -1:].log())
+    nothing = most == -INF
+    most = most.masked_fill_(nothing, 0.0)
+    both = scores.sub_(most).exp_() @ _spans(tiles.values, band)
+    both += far * _inverse(most)
+    total = both[..., -1:].masked_fill(nothing, 1.0)
+    return both[..., :-1] / total, (total.log() + most).masked_fill_(nothing, -INF)
 
 
 def _inverse(lse: Tensor) -> Tensor:
