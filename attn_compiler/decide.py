@@ -225,7 +225,10 @@ def _advice(work: Work, piece: Piece, site: AttentionSite, spec: VariantSpec) ->
 
 
 def _advice_on_core(
-    work: Work, raised: tuple[Region, FunctionalRegion, Core], site: AttentionSite, spec: VariantSpec
+    work: Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    spec: VariantSpec,
 ) -> str:
     """The same about a core."""
     region, _, core = raised

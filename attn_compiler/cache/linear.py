@@ -101,7 +101,9 @@ def attend(
     f, g = maps.queries(q), maps.keys(keys)
     if layered:
         return kept.attend((q, f), (keys, values, g), valid, window=window, scale=scale)  # type: ignore[no-any-return]
-    out: Tensor = linear_attention(q, keys, values, f, g, valid, None, window=window, scale=scale)[0]
+    out: Tensor = linear_attention(q, keys, values, f, g, valid, None, window=window, scale=scale)[
+        0
+    ]
     return out
 
 

@@ -118,9 +118,7 @@ class LinearLayer(CacheLayerMixin):
         """What is kept, and the new tokens."""
         if self.window is None or self.valid is None:
             return new, own
-        key, value, features = (
-            torch.cat(pair, 2) for pair in zip(self.window, new, strict=True)
-        )
+        key, value, features = (torch.cat(pair, 2) for pair in zip(self.window, new, strict=True))
         return (key, value, features), torch.cat((self.valid, own), 1)
 
     def _leave(self, window: int) -> None:

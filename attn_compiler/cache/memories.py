@@ -1,7 +1,7 @@
 """What a module calls whose attention remembers: each kind of memory has calls of its own.
 
-    attend(self.attn_memory_0, kept, q, ...)   ->   cache.masked      Selective attention
-    attend(self.attn_far_0, kept, q, ...)      ->   cache.linear      LinearAttention
+attend(self.attn_memory_0, kept, q, ...)   ->   cache.masked      Selective attention
+attend(self.attn_far_0, kept, q, ...)      ->   cache.linear      LinearAttention
 """
 
 from __future__ import annotations

@@ -110,7 +110,11 @@ def _looked_up(
     program, (batch, rows, keys) = Program.parse(text), shape
     device = next((x.device for x in reads), torch.device("cpu"))
     env: dict[str, Any] = {"B": batch, "T": rows, "S": keys}
-    for name, size, place in (("b", batch, (-1, 1, 1, 1)), ("q", rows, (-1, 1)), ("k", keys, (-1,))):
+    for name, size, place in (
+        ("b", batch, (-1, 1, 1, 1)),
+        ("q", rows, (-1, 1)),
+        ("k", keys, (-1,)),
+    ):
         env[name] = torch.arange(size, device=device).view(place)
     whole = (batch, 1, rows, keys)
     allowed = evaluate(program.mask, env, reads, ints).to(device).bool().expand(whole).squeeze(1)

@@ -69,7 +69,8 @@ def _backward(tile: int) -> Cost:
     moved = 2 * _FLOAT * (_NEAR * near + _FAR * far + _STATES * states)
     rows = n * B * T * (H + G) * (d + e)
     return Cost(
-        flops=2 * near * (3 * d + 2 * e) + 2 * far * (6 * d + 2 * e)
+        flops=2 * near * (3 * d + 2 * e)
+        + 2 * far * (6 * d + 2 * e)
         + 8 * B * T * (H + 2 * G) * d * e,
         exps=near,
         read=moved + 2 * rows,
