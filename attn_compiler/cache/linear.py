@@ -21,7 +21,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall

@@ -26,7 +26,9 @@ def take(cache: Any, made: tuple[Any, Tensor], values: Tensor, index: int, *more
 
 
 def attend(memory: Any, kept: Any, *rest: Any, **options: Any) -> Tensor:
-    """The attention of `rest[0]`, queries [B, H, T, d], over what `take` gave or keys and values."""
+    """The attention of `rest[0]`, queries [B, H, T, d], over what `take` gave, or over keys and
+    values.
+    """
     found: Tensor = _calls(memory).attend(memory, kept, *rest, **options)
     return found
 

@@ -4,10 +4,9 @@
 
     near: the last w keys up to the row's own;   far: those before, of which f_i reads sums alone
 
-Rows go by tiles of C, tiles by bands whose scores fit in the memory of a moment. A tile of rows sees
-a span of C + w - 1 keys; the first C of these leave the window within the tile, so that linear
-attention is the strictly causal one over keys that are w late. Time and memory are linear in the
-length.
+Rows go by tiles of C, tiles by bands whose scores stay near the processor. A tile of rows sees a
+span of C + w - 1 keys; the first C of these leave the window within the tile, so that linear
+attention is the strictly causal one over late keys. Time and memory are linear in the length.
 
     rows       0 1 2 | 3 4 5 | ...            C = 3, w = 4
     span       . . . 0 1 2 | 0 1 2 3 4 5 | ...
@@ -163,13 +162,13 @@ def _cut(x: Tensor, low: int, high: int) -> Tensor:
 def _in_tiles(x: Tensor, band: _Band, groups: int) -> Tensor:
     """Rows [B, H, T, n] of a band as [B, G, m, R C, n]."""
     cut = _cut(x, band.rows.start, band.rows.stop)
-    apart = cut.unflatten(1, (groups, -1)).unflatten(3, (band.count, band.tile))
+    apart: Tensor = cut.unflatten(1, (groups, -1)).unflatten(3, (band.count, band.tile))
     return apart.transpose(2, 3).flatten(3, 4)
 
 
 def _of_tiles(x: Tensor, band: _Band, rows: int) -> Tensor:
     """The inverse, without the rows beyond the end."""
-    apart = x.unflatten(3, (-1, band.tile)).transpose(2, 3)
+    apart: Tensor = x.unflatten(3, (-1, band.tile)).transpose(2, 3)
     return apart.flatten(3, 4).flatten(1, 2)[:, :, : rows - band.rows.start]
 
 
@@ -180,7 +179,8 @@ def _spans(x: Tensor, band: _Band) -> Tensor:
 
 def _leaving(x: Tensor, band: _Band) -> Tensor:
     """What leaves the window within the tiles: [B, G, m, C, n]."""
-    return _cut(x, *band.leaving).unflatten(2, (band.count, band.tile))
+    cut: Tensor = _cut(x, *band.leaving).unflatten(2, (band.count, band.tile))
+    return cut
 
 
 def _add_spans(total: Tensor, parts: Tensor, band: _Band) -> None:
@@ -238,7 +238,7 @@ class _Tiles:
 
     def masked(self, x: Tensor, band: _Band) -> Tensor:
         """Rows against leaving keys [B, G, m, R C, C], 0 where a key is still near."""
-        apart = x.unflatten(3, (-1, band.tile))
+        apart: Tensor = x.unflatten(3, (-1, band.tile))
         return (apart * self.late(band, x.device)).flatten(3, 4)
 
     def sums(self, band: _Band) -> Tensor:
@@ -336,7 +336,8 @@ def backward(call: NearAndFar, grad_out: Tensor, out: Tensor, lse: Tensor) -> Gr
         dv[:, :, first] += tiles.g[:, :, first] @ later[..., :-1]
         dg *= tiles.counted
     pairs = zip((dq, dk, dv, df, dg), tensors, strict=True)
-    return Gradients(*(in_heads_layout(grad, x.dtype) for grad, x in pairs), later)
+    dq, dk, dv, df, dg = (in_heads_layout(grad, x.dtype) for grad, x in pairs)
+    return Gradients(dq, dk, dv, df, dg, later)
 
 
 def _states(tiles: _Tiles) -> Iterator[tuple[_Band, Tensor]]:

@@ -3,9 +3,10 @@
     g(k) = [softmax(k W_k), softmax(-k W_k)]
     f(q) = d/2 exp(weight) [softmax(q W_q), softmax(-q W_q)]
 
-A product of features is large where q and k point the same way, as exp(q k) is. Where neither says
-anything it is exp(weight): 1 at the start, what a score of 0 counts among the near keys. W starts as
-a multiple of the identity, so that channels of queries meet those of keys.
+A product of features is large where q and k point the same way, as exp(q k) is. Where neither
+says anything it is exp(weight): 1 at the start, what a score of 0 counts among the near keys. W
+starts as a multiple of the identity, so that channels of queries meet those of keys. Keys that are
+rotated by their position are mapped as they are, rotated.
 
 Source: LoLCATs (arXiv 2410.10254) for maps learned after a training, Hedgehog (arXiv 2402.04347)
 for the pair of softmaxes; the factor is derived from their product at 0.
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from attn_compiler.kernels.frame import accumulator
-
 
 # the identity itself is blunter than exp(q k / sqrt d), whose slope at 0 would ask for d^(1/4)
 _START = 1.5

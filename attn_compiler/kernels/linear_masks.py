@@ -20,7 +20,7 @@ from torch import Tensor
 from attn_compiler.errors import require
 from attn_compiler.ir.evaluate import evaluate
 from attn_compiler.ir.expr import DOT, Call, Expr, depends, parse
-from attn_compiler.ir.mask import Causal, Prefix, classify
+from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.mask import Tensor as TensorMask
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.selecting import added_masks
@@ -49,12 +49,10 @@ def plain_score(program: Program) -> bool:
 def plain_mask(mask: Expr) -> bool:
     """Is it causal, a condition on keys alone, or a tensor that may be these?"""
     for term in classify(mask).terms:
+        by_rows = depends(term.expr, "q") and not isinstance(term, TensorMask)
         if isinstance(term, Causal):
-            if term.offset not in (_LAST, _FIRST):
-                return False
-        elif depends(term.expr, "h"):
-            return False
-        elif not isinstance(term, TensorMask | Prefix) and depends(term.expr, "q"):
+            by_rows = term.offset not in (_LAST, _FIRST)
+        if by_rows or depends(term.expr, "h"):
             return False
     return True
 
@@ -100,7 +98,8 @@ def counted(
     kind = _kind(program)
     if kind == "last" or (kind == "first" and rows == keys) or (kind == "none" and rows == 1):
         return None
-    return _looked_up(program, reads, ints, shape)
+    found: Tensor = _looked_up(program, reads, ints, shape)
+    return found
 
 
 @torch.compiler.disable
