@@ -233,12 +233,13 @@ def _advice_on_core(
     """The same about a core."""
     region, _, core = raised
     known = sizes_of_example(region)
-    sizes = [number(core.sizes[name], known) for name in "BTS"]
-    if None in (*sizes, site.query_heads, site.head_dim) or 0 in sizes:
+    batch, rows, keys = (number(core.sizes[name], known) for name in "BTS")
+    if not (batch and rows and keys and site.query_heads and site.head_dim):
         return ""
-    assert site.query_heads and site.head_dim
     shape = Shape(
-        *sizes,
+        batch,
+        rows,
+        keys,
         site.query_heads,
         site.head_dim,
         kv_heads=site.kv_heads,
