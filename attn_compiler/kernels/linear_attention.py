@@ -2,7 +2,7 @@
 
     linear_attention(q, k, v, f, g, valid, state, *, window, scale) -> (out, lse)
 
-The arguments are those of `far_linear.NearAndFar`: q [B, H, T, d] stands at the last T rows of
+The arguments are those of `far_tiles.NearAndFar`: q [B, H, T, d] stands at the last T rows of
 k [B, G, S, d] and v [B, G, S, dv]; f [B, H, T, F] and g [B, G, S, F] are features, none below 0,
 made outside of the operator; valid [B, S] says which keys count; state [B, G, F, dv + 1] is the sum
 of earlier keys. Row i sees keys i - window + 1 .. i by softmax, those before by their features, and
@@ -28,7 +28,7 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels import far_linear
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
-from attn_compiler.kernels.far_linear import INF, NearAndFar
+from attn_compiler.kernels.far_tiles import INF, NearAndFar
 from attn_compiler.kernels.frame import empty_heads, empty_lse
 from attn_compiler.kernels.schema import LIBRARY
 

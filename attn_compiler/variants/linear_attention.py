@@ -106,7 +106,7 @@ def cost(spec: LinearAttention, work: Work) -> Cost:
     """What the core of one layer costs, causal, in the letters of `cost.letters`; C is the window,
     and a head has 2 d features.
     """
-    from attn_compiler.kernels.far_linear import rows_of_tile
+    from attn_compiler.kernels.far_tiles import rows_of_tile
     from attn_compiler.variants.costs import linear_attention
 
     return linear_attention.core(work, rows_of_tile(spec.window))

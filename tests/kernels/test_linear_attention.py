@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from attn_compiler.errors import UnsupportedCall
-from attn_compiler.kernels import far_linear
+from attn_compiler.kernels import far_tiles
 from attn_compiler.kernels.derivatives import by_reference
 from attn_compiler.kernels.feature_maps import FeatureMaps
 from attn_compiler.kernels.linear_attention import linear_attention, reference
@@ -62,9 +62,9 @@ def some(keys: int) -> Tensor:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and bands of several sizes."""
     least, scores = request.param
-    monkeypatch.setattr(far_linear, "_LEAST_TILE", least)
-    monkeypatch.setattr(far_linear, "_MOST_TILE", max(4, least))
-    monkeypatch.setitem(far_linear._SCORES, "cpu", scores)
+    monkeypatch.setattr(far_tiles, "_LEAST_TILE", least)
+    monkeypatch.setattr(far_tiles, "_MOST_TILE", max(4, least))
+    monkeypatch.setitem(far_tiles._SCORES, "cpu", scores)
 
 
 CASES = [

@@ -6,7 +6,7 @@ operations of a token, with a window of C keys, tiles of t rows and F = 2 d feat
 holds in float32. It is PyTorch code that writes its scores to memory, so their bytes count. The
 length stands in none of these; a step of generation reads a window and a state.
 
-Source: derived from `kernels.far_linear` and `kernels.feature_maps`.
+Source: derived from `kernels.far_tiles`, `kernels.far_linear` and `kernels.feature_maps`.
 """
 
 from __future__ import annotations
