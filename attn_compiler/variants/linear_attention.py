@@ -72,7 +72,7 @@ def legality(site: AttentionSite, spec: LinearAttention) -> Iterator[Reason]:
     if not plain_mask(mask):
         text = "a sum over earlier keys has no place for a mask by rows but the causal one"
         yield Reason("linear.mask", text, site.location)
-    elif not (says_causal(mask) or site.cached):
+    elif not (says_causal(mask) or site.cached or site.length == 1):
         text = "a row sees keys after its own, which only causal sums leave out"
         yield Reason("linear.not_causal", text, site.location)
     if site.dropout:
