@@ -5,7 +5,8 @@
 
 A sum over keys has no place for a mask by rows: a row sees the keys up to its own, without those
 that count for nobody. A mask that is a tensor over rows and keys may say just that; only its
-numbers tell, and they are looked at in every call. Rows of padding are not compared.
+numbers tell, and they are looked at in every call, all T x S of them. Rows of padding that
+see all keys or none are not compared.
 """
 
 from __future__ import annotations
@@ -63,18 +64,20 @@ def says_causal(mask: Expr) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _kind(text: str) -> Literal["none", "first", "last", "look"]:
-    """How far the program tells which keys a row sees, without looking at tensors."""
+def _kind(text: str) -> tuple[Literal["none", "first", "last"], Literal["all", "keys", "look"]]:
+    """Where the program says by itself that a row's last key stands, and what else it asks of keys:
+    nothing, something of each key, or what only the numbers of a tensor tell.
+    """
     program = Program.parse(text)
     terms = classify(program.mask).terms
-    if program.score != DOT or len(terms) > 1:
-        return "look"
-    if not terms:
-        return "none"
-    term = terms[0]
-    if not isinstance(term, Causal):
-        return "look"
-    return "last" if term.offset == _LAST else "first"
+    causal = [term for term in terms if isinstance(term, Causal)]
+    end: Literal["none", "first", "last"] = "none"
+    if len(causal) == 1:
+        end = "last" if causal[0].offset == _LAST else "first"
+    others = [term for term in terms if term not in causal]
+    if program.score != DOT or len(causal) > 1 or any(depends(t.expr, "q") for t in others):
+        return end, "look"
+    return end, "keys" if others else "all"
 
 
 def counted(
@@ -95,36 +98,42 @@ def counted(
             so.
     """
     _, rows, keys = shape
-    kind = _kind(program)
-    if kind == "last" or (kind == "first" and rows == keys) or (kind == "none" and rows == 1):
+    end, asked = _kind(program)
+    known = end == "last" or (end == "first" and rows == keys) or (end == "none" and rows == 1)
+    if known and asked == "all":
         return None
-    found: Tensor = _looked_up(program, reads, ints, shape)
+    found: Tensor = _looked_up(program, reads, ints, shape, known and asked == "keys")
     return found
 
 
 @torch.compiler.disable
 def _looked_up(
-    text: str, reads: Sequence[Tensor], ints: Sequence[int], shape: tuple[int, int, int]
+    text: str,
+    reads: Sequence[Tensor],
+    ints: Sequence[int],
+    shape: tuple[int, int, int],
+    trusted: bool,
 ) -> Tensor:
+    """The keys that the last row sees; unless the program is trusted, all rows are compared."""
     program, (batch, rows, keys) = Program.parse(text), shape
     device = next((x.device for x in reads), torch.device("cpu"))
     env: dict[str, Any] = {"B": batch, "T": rows, "S": keys}
-    for name, size, place in (
-        ("b", batch, (-1, 1, 1, 1)),
-        ("q", rows, (-1, 1)),
-        ("k", keys, (-1,)),
-    ):
-        env[name] = torch.arange(size, device=device).view(place)
-    whole = (batch, 1, rows, keys)
+    env["b"] = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    env["q"] = torch.arange(rows - 1 if trusted else 0, rows, device=device).view(-1, 1)
+    env["k"] = torch.arange(keys, device=device)
+    whole = (batch, 1, len(env["q"]), keys)
     allowed = evaluate(program.mask, env, reads, ints).to(device).bool().expand(whole).squeeze(1)
     valid = allowed[:, -1]
+    if trusted:
+        return valid
     wrong = allowed != (env["k"] <= env["q"] + (keys - rows)) & valid[:, None]
     if program.score != DOT:
         zero = torch.zeros((), device=device)
         added = evaluate(program.score, env, reads, ints, zero).to(device)
         wrong |= allowed & (added != 0).expand(whole).squeeze(1)
-    # what a row of padding sees does not matter
-    wrong &= valid[:, keys - rows :, None]
+    # a row of padding sees all or nothing, as libraries write it, and does not matter
+    alike = allowed.all(-1) | ~allowed.any(-1)
+    wrong &= (valid[:, keys - rows :] | ~alike).unsqueeze(-1)
     text = "a row that sees the keys up to its own, and adds nothing to their scores"
     if device.type == "cpu":
         require(not bool(wrong.any()), f"{text}: LinearAttention sums up all others")
