@@ -22,7 +22,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from attn_compiler.backend import reports, source_hash
 from attn_compiler.cache.expansion import keep_unexpanded
-from attn_compiler.cache.masked import MEMORY
+from attn_compiler.cache.memories import MEMORY
 from attn_compiler.capture import copy_of, each_graph, has_values, with_values
 from attn_compiler.config import CompileConfig, make_config
 from attn_compiler.errors import BadOption, NoLegalVariant
@@ -57,8 +57,9 @@ def rewrite(  # noqa: PLR0913  (the public signature)
         on_reject: "raise" to get an error where an attention cannot be replaced.
         verify: compare with the original on the example; what fails is restored and reported.
         calibration: examples for variants that are fitted to data, pairs (args, kwargs); "later"
-            leaves them as they start, which is the original function, for a schedule. For Selective
-            and GAU(init="convert") the report then says the loss before and after.
+            leaves them as they start, which is the original function, for a schedule. For
+            Selective, LinearAttention and GAU(init="convert") the report then says the loss before
+            and after.
         inplace: change the model itself instead of a copy.
 
     Returns:

@@ -40,7 +40,7 @@ from attn_compiler.passes.replace_net import replace_layer_and_net
 from attn_compiler.passes.rewrite_memory import rewrite_memory
 from attn_compiler.passes.rewrite_site import rewrite_site
 from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
-from attn_compiler.passes.show_kernels import show_kernels
+from attn_compiler.passes.show_kernels import number, show_kernels, sizes_of_example
 from attn_compiler.passes.show_states import show_states
 from attn_compiler.planning import advice
 from attn_compiler.variants import ELAttention
@@ -127,6 +127,9 @@ def _chosen(
             new = _carry_out(work, raised, _Way(spec, kept, lowering))
         except (NotAttention, RegionError) as refusal:
             reasons = (Reason(refusal.code, refusal.text, site.location),)
+    if lowering is not None and lowering.words and not reasons:
+        facts = {variant.name: lowering.words, "plan": _advice_on_core(work, raised, site, spec)}
+        site = replace(site, facts={**site.facts, **facts})
     name, fidelity = "" if reasons else variant.name, variant.fidelity.value
     decision = Decision(not reasons, name, reasons, fidelity=fidelity, tensors=new)
     if lowering is None and kept is None and not reasons:
@@ -221,6 +224,30 @@ def _advice(work: Work, piece: Piece, site: AttentionSite, spec: VariantSpec) ->
     return advice(spec, shape, work.config.hardware, x.dtype)
 
 
+def _advice_on_core(
+    work: Work,
+    raised: tuple[Region, FunctionalRegion, Core],
+    site: AttentionSite,
+    spec: VariantSpec,
+) -> str:
+    """The same about a core."""
+    region, _, core = raised
+    known = sizes_of_example(region)
+    batch, rows, keys = (number(core.sizes[name], known) for name in "BTS")
+    if not (batch and rows and keys and site.query_heads and site.head_dim):
+        return ""
+    shape = Shape(
+        batch,
+        rows,
+        keys,
+        site.query_heads,
+        site.head_dim,
+        kv_heads=site.kv_heads,
+        value_dim=site.value_dim,
+    )
+    return advice(spec, shape, work.config.hardware, core.dtype)
+
+
 def _named(seen: Shown) -> str:
     return f"{seen.name}: {seen.why}" if seen.why else seen.name
 
@@ -250,7 +277,8 @@ def _carry_out(
     new: tuple[NewTensor | NewModule, ...] = ()
     lowering = way.lowering
     if work.memory is not None and lowering is not None and lowering.memory is not None:
-        new = rewrite_memory(region, functional, core, lowering, way.kept, work.memory)
+        name = variant_of(way.spec).name
+        new = rewrite_memory(region, functional, core, lowering, way.kept, work.memory, name)
     elif way.kept is None or work.cache is None:
         new = rewrite_site(region, functional, core, lowering)
     else:

@@ -172,11 +172,14 @@ class _Search:
             return
         base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
+        exact = all(site.decision.fidelity == "exact" for site in accepted)
         if attempt.variant.asks_training:
             with call.state(), _other_mode(owner), suppress(CaptureError):
-                variants.append(specialise(owner, base, call.values, attempt.plan)[0])
+                other, found = specialise(owner, base, call.values, attempt.plan)
+                # where nothing may replace it in that mode, only the same function goes on
+                if exact or found.rewritten == report.rewritten:
+                    variants.append(other)
         install(owner, variants, attempt.plan, accepted)
-        exact = all(site.decision.fidelity == "exact" for site in accepted)
         try:
             problem = verify_owner(owner, call, exact) if self.verify else None
         except UnsupportedCall as error:

@@ -35,7 +35,10 @@ _SHOWN, _WIDTH = 5, 100
 _WITH_BACKWARD = 3.5
 # how much of an ordinary product's rate is left where rows are gathered for each expert, where
 # chunks are small, where states are as wide as the model: assumed, to be measured
-_EFFICIENCY = {"SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9}
+_EFFICIENCY = {
+    "SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9,
+    "LinearAttention": 0.5,
+}  # fmt: skip
 # of the core and of the rest, where that is not the rest alone; EL runs the ordinary attention but
 # in steps
 _RATES = {"SPION": (0.8, 1.0), "Selective": (0.9, 0.9), "ELAttention": (1.0, 1.0)}

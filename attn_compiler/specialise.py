@@ -21,7 +21,7 @@ import torch
 from torch import fx, nn
 
 from attn_compiler.cache.el import CALLS
-from attn_compiler.cache.masked import MEMORY
+from attn_compiler.cache.memories import MEMORY
 from attn_compiler.call import Call, given
 from attn_compiler.config import CompileConfig
 from attn_compiler.installed import CHECKS, Variant, names_of

@@ -81,7 +81,7 @@ def put(owner: nn.Module, new: Iterable[NewTensor | NewModule]) -> None:
     device = next((t.device for t in (*owner.parameters(), *owner.buffers())), None)
     for item in new:
         if isinstance(item, NewModule):
-            owner.register_module(item.name, item.kind().train(owner.training))
+            owner.register_module(item.name, item.made().to(device).train(owner.training))
             continue
         home, value = owner.get_submodule(item.home or ""), filled(item, device)
         if item.trained:

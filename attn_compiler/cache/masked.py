@@ -213,4 +213,4 @@ def shown(kept: Any, position: int) -> Tensor:
     return found
 
 
-MEMORY = CacheCalls(keep=take, attend=attend, shown=shown)
+MASKED = CacheCalls(keep=take, attend=attend, shown=shown)

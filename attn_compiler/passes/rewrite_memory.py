@@ -43,6 +43,7 @@ def rewrite_memory(
     lowering: Lowering,
     kept: Kept | None,
     calls: CacheCalls,
+    variant: str,
 ) -> tuple[NewTensor | NewModule, ...]:
     """Replace the attention, and the call of its cache where there is one.
 
@@ -50,18 +51,19 @@ def rewrite_memory(
         lowering: with a memory.
         kept: the call of a cache.
         calls: `keep` takes the place of `update`, `attend` that of the attention.
+        variant: its name, the family of its codes.
 
     Returns:
         What the module has to get, under the names that the graph reads.
 
     Raises:
-        NotAttention: `attention.second_reader`, `selective.kv_read_elsewhere`; the graph is as
+        NotAttention: `attention.second_reader`, `<variant>.kv_read_elsewhere`; the graph is as
             before.
         RegionError: an operand cannot be laid out; the graph is as before.
     """
     check_readers(region, functional, core)
     if kept is not None:
-        check_kept(region, kept, "selective")
+        check_kept(region, kept, variant)
     emitter = Emitter(region, functional)
     try:
         added = Added(emitter, lowering)

@@ -133,7 +133,7 @@ class Added:
         names = (f"{module.name}_{i}" for i in itertools.count())
         named = replace(module, name=next(name for name in names if name not in taken))
         self.new.append(named)
-        return self.emitter.submodule(named.name, named.kind())
+        return self.emitter.submodule(named.name, named.made())
 
     def check_length(self, core: Core) -> None:
         """A graph of symbolic sizes asks for the length while it runs."""

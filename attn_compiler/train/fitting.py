@@ -15,7 +15,7 @@ from attn_compiler.config import CompileConfig
 from attn_compiler.errors import BadOption
 from attn_compiler.report import Report
 from attn_compiler.train import gau, selective, spion, switchhead_convert
-from attn_compiler.variants import needs_data
+from attn_compiler.variants import is_measured, needs_data
 from attn_compiler.variants.base import VariantSpec
 from attn_compiler.variants.sites.switchhead import converts
 
@@ -39,14 +39,14 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
             do=f"give calibration=batches, pairs (args, kwargs){later_too}",
         )
     later = calibration == "later" and not fitted
-    measured = fitted or any(map(selective.changes, specs))
+    measured = fitted or any(map(is_measured, specs))
     if calibration is not None and (later or not measured):
         raise BadOption(
             "calibration is given, and nothing that is asked for is fitted to data",
             do="leave it out",
         )
     # it is gone through more than once
-    again = bool(converted) or any(map(selective.changes, specs))
+    again = bool(converted) or any(map(is_measured, specs))
     if calibration is None or calibration == "later" or not again:
         return calibration
     return list(calibration)
@@ -54,7 +54,7 @@ def checked(config: CompileConfig, calibration: Iterable[Any] | Literal["later"]
 
 def loss_before(model: nn.Module, config: CompileConfig, data: Data) -> float | None:
     """The loss of a model that is about to get another function, where there is data."""
-    other = any(selective.changes(spec) for _, spec in config.to)
+    other = any(is_measured(spec) for _, spec in config.to)
     return selective.losses(model, data) if other and isinstance(data, list) else None
 
 

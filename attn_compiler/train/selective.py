@@ -33,11 +33,6 @@ Batch = tuple[Sequence[Any], Mapping[str, Any]]
 Loss = Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]
 
 
-def changes(spec: Any) -> bool:
-    """Does a spec ask for Selective attention, which is another function than the model's?"""
-    return isinstance(spec, Selective)
-
-
 def memories(model: nn.Module) -> dict[str, Memory]:
     """What each site of Selective attention remembers, by its path, in the order of the model."""
     found: dict[str, Memory] = {}
@@ -303,7 +298,7 @@ def described(
     words = f"loss {before:.4f} before, {after:.4f} after, of all that was rewritten"
     return tuple(
         replace(s, facts={**s.facts, "calibration": words})
-        if s.decision.accepted and s.decision.variant == "selective"
+        if s.decision.accepted and s.decision.variant in ("selective", "linear")
         else s
         for s in sites
     )

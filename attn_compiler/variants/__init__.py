@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from attn_compiler.errors import BadOption
-from attn_compiler.variants import el, flash, gau, selective, spion, switchhead
+from attn_compiler.variants import el, flash, gau, linear_attention, selective, spion, switchhead
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
+from attn_compiler.variants.linear_attention import LINEAR, LinearAttention
 from attn_compiler.variants.selective import Selective
 from attn_compiler.variants.sites.gau import GAU_
 from attn_compiler.variants.sites.switchhead import SWITCHHEAD
@@ -20,17 +21,19 @@ from attn_compiler.variants.spion import SPION, Pattern
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
-VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_)
+VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_, LINEAR)
 
 __all__ = [
     "SPION",
     "VARIANTS",
     "ELAttention",
     "Flash",
+    "LinearAttention",
     "Pattern",
     "Selective",
     "core_of",
     "costed",
+    "is_measured",
     "needs_data",
     "ordinary",
 ]
@@ -41,6 +44,11 @@ def needs_data(spec: VariantSpec) -> bool:
     if isinstance(spec, gau.GAU | switchhead.SwitchHead):
         return spec.init == "convert"
     return isinstance(spec, spion.SPION) and spec.pattern is None
+
+
+def is_measured(spec: object) -> bool:
+    """Does the report say, where there is data, what the change of function costs a model?"""
+    return isinstance(spec, selective.Selective | LinearAttention)
 
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:
@@ -87,6 +95,9 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
         # in a step the keys are those that are kept; a whole sequence sees them all
         kept = selective.kept_tokens(spec, shape.key) if work == "decode" else float(shape.key)
         return spec, selective.cost(spec, work), Scope.CORE, {"S": kept}
+    if isinstance(spec, LinearAttention):
+        window = min(spec.window, shape.key)
+        return spec, linear_attention.cost(spec, work), Scope.CORE, {"C": float(window)}
     if isinstance(spec, spion.SPION):
         filled = spion.filled(spec, shape.key)
         made = filled.pattern

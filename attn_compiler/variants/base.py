@@ -165,15 +165,21 @@ def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NewModule:
-    """A module without weights that a rewritten module gets, to remember something in.
+    """A module that a rewritten module gets, to remember something in, or to learn.
 
     Attributes:
         name: of the attribute; the site's number in its owner is added to it.
-        kind: its class, made without arguments.
+        kind: its class.
+        arguments: what it is made with.
     """
 
     name: str
     kind: type[torch.nn.Module]
+    arguments: tuple[Any, ...] = ()
+
+    def made(self) -> torch.nn.Module:
+        """The module as it starts."""
+        return self.kind(*self.arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +197,7 @@ class Lowering:
         own: weights of a head of its own, which reads what queries, keys and values are made of.
         memory: what a living module remembers of the site: it attends by a call that is given it.
         remembers: is it nothing without that memory?
+        words: what it is, for the report, which then also says whether it pays.
     """
 
     program: Program
@@ -202,6 +209,7 @@ class Lowering:
     own: tuple[NewTensor, ...] = ()
     memory: NewModule | None = None
     remembers: bool = False
+    words: str = ""
 
     @property
     def tensors(self) -> tuple[NewTensor, ...]:

@@ -17,6 +17,8 @@ from attn_compiler.variants.flash import Flash
 from attn_compiler.variants.flash import cost as flash
 from attn_compiler.variants.gau import GAU
 from attn_compiler.variants.gau import cost as gau
+from attn_compiler.variants.linear_attention import LinearAttention
+from attn_compiler.variants.linear_attention import cost as linear
 from attn_compiler.variants.selective import Selective
 from attn_compiler.variants.selective import cost as selective
 from attn_compiler.variants.spion import SPION
@@ -34,6 +36,7 @@ COSTS: dict[str, Callable[[Work], Cost]] = {
     "spion": lambda work: spion(SPION(softmax="zero_logit"), work),
     "switchhead": lambda work: switchhead(SwitchHead(), work, causal=True),
     "switchhead, masked": lambda work: switchhead(SwitchHead(), work, strategy="masked"),
+    "linear": lambda work: linear(LinearAttention(), work),
     "gau": lambda work: gau(GAU(chunk=None), work, causal=True),
     "gau, chunks": lambda work: gau(GAU(), work),
 }

@@ -17,16 +17,18 @@ from attn_compiler.variants.base import VariantSpec
 from attn_compiler.variants.el import ELAttention
 from attn_compiler.variants.flash import Flash
 from attn_compiler.variants.gau import GAU
+from attn_compiler.variants.linear_attention import LinearAttention
 from attn_compiler.variants.selective import Selective
 from attn_compiler.variants.spion import SPION, Pattern
 from attn_compiler.variants.switchhead import SwitchHead
 
-SPECS = [ELAttention, Flash, GAU, SPION, Selective, SwitchHead]
+SPECS = [ELAttention, Flash, GAU, LinearAttention, SPION, Selective, SwitchHead]
 EYE = [[True, False], [True, True]]
 
 DEFAULTS: dict[type[VariantSpec], dict[str, Any]] = {
     Flash: {},
     ELAttention: {"keep_key_bias": False, "only_where_faster": False},
+    LinearAttention: {"window": 64},
     Selective: {"head": 0, "select_from": "qk", "start": "direct", "budgets": None},
     SPION: {
         "mode": "CF", "alpha": "auto", "density": "auto", "block": "auto", "filter": 31,
@@ -54,6 +56,7 @@ def test_fields_and_defaults_are_the_fixed_ones(spec: type[VariantSpec]) -> None
 
 VALUES: list[tuple[VariantSpec, VariantSpec, VariantSpec]] = [
     (ELAttention(), ELAttention(keep_key_bias=False), ELAttention(keep_key_bias=True)),
+    (LinearAttention(), LinearAttention(window=64), LinearAttention(window=65)),
     (Selective(budgets=[3, 5]), Selective(budgets=(3, 5)), Selective(budgets=[5, 3])),
     (
         Selective(budgets={"a": 3, "b": 5}),
@@ -96,6 +99,9 @@ def test_a_spec_does_not_change_with_what_it_was_made_of() -> None:
 
 WRONG: list[tuple[type[VariantSpec], dict[str, Any], str]] = [
     (ELAttention, {"keep_key_bias": 1}, "keep_key_bias"),
+    (LinearAttention, {"window": 0}, "window"),
+    (LinearAttention, {"window": True}, "window"),
+    (LinearAttention, {"window": 2.5}, "window"),
     (Selective, {"head": -1}, "head"),
     (Selective, {"head": True}, "head"),
     (Selective, {"select_from": "probabilities"}, "select_from"),
@@ -166,6 +172,7 @@ def test_a_wrong_value_is_refused_with_advice(
 
 
 RIGHT: list[VariantSpec] = [
+    LinearAttention(window=1),
     Selective(budgets=[2, 97], start="dedicated_head"),
     SPION(mode="C", density=1.0, block=1, filter=1, max_lost_mass=0),
     SwitchHead(heads=2, experts=1, k=1, experts_on=("q", "k", "v", "o"), expert_dropout=0.5),
@@ -193,7 +200,7 @@ def test_experts_of_a_net_start_afresh() -> None:
 
 
 def test_specs_and_sizes_do_without_sympy() -> None:
-    names = ["el", "flash", "gau", "selective", "spion", "switchhead"]
+    names = ["el", "flash", "gau", "linear_attention", "selective", "spion", "switchhead"]
     code = f"""
 import sys
 from importlib import import_module
