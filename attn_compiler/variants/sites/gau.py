@@ -156,8 +156,9 @@ def _is_causal(site: AttentionSite, facts: Any) -> bool:
 def _tensors(spec: GAU, width: int, home: str, facts: Any) -> tuple[NewTensor, ...]:
     """Shapes as `kernels.gau_layer` has them, and how they start: see `fresh` there."""
     s, expanded = int(spec.s), round(float(spec.expansion) * width)
-    rows = 2 if spec.chunk is None else 4
-    of = deviations((width, expanded, s), spec.chunk)
+    chunk = None if spec.chunk is None else int(spec.chunk)
+    rows = 2 if chunk is None else 4
+    of = deviations((width, expanded, s), chunk)
     drawn = {name: Start(normal, (deviation,)) for name, deviation in of.items()}
     shapes: dict[str, tuple[tuple[int, ...], float | Start]] = {
         "w_uvz": ((width, 2 * expanded + s), drawn["w_uvz"]),
@@ -168,7 +169,7 @@ def _tensors(spec: GAU, width: int, home: str, facts: Any) -> tuple[NewTensor, .
         "b_o": ((width,), 0.0),
     }
     if spec.relative_bias:
-        table = (2, s) if spec.chunk is None else (2 * int(spec.chunk) - 1,)
+        table = (2, s) if chunk is None else (2 * chunk - 1,)
         shapes["rel_bias"] = (table, drawn["rel_bias"])
     return tuple(
         NewTensor(name, shape, facts["dtype"], start, True, home, facts["device"])
