@@ -98,7 +98,7 @@ def _settle(work: Work, group: Group, net: Net | None) -> None:
     text += _named(work.sites[stays.place])
     for member, why in zip(members, reasons, strict=True):
         site = work.sites[member.place]
-        why = why or (Reason("block.partly", text, site.location),)
+        why = why or (Reason("block.partly", text),)
         note(work, member.place, replace(site, decision=Decision(False, reasons=why)))
 
 

@@ -58,10 +58,10 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
     if net is None:
         words = f"{layer.words}; feed-forward net: with the last attention of the block"
         return layer if before is not None else replace(layer, words=words)
-    words = ""
-    if before is not None:
-        fresh = {"dtype": net.dtype, "device": net.device}
-        tensors = tuple(replace(t, **fresh) for t in before.tensors if _is_net(t))
+    fresh, words = {"dtype": net.dtype, "device": net.device}, ""
+    held = () if before is None else before.tensors
+    tensors = tuple(replace(t, **fresh) for t in held if _is_net(t))
+    if tensors:
         sizes = NetSizes(*tensors[1].shape[::2])
     else:
         try:
