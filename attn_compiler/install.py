@@ -86,20 +86,21 @@ class _Search:
         """Install at the lowest module that keeps the inner tensors to itself."""
         best: tuple[int, _Attempt] | None = None
         refusal: CaptureError | None = None
+        wider: CaptureError | None = None
         for level, path in self._candidates(anchor):
             try:
                 attempt = self._attempt(path)
             except CaptureError as error:
                 refusal = refusal or error
+                wider = wider or (error if best is not None else None)
                 continue
             more = best is None or self._gain(attempt) > self._gain(best[1]) or best[1].narrow
             if more or attempt.complete:
                 best = level, attempt
             if attempt.complete:
                 break
-        if best is not None and best[1].narrow and refusal is not None:
-            # what kept the wider modules from being looked at
-            report = kept(best[1].report, refusal.text, refusal.code)
+        if best is not None and best[1].narrow and wider is not None:
+            report = kept(best[1].report, wider.text, wider.code)
             self.tried[best[1].path] = attempt = replace(best[1], report=report)
             best = best[0], attempt
         if best is not None and self._gain(best[1]):

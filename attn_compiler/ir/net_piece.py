@@ -138,17 +138,17 @@ def with_net(piece: Piece, net: Net | None) -> Piece:
     """The layer of an attention and a net that is replaced with it, None where it is replaced with
     another layer. Facts: those of `find_layer`, and the `net`.
     """
-    facts = {**piece.facts, "net": net}
-    if net is None:
-        return replace(piece, facts=facts)
-    branch, graph = net.branch, piece.end.graph
+    graph = piece.end.graph
     owner = graph.owning_module
     assert owner is not None
-    weights = {n for n in graph.nodes if _is_of(n, branch) and n.op == "get_attr"}
-    layers = tuple(_parameters(owner, piece.taken))
-    taken = leaving(owner, (*layers, *branch.parameters), (piece.home, net.home))
-    nodes = piece.nodes | branch.nodes | weights
-    return replace(piece, nodes=nodes, taken=tuple(taken), facts=facts)
+    nodes, parameters, homes = piece.nodes, tuple(_parameters(owner, piece.taken)), [piece.home]
+    if net is not None:
+        weights = {n for n in graph.nodes if _is_of(n, net.branch) and n.op == "get_attr"}
+        nodes |= net.branch.nodes | weights
+        parameters += net.branch.parameters
+        homes.append(net.home)
+    taken = tuple(leaving(owner, parameters, homes))
+    return replace(piece, nodes=nodes, taken=taken, facts={**piece.facts, "net": net})
 
 
 def _is_of(node: fx.Node, branch: Branch) -> bool:
