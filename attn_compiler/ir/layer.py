@@ -159,16 +159,29 @@ def _check_scores(layer: Layer, functional: FunctionalRegion, core: Core) -> Non
     """The scores may read nothing that the layer's own maps make."""
     maps = {m.node for m in layer.made}
     own = {functional.of_host.get(node) for node in maps}
-    stack, seen = list(core.reads), set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in own or functional.read.get(node) in maps:
-            text = "the scores read what is made of the layer's own queries or keys, as relative"
-            text += " positions are, and there are going to be others"
-            raise Strange(layer.query.node, "positions", text)
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
+    for read in core.reads:
+        stack, seen = [read], set[fx.Node]()
+        while stack:
+            node = stack.pop()
+            if node in own or functional.read.get(node) in maps:
+                raise _positions(layer, functional, read)
+            if node not in seen:
+                seen.add(node)
+                stack += node.all_input_nodes
+
+
+def _positions(layer: Layer, functional: FunctionalRegion, read: fx.Node) -> Strange:
+    """Relative positions: a product that the queries make, added to that with the keys."""
+    host = functional.read.get(read)
+    host = host or next((h for h, node in functional.of_host.items() if node is read), None)
+    at = layer.query.node if host is None else host
+    text = (
+        f"the scores read {at.name}, a product of the layer's own queries or keys, as relative "
+        "positions are made; new heads have another number and width, which the projection of the "
+        'positions does not fit. Leave this layer out of `to`, or give it "fastest", which keeps '
+        "the function; rotary positions are replaced with the layer"
+    )
+    return Strange(at, "positions", text)
 
 
 def _node(value: Any, at: fx.Node) -> fx.Node:

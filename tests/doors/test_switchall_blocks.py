@@ -90,22 +90,29 @@ FORMS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Any, Tensor], Ten
 @pytest.mark.parametrize("form", [pytest.param(n, marks=() if n == "pre" else SLOW) for n in FORMS])
 def test_both_layers_and_the_net_are_those_of_the_paper(form: str) -> None:
     make, wanted = FORMS[form]
-    new = rewritten(make().train())
+    new = rewritten(make().eval())
     assert names(new.own) == names(new.cross) == LAYER and names(new.net) == NET
+    assert not any(isinstance(m, nn.Linear) for m in new.modules())
+    close(new(X, E), wanted(new, copy.deepcopy(new).double(), X.double()))
+    first, last = (s.facts["switchall"] for s in ac.last_report().sites)
+    assert "feed-forward net: with the last attention of the block" in first
+    assert "feed-forward net: 4 of " in last
+
+
+@SLOW
+@pytest.mark.parametrize("form", ["post", "gated", "parallel"])
+def test_all_parameters_learn_and_are_saved(form: str) -> None:
+    make, _ = FORMS[form]
+    new = rewritten(make().train())
     new(X, E).square().sum().backward()
     unread = {"third.weight", "third.bias"} if form == "parallel" else set()
     learnt = {n for n, p in new.named_parameters() if p.grad is not None and p.grad.any()}
     assert learnt == names(new) - unread
-    new.eval()
-    y = new(X, E)
-    exact = copy.deepcopy(new).double()
-    close(y, wanted(new, exact, X.double()))
-    other = rewritten(make())
-    assert not torch.equal(other.eval()(X, E), y) or other.load_state_dict(new.state_dict())
+    y, other = new.eval()(X, E), ac.rewrite(make().eval(), (X, E), to=SPEC)
+    assert not torch.equal(other(X, E), y)
+    other.load_state_dict(new.state_dict())
     assert torch.equal(other(X, E), y)
-    first, last = (s.facts["switchall"] for s in ac.last_report().sites)
-    assert "feed-forward net: with the last attention of the block" in first
-    assert "feed-forward net: 4 of " in last
+    assert torch.equal(copy.deepcopy(other)(X, E), y)
 
 
 @SLOW
@@ -230,13 +237,10 @@ def test_a_block_is_left_alone_as_a_whole(name: str) -> None:
     assert report.rewritten == 0 and list(new.state_dict()) == before
     assert [{r.code for r in s.decision.reasons} for s in report.sites] == codes
     assert torch.equal(new(X, E), model(X, E))
-
-
-def test_what_stays_is_named() -> None:
-    first, _ = ac.explain(sloped(), (X, E), to=SPEC).sites
-    (reason,) = first.decision.reasons
-    assert reason.text.startswith("all attentions of a block are replaced or none")
-    assert ": cross (decoders.py:" in reason.text
+    if codes[0] == {"block.partly"}:
+        text = report.sites[0].decision.reasons[0].text
+        assert text.startswith("all attentions of a block are replaced or none")
+        assert ": cross (decoders.py:" in text
 
 
 @SLOW
