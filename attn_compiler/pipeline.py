@@ -23,6 +23,7 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.listing import Line, Listing, lines
+from attn_compiler.ir.mixing import mixed_heads
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
@@ -194,6 +195,11 @@ def _visit(
             decide(work, *found)
             work.done.add(end)
             return
+    mixed = mixed_heads(candidate.anchor)
+    if mixed:
+        where = location(candidate.anchor)
+        reason = Reason("not_attention.heads_mixed", f"{mixed}: no head attends by itself", where)
+        refusals.insert(0, (reason, refusals[0][1]))
     _miss(work, candidate.anchor, *refusals[0])
 
 
