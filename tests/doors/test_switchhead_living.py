@@ -115,7 +115,7 @@ def mbart() -> Any:
 @pytest.mark.parametrize("make", [bart, mbart])
 def test_blocks_with_two_attentions_generate(make: Any) -> None:
     """Padding is not seen, all parameters learn, and caches give what whole sequences give."""
-    given = inputs() | {"decoder_input_ids": inputs()["input_ids"][:, :5]}
+    given = inputs() | {"decoder_input_ids": inputs()["input_ids"][:, :5].contiguous()}
     new = rewritten(make().train(), **given, to=ac.SwitchHead(**BOTH))
     report = ac.last_report()
     assert report.rewritten == 6
