@@ -6,29 +6,22 @@ a core and its region --describe--> site --legality, lower or replace--> decisio
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
-
-from torch import fx
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
-from attn_compiler.config import CompileConfig, variant_of
-from attn_compiler.ir import ops
-from attn_compiler.ir.axes import hint
+from attn_compiler.config import variant_of
 from attn_compiler.ir.block_piece import find_block_piece
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.layer import find_layer
-from attn_compiler.ir.net_piece import find_layer_and_net
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.region import (
     FunctionalRegion,
-    Memo,
 )
 from attn_compiler.ir.sides import State
-from attn_compiler.ir.site import AttentionSite, Decision, Missed, Reason
+from attn_compiler.ir.site import AttentionSite, Decision, Reason
 from attn_compiler.ir.states import Kept, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
@@ -36,13 +29,13 @@ from attn_compiler.passes.describe import describe
 from attn_compiler.passes.listen_layer import listen_layer
 from attn_compiler.passes.replace_block import replace_block
 from attn_compiler.passes.replace_layer import replace_layer
-from attn_compiler.passes.replace_net import replace_layer_and_net
 from attn_compiler.passes.rewrite_memory import rewrite_memory
 from attn_compiler.passes.rewrite_site import rewrite_site
-from attn_compiler.passes.rewrite_states import CacheCalls, rewrite_states
+from attn_compiler.passes.rewrite_states import rewrite_states
 from attn_compiler.passes.show_kernels import number, show_kernels, sizes_of_example
 from attn_compiler.passes.show_states import show_states
 from attn_compiler.planning import advice
+from attn_compiler.together import join, passed
 from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import (
     Lowering,
@@ -54,59 +47,39 @@ from attn_compiler.variants.base import (
     Variant,
     VariantSpec,
 )
+from attn_compiler.work import NEEDS_REWRITE, Raised, Work, accepted, note
 
-log = logging.getLogger("attn_compiler")
-_NEEDS_REWRITE = (
-    Reason(
-        "needs_rewrite",
-        "it needs new tensors in the module: use attn_compiler.rewrite on the model",
-    ),
-)
 Finder = Callable[[Region, FunctionalRegion, Core, State], Sought]
 Replacer = Callable[[Region, FunctionalRegion, Piece, Replacement], tuple[NewTensor, ...]]
 # what finds, and what replaces, the piece around a core for a variant with parameters of its own
 WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {
     Scope.SITE: (find_layer, replace_layer),
     Scope.BLOCK: (find_block_piece, replace_block),
-    Scope.SITE_AND_NET: (find_layer_and_net, replace_layer_and_net),
 }
 
 
-@dataclass
-class Work:
-    """What is known about one graph while it is worked on."""
-
-    graph: fx.Graph
-    config: CompileConfig
-    state: dict[fx.Node, tuple[Any, ...]]
-    change: bool
-    name: str = ""
-    sites: list[AttentionSite] = field(default_factory=list)
-    missed: list[Missed] = field(default_factory=list)
-    touched: set[fx.Node] = field(default_factory=set)
-    done: set[fx.Node] = field(default_factory=set)
-    memo: Memo = field(default_factory=dict)
-    kernels: dict[str, str] = field(default_factory=dict)
-    cache: CacheCalls | None = None
-    memory: CacheCalls | None = None
-
-
 def decide(work: Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
-    """Choose for a core, carry it out in the graph, and note the site."""
-    site = describe(region, functional, core)
+    """Choose for a core, carry it out in the graph, and note the site; one that waits for the rest
+    of its block is noted as it is, see
+    `together`.
+    """
+    site, raised = describe(region, functional, core), (region, functional, core)
     target = work.config.wanted(site.path)
+    if isinstance(target, VariantSpec) and variant_of(target).scope is Scope.SITE_AND_NET:
+        join(work, raised, site, target)
+        return
+    passed(work, region.end)
     if target is None:
         reason = Reason("config.not_selected", "no pattern of `to` names this module")
         site = replace(site, decision=Decision(False, reasons=(reason,)))
     else:
-        site = _chosen(work, (region, functional, core), site, target)
-    log.info("%s: %s, mask %s", site.path or site.location, site.decision, site.mask)
-    work.sites.append(site)
+        site = _chosen(work, raised, site, target)
+    note(work, len(work.sites), site)
 
 
 def _chosen(
     work: Work,
-    raised: tuple[Region, FunctionalRegion, Core],
+    raised: Raised,
     site: AttentionSite,
     target: VariantSpec | Literal["fastest"],
 ) -> AttentionSite:
@@ -148,7 +121,7 @@ def _chosen(
 def _with_cache(
     work: Work,
     variant: Variant,
-    raised: tuple[Region, FunctionalRegion, Core],
+    raised: Raised,
     site: AttentionSite,
 ) -> tuple[AttentionSite, Kept | None]:
     """The call of a cache that the variant would replace, and what is in its way."""
@@ -168,7 +141,7 @@ def _with_cache(
 
 def _replaced(
     work: Work,
-    raised: tuple[Region, FunctionalRegion, Core],
+    raised: Raised,
     site: AttentionSite,
     spec: VariantSpec,
 ) -> AttentionSite:
@@ -176,7 +149,7 @@ def _replaced(
     region, functional, core = raised
     variant = variant_of(spec)
     if not work.config.installs:
-        return replace(site, decision=Decision(False, reasons=_NEEDS_REWRITE))
+        return replace(site, decision=Decision(False, reasons=NEEDS_REWRITE))
     find, carry_out = WIDER[variant.scope]
     sought = find(region, functional, core, work.state)
     piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
@@ -193,35 +166,7 @@ def _replaced(
     except (NotAttention, RegionError) as refusal:
         reason = Reason(refusal.code, refusal.text, site.location)
         return replace(site, decision=Decision(False, reasons=(reason,)))
-    work.touched |= set(region.nodes) | piece.nodes | {piece.end}
-    before = piece.facts.get("before")
-    taken = piece.taken if before is None else before.taken
-    decision = Decision(
-        True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
-        spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
-        origin=made.origin,
-    )  # fmt: skip
-    facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
-    return replace(site, decision=decision, facts={**site.facts, **facts})
-
-
-def _advice(work: Work, piece: Piece, site: AttentionSite, spec: VariantSpec) -> str:
-    """What the planner says about a piece at the sizes of the example."""
-    x, y = (ops.value(node) for node in (piece.given[0], piece.given[-1]))
-    if site.query_heads is None or site.head_dim is None:
-        return ""
-    batch, rows = (0, 1) if piece.facts.get("batch_first", True) else (1, 0)
-    shape = Shape(
-        hint(x.shape[batch]),
-        hint(x.shape[rows]),
-        hint(y.shape[rows]),
-        site.query_heads,
-        site.head_dim,
-        kv_heads=site.kv_heads,
-        width=hint(x.shape[-1]),
-        causal="causal" in str(site.mask),
-    )
-    return advice(spec, shape, work.config.hardware, x.dtype)
+    return accepted(work, region, site, piece, (made, tensors))
 
 
 def _advice_on_core(
@@ -230,7 +175,7 @@ def _advice_on_core(
     site: AttentionSite,
     spec: VariantSpec,
 ) -> str:
-    """The same about a core."""
+    """What the planner says about a core at the sizes of the example."""
     region, _, core = raised
     known = sizes_of_example(region)
     batch, rows, keys = (number(core.sizes[name], known) for name in "BTS")
@@ -257,7 +202,7 @@ def _not_installable(lowering: Lowering, work: Work) -> tuple[Reason, ...]:
     living = work.memory is not None or not (lowering.own or lowering.remembers)
     if living and (work.config.installs or not lowering.tensors):
         return ()
-    return _NEEDS_REWRITE
+    return NEEDS_REWRITE
 
 
 @dataclass(frozen=True)
@@ -269,9 +214,7 @@ class _Way:
     lowering: Lowering | None
 
 
-def _carry_out(
-    work: Work, raised: tuple[Region, FunctionalRegion, Core], way: _Way
-) -> tuple[NewTensor | NewModule, ...]:
+def _carry_out(work: Work, raised: Raised, way: _Way) -> tuple[NewTensor | NewModule, ...]:
     """Rewrite, and note the nodes that may be dead now; what the module has to get."""
     region, functional, core = raised
     new: tuple[NewTensor | NewModule, ...] = ()

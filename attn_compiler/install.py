@@ -38,7 +38,7 @@ from attn_compiler.specialise import Plan, specialise
 from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.variants.base import NewTensor
-from attn_compiler.verify import refused, verify_owner
+from attn_compiler.verify import kept, refused, verify_owner
 from attn_compiler.watch import Example, Recorded, copied, untouched, watch
 
 log = logging.getLogger("attn_compiler")
@@ -74,10 +74,11 @@ class _Search:
     levels: dict[type, int] = field(default_factory=dict)
     tried: dict[str, _Attempt | CaptureError] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
 
     def run(self) -> Report:
         for anchor in self.example.stacks:
-            if not any(_within(anchor, owner) for owner in self.owners):
+            if not any(_within(anchor, owner) for owner in (*self.owners, *self.refused)):
                 self._place(anchor)
         return sum(self.reports, Report())
 
@@ -85,17 +86,23 @@ class _Search:
         """Install at the lowest module that keeps the inner tensors to itself."""
         best: tuple[int, _Attempt] | None = None
         refusal: CaptureError | None = None
+        wider: CaptureError | None = None
         for level, path in self._candidates(anchor):
             try:
                 attempt = self._attempt(path)
             except CaptureError as error:
                 refusal = refusal or error
+                wider = wider or (error if best is not None else None)
                 continue
-            more = best is None or self._gain(attempt) > self._gain(best[1])
+            more = best is None or self._gain(attempt) > self._gain(best[1]) or best[1].narrow
             if more or attempt.complete:
                 best = level, attempt
             if attempt.complete:
                 break
+        if best is not None and best[1].narrow and wider is not None:
+            report = kept(best[1].report, wider.text, wider.code)
+            self.tried[best[1].path] = attempt = replace(best[1], report=report)
+            best = best[0], attempt
         if best is not None and self._gain(best[1]):
             self.levels[type(self.model.get_submodule(anchor))] = best[0]
             self._install(best[1])
@@ -167,7 +174,7 @@ class _Search:
         accepted = tuple(s for s in report.sites if s.decision.accepted)
         blocked = self._blocked(owner, accepted)
         if blocked is not None or not self.change:
-            self.owners += [path] if blocked is None else []
+            (self.owners.append if blocked is None else self.refused.add)(path)
             self.reports.append(report if blocked is None else refused(report, *blocked))
             return
         base, call = base_of(owner), self.example.calls[path]
@@ -186,6 +193,7 @@ class _Search:
             problem = str(error)
         if problem is not None:
             restore(owner)
+            self.refused.add(path)
             report = refused(report, problem)
         else:
             self.owners.append(path)
@@ -244,6 +252,12 @@ class _Attempt:
     plan: Plan
     variant: Variant
     report: Report
+
+    @property
+    def narrow(self) -> bool:
+        """Was nothing learnt but that the module is too small?"""
+        codes = {r.code for s in self.report.sites for r in s.decision.reasons}
+        return codes == {"block.outside"}
 
     @property
     def complete(self) -> bool:

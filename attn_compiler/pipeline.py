@@ -17,12 +17,13 @@ from torch import fx
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler.config import CompileConfig
 from attn_compiler.cost.points import Roofline, roofline
-from attn_compiler.decide import Work, decide
+from attn_compiler.decide import decide
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.listing import Line, Listing, lines
+from attn_compiler.ir.mixing import mixed_heads
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.provenance import location, module, source_line
 from attn_compiler.ir.recognise import recognise
@@ -40,6 +41,8 @@ from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, live_nodes
 from attn_compiler.passes.rewrite_states import CacheCalls
 from attn_compiler.report import Report
+from attn_compiler.together import finish
+from attn_compiler.work import Work
 
 log = logging.getLogger("attn_compiler")
 
@@ -148,6 +151,7 @@ def _run(work: Work) -> None:
     for candidate in list(find_candidates(work.graph)):
         _visit(work, candidate, position, writers)
         position = order(work.graph)
+    finish(work)
     _settle(work, expansions)
     if work.touched:
         erase_dead(work.graph, work.touched)
@@ -191,6 +195,11 @@ def _visit(
             decide(work, *found)
             work.done.add(end)
             return
+    mixed = mixed_heads(candidate.anchor)
+    if mixed:
+        where = location(candidate.anchor)
+        reason = Reason("not_attention.heads_mixed", f"{mixed}: no head attends by itself", where)
+        refusals.insert(0, (reason, refusals[0][1]))
     _miss(work, candidate.anchor, *refusals[0])
 
 

@@ -149,7 +149,7 @@ def _trace(
         recorded = _constants(recorder.graph)
         gm = fx.GraphModule(owner, recorder.graph)
         gm.meta[PREFIX] = plan.prefix
-        gm.meta[BEFORE] = {s.path: s.decision for s in owner.__dict__.get("_attn_sites", ())}
+        gm.meta[BEFORE] = [(s.path, s.decision) for s in owner.__dict__.get("_attn_sites", ())]
         demands, traced = recorder.demands(), len(recorder.symbols.guards())
         with exactly():
             report = compile_graph(gm, plan.config, cache=CALLS, memory=MEMORY)
@@ -261,14 +261,17 @@ def _moved(guide: _Guide, plan: Plan) -> Report:
         Mismatch: something else is wanted there.
     """
     sites, start = [], len(guide.plan.prefix)
+
+    def moved(path: str) -> str:
+        inner = path[start:].lstrip(".")
+        return f"{plan.prefix}.{inner}" if plan.prefix and inner else plan.prefix or inner
+
     for site in guide.report.sites:
-        path = (plan.prefix + site.path[start:]).lstrip(".")
+        path = moved(site.path)
         if plan.config.wanted(path) != plan.config.wanted(site.path):
             raise Mismatch
         sites.append(replace(site, path=path))
-    missed = [
-        replace(m, path=(plan.prefix + m.path[start:]).lstrip(".")) for m in guide.report.missed
-    ]
+    missed = [replace(m, path=moved(m.path)) for m in guide.report.missed]
     return replace(guide.report, sites=tuple(sites), missed=tuple(missed))
 
 

@@ -130,6 +130,16 @@ def refused(report: Report, text: str, code: str = "verify.failed") -> Report:
     return replace(report, sites=tuple(sites))
 
 
+def kept(report: Report, text: str, code: str) -> Report:
+    """The report of a rewrite that was not possible, with one more reason why."""
+    more = (Reason(code, text),)
+    sites = (
+        replace(s, decision=replace(s.decision, reasons=(*s.decision.reasons, *more)))
+        for s in report.sites
+    )
+    return replace(report, sites=tuple(sites))
+
+
 def _tensors(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 

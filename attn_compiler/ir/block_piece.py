@@ -15,7 +15,7 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.block import Block, Branch
 from attn_compiler.ir.blocks import find_block
 from attn_compiler.ir.core import Core
-from attn_compiler.ir.layer import BEFORE, PREFIX
+from attn_compiler.ir.layer import PREFIX, decided
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import module
 from attn_compiler.ir.region import FunctionalRegion
@@ -51,7 +51,7 @@ def find_block_piece(
         "dtype": held.dtype,
         "device": held.device,
         "reads": None if None in reads else tuple(reads),
-        "before": owner.meta.get(BEFORE, {}).get(path),
+        "before": decided(owner, path, block.parameters),
     }
     nodes = block.attention.nodes | block.feed_forward.nodes
     nodes |= {n for n in weights if n.op == "get_attr"}

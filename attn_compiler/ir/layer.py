@@ -9,7 +9,7 @@ named, and the layer is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,13 @@ from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.pull import val
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.site import Reason
+from attn_compiler.ir.site import Decision, Reason
 from attn_compiler.ir.states import layer_read, layouts, updated
 from attn_compiler.ir.trace import Region
 
 State = Mapping[fx.Node, tuple[Any, ...]]
-# keys in the meta of a graph's module: the path of the owner, its decisions so far by path, and
-# symbols of sizes that a replacement changes
+# keys in the meta of a graph's module: the path of the owner, its decisions so far with their
+# paths, and symbols of sizes that a replacement changes
 PREFIX, BEFORE, VOID = "prefix", "before", "void"
 
 
@@ -72,11 +72,12 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
     owner = region.end.graph.owning_module
     assert owner is not None
     path, _ = module(region.end)
-    before = owner.meta.get(BEFORE, {}).get(path)
     try:
         if PREFIX not in owner.meta:
             raise Strange(region.end, "nested", "it stands in a graph inside of the graph")
         layer = _layer(region, functional, core)
+        taken = dict.fromkeys(path for made in layer.made for path in made.taken)
+        before = decided(owner, path, taken)
         if layer.key is None and before is None:
             text = "keys and values come out of a cache that this call does not fill"
             raise Strange(region.end, "no_projection", text)
@@ -84,7 +85,6 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
         reason = Reason(strange.code, strange.text, location(strange.at), strange.inside)
         return Sought(None, (reason,))
     prefix = owner.meta[PREFIX]
-    taken = dict.fromkeys(path for made in layer.made for path in made.taken)
     held = _parameters(owner, taken)
     facts = {
         "layer": layer,
@@ -100,6 +100,18 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
     given = tuple(made.x for made in layer.made[:-1])
     home = path[len(prefix) :].lstrip(".") if prefix else path
     return Sought(Piece(layer.out.node, given, nodes, tuple(taken), home, facts))
+
+
+def decided(owner: fx.GraphModule, path: str, taken: Iterable[str]) -> Decision | None:
+    """What was decided in this module about the attention that certain weights belong to, or
+    modules of such.
+    """
+
+    def covers(before: Decision) -> bool:
+        return all(any(p == t or p.startswith(f"{t}.") for t in before.taken) for p in taken)
+
+    found = (d for p, d in owner.meta.get(BEFORE, ()) if p == path)
+    return next(filter(covers, found), None)
 
 
 def _widths(layer: Layer) -> dict[str, int]:
@@ -147,16 +159,29 @@ def _check_scores(layer: Layer, functional: FunctionalRegion, core: Core) -> Non
     """The scores may read nothing that the layer's own maps make."""
     maps = {m.node for m in layer.made}
     own = {functional.of_host.get(node) for node in maps}
-    stack, seen = list(core.reads), set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in own or functional.read.get(node) in maps:
-            text = "the scores read what is made of the layer's own queries or keys, as relative"
-            text += " positions are, and there are going to be others"
-            raise Strange(layer.query.node, "positions", text)
-        if node not in seen:
-            seen.add(node)
-            stack += node.all_input_nodes
+    for read in core.reads:
+        stack, seen = [read], set[fx.Node]()
+        while stack:
+            node = stack.pop()
+            if node in own or functional.read.get(node) in maps:
+                raise _positions(layer, functional, read)
+            if node not in seen:
+                seen.add(node)
+                stack += node.all_input_nodes
+
+
+def _positions(layer: Layer, functional: FunctionalRegion, read: fx.Node) -> Strange:
+    """Relative positions: a product that the queries make, added to that with the keys."""
+    host = functional.read.get(read)
+    host = host or next((h for h, node in functional.of_host.items() if node is read), None)
+    at = layer.query.node if host is None else host
+    text = (
+        f"the scores read {at.name}, a product of the layer's own queries or keys, as relative "
+        "positions are made; new heads have another number and width, which the projection of the "
+        'positions does not fit. Leave this layer out of `to`, or give it "fastest", which keeps '
+        "the function; rotary positions are replaced with the layer"
+    )
+    return Strange(at, "positions", text)
 
 
 def _node(value: Any, at: fx.Node) -> fx.Node:

@@ -9,7 +9,8 @@ Without a cache it is one function. The program of the scores stays, with what i
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ from attn_compiler.passes.rewrite_site import live_nodes, reads_of, unread
 from attn_compiler.variants.base import NewTensor, Replacement
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A replacement of which all nodes stand in the graph, and none is read yet.
+
+    Attributes:
+        tensors: that the module has to get, under the names that the graph reads.
+        finish: put it in its place, which cannot fail.
+        undo: erase it.
+    """
+
+    tensors: tuple[NewTensor, ...]
+    finish: Callable[[], None]
+    undo: Callable[[], None]
+
+
 def replace_layer(
     region: Region, functional: FunctionalRegion, piece: Piece, replacement: Replacement
 ) -> tuple[NewTensor, ...]:
@@ -38,12 +54,24 @@ def replace_layer(
         The tensors that the module has to get, under the names that the graph reads.
 
     Raises:
+        NotAttention, RegionError: see `prepare_layer`.
+    """
+    prepared = prepare_layer(region, functional, piece, replacement)
+    prepared.finish()
+    return prepared.tensors
+
+
+def prepare_layer(
+    region: Region, functional: FunctionalRegion, piece: Piece, replacement: Replacement
+) -> Prepared:
+    """All of it that may fail.
+
+    Raises:
         NotAttention: `piece.read_elsewhere`, something outside reads what would no longer be made;
             `piece.overwritten`; the graph is as before.
         RegionError: a tensor that the program reads cannot be had; the graph is as before.
     """
     layer: Layer = piece.facts["layer"]
-    core: Core = piece.facts["core"]
     removed = {piece.end} if layer.update is None else {piece.end, layer.update}
     check_unread(region, piece, removed)
     check_unwritten(layer, region.end)
@@ -52,32 +80,51 @@ def replace_layer(
     old = {place: ops.value(place) for place in layer.places or ()}
     emitter = Emitter(region, functional)
     early = Emitter(region, functional, layer.update)
-    try:
-        made = early.attributes(replacement.tensors, piece.taken)
-        tensors, weights = [t for t, _ in made], [node for _, node in made]
-        x_q = _batch_first(emitter, layer, layer.query.x)
-        reads = reads_of(emitter, core, x_q)
-        ints = [emitter.size(size) for size in core.ints]
-        if layer.places is None:
-            rest = [_batch_first(emitter, layer, m.x) for m in layer.made[1:-1]]
-            given: tuple[Any, ...] = (x_q, *rest)
-            call = emitter.call(
-                replacement.function, *given, reads, ints, *weights, **dict(replacement.options)
-            )
-        else:
-            call = _cached(emitter, layer, (x_q, reads, ints, weights), replacement)
-        mark(call, replacement)
-        result = in_dtype(emitter, _batch_first(emitter, layer, call), ops.value(piece.end).dtype)
-    except Exception:
+
+    def undo() -> None:
         emitter.undo()
         early.undo()
+        for place, value in old.items():
+            place.meta[emitter.key] = value
+
+    try:
+        made = early.attributes(replacement.tensors, piece.taken)
+        weights = [node for _, node in made]
+        call = _called(emitter, piece, weights, replacement)
+        result = in_dtype(emitter, _batch_first(emitter, layer, call), ops.value(piece.end).dtype)
+    except Exception:
+        undo()
         raise
-    if layer.update is not None:
-        _become_write(early, layer, weights, replacement)
-    void = {s for place in layer.places or () for s in _symbols(old[place])}
-    region.end.graph.owning_module.meta.setdefault(VOID, set()).update(void)  # type: ignore[union-attr]
-    piece.end.replace_all_uses_with(result)
-    return tuple(tensors)
+
+    def finish() -> None:
+        if layer.update is not None:
+            _become_write(early, layer, weights, replacement)
+        void = {s for value in old.values() for s in _symbols(value)}
+        region.end.graph.owning_module.meta.setdefault(VOID, set()).update(void)  # type: ignore[union-attr]
+        piece.end.replace_all_uses_with(result)
+
+    return Prepared(tuple(t for t, _ in made), finish, undo)
+
+
+def _called(
+    emitter: Emitter, piece: Piece, weights: Sequence[fx.Node], replacement: Replacement
+) -> fx.Node:
+    """The call that computes the layer."""
+    layer: Layer = piece.facts["layer"]
+    core: Core = piece.facts["core"]
+    x_q = _batch_first(emitter, layer, layer.query.x)
+    reads = reads_of(emitter, core, x_q)
+    ints = [emitter.size(size) for size in core.ints]
+    if layer.places is None:
+        rest = [_batch_first(emitter, layer, m.x) for m in layer.made[1:-1]]
+        given: tuple[Any, ...] = (x_q, *rest)
+        call = emitter.call(
+            replacement.function, *given, reads, ints, *weights, **dict(replacement.options)
+        )
+    else:
+        call = _cached(emitter, layer, (x_q, reads, ints, weights), replacement)
+    mark(call, replacement)
+    return call
 
 
 def _symbols(value: torch.Tensor) -> set[Any]:
@@ -102,24 +149,18 @@ def _cached(
     assert layer.places is not None and replacement.cached is not None
     x_q, reads, ints, weights = given
     sizes = replacement.cached
-    old = [ops.value(place) for place in layer.places]
     for place in layer.places:
         value = ops.value(place)
         with emitter.mode, torch.no_grad():
             shape = (value.shape[0], sizes.heads, value.shape[2], sizes.width)
             place.meta[emitter.key] = value.new_empty(shape)
     start: Any = 0
-    try:
-        if layer.update is not None:
-            with emitter.mode:
-                count = torch.empty((), dtype=torch.int64)
-            start = emitter.opaque(operator.getitem, (layer.update, 2), {}, count)
-        options = dict(replacement.options)
-        return emitter.call(sizes.read, x_q, *layer.places, start, reads, ints, *weights, **options)
-    except Exception:
-        for place, value in zip(layer.places, old, strict=True):
-            place.meta[emitter.key] = value
-        raise
+    if layer.update is not None:
+        with emitter.mode:
+            count = torch.empty((), dtype=torch.int64)
+        start = emitter.opaque(operator.getitem, (layer.update, 2), {}, count)
+    options = dict(replacement.options)
+    return emitter.call(sizes.read, x_q, *layer.places, start, reads, ints, *weights, **options)
 
 
 def _become_write(

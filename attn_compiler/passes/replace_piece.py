@@ -36,6 +36,13 @@ def in_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return emitter.call(torch.ops.aten.to.dtype, node, dtype)
 
 
+def _leaves(node: fx.Node, taken: tuple[str, ...]) -> bool:
+    """Is it a call of a module that leaves, or a parameter that does, by itself or in a module?"""
+    path = str(node.target)
+    inside = any(path == t or path.startswith(f"{t}.") for t in taken)
+    return inside and node.op in ("call_module", "get_attr")
+
+
 def check_unread(region: Region, piece: Piece, removed: set[fx.Node]) -> None:
     """Nobody else may read what is replaced, or call the modules that leave.
 
@@ -51,8 +58,7 @@ def check_unread(region: Region, piece: Piece, removed: set[fx.Node]) -> None:
             candidates |= {node, *node.users}
     live = live_nodes(graph, candidates, removed)
     for node in graph.nodes:
-        leaves = node.op in ("call_module", "get_attr") and str(node.target) in piece.taken
-        if leaves and (node not in candidates or node in live):
+        if _leaves(node, piece.taken) and (node not in candidates or node in live):
             reader = next((location(u) for u in node.users if u not in candidates), "")
             text = f"{node.target}, which would be replaced, is read elsewhere"
             text += f" ({reader})" if reader else ""

@@ -106,14 +106,45 @@ def test_two_sequences_with_every_option(options: dict[str, Any]) -> None:
     assert torch.equal(new.generate(**inputs(), **written), whole)
 
 
-def test_a_block_with_two_attentions_keeps_both() -> None:
-    given = inputs() | {"decoder_input_ids": inputs()["input_ids"][:, :5]}
-    new = ac.rewrite(bart().eval(), (), given, to=ac.SwitchHead(**BOTH))
+def mbart() -> Any:
+    """Norms before the branches."""
+    config = bart().config.to_dict() | {"model_type": "mbart"}
+    return tf.MBartForConditionalGeneration(tf.MBartConfig(**config))
+
+
+@pytest.mark.parametrize("make", [bart, mbart])
+def test_blocks_with_two_attentions_generate(make: Any) -> None:
+    """Padding is not seen, all parameters learn, and caches give what whole sequences give."""
+    given = inputs() | {"decoder_input_ids": inputs()["input_ids"][:, :5].contiguous()}
+    new = rewritten(make().train(), **given, to=ac.SwitchHead(**BOTH))
     report = ac.last_report()
-    assert (report.rewritten, len(report.sites)) == (2, 6)
-    assert not any("w_" in n for n, _ in new.model.decoder.named_parameters())
-    reasons = {r.code for s in report.sites for r in s.decision.reasons}
-    assert reasons == {"feed_forward.unlike", "block.sources"}
+    assert report.rewritten == 6
+    assert not any(n.endswith("fc1.weight") for n, _ in new.named_parameters())
+    new(**given, labels=given["decoder_input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in new.named_parameters() if "w_" in n)
+    new.eval()
+    changed = given["input_ids"].clone()
+    changed[0, :3] = 5
+    with torch.no_grad():
+        close(new(**given | {"input_ids": changed}).logits, new(**given).logits)
+    written = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    for beams in (1, 3):
+        whole = new.generate(**inputs(), use_cache=False, num_beams=beams, **written)
+        assert torch.equal(new.generate(**inputs(), num_beams=beams, **written), whole)
+
+
+def test_biases_of_heads_keep_a_block_as_it_is() -> None:
+    """T5's self-attention stays, and so does all of its block."""
+    config = tf.T5Config(
+        vocab_size=WORDS, d_model=WIDE, d_kv=12, d_ff=200, num_layers=1, num_heads=8,
+        pad_token_id=1, eos_token_id=2, decoder_start_token_id=2,
+    )  # fmt: skip
+    given = inputs() | {"decoder_input_ids": inputs()["input_ids"][:, :5]}
+    ac.rewrite(tf.T5ForConditionalGeneration(config).eval(), (), given, to=ac.SwitchHead(**BOTH))
+    report = ac.last_report()
+    assert report.rewritten == 0
+    codes = [{r.code for r in s.decision.reasons} for s in report.sites]
+    assert codes == [{"switchhead.per_head"}, {"switchhead.per_head"}, {"block.partly"}]
 
 
 # ---------------------------------------------------------------- the world around

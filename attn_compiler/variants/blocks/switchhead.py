@@ -2,7 +2,7 @@
 
     up, down  or  gate, up, down   ->   w_sel [N, D], w_1 [N, D, G], w_2 [N, G, D], as many numbers
 
-Both of a block are replaced, or neither. Activations become the paper's: ReLU.
+The net and all attentions of a block are replaced, or none. Activations become the paper's: ReLU.
 
 Source: SwitchHead (arXiv 2312.07987v3), section 3.4; sigma-MoE (arXiv 2310.10837).
 """
@@ -46,18 +46,22 @@ def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
 
 
 def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacement:
-    """The layer and the net; what the modules have already stays.
+    """The layer, and the net if it is replaced with this one; what the modules have already stays.
 
     Raises:
         NotAttention: `switchall.sizes`, no net of experts has about as many parameters.
         BadOption: the parameters of the layer are too few for a head of one channel.
     """
-    net: Net = piece.facts["net"]
-    before, words = piece.facts["before"], ""
+    net: Net | None = piece.facts["net"]
+    before = piece.facts["before"]
     layer = switchhead.replacement(site, _of_layer(piece), spec)
-    if before is not None:
-        fresh = {"dtype": net.dtype, "device": net.device}
-        tensors = tuple(replace(t, **fresh) for t in before.tensors if _is_net(t))
+    if net is None:
+        words = f"{layer.words}; feed-forward net: with the last attention of the block"
+        return layer if before is not None else replace(layer, words=words)
+    fresh, words = {"dtype": net.dtype, "device": net.device}, ""
+    held = () if before is None else before.tensors
+    tensors = tuple(replace(t, **fresh) for t in held if _is_net(t))
+    if tensors:
         sizes = NetSizes(*tensors[1].shape[::2])
     else:
         try:
@@ -70,16 +74,21 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
             f"{sizes.hidden} wide, {sizes.parameters(net.width):,} parameters for "
             f"{net.parameters:,}"
         )
+    made = _net(layer, sizes, tensors, net)
+    return replace(layer, words=words, net=made)
+
+
+def _net(
+    layer: Replacement, sizes: NetSizes, tensors: tuple[NewTensor, ...], net: Net
+) -> Replacement:
     dropped = float(dict(layer.options)["expert_dropout"])
     options: tuple[tuple[str, Any], ...] = (
         ("k", sizes.k),
         ("expert_dropout", dropped),
         ("hidden_dropout", net.dropout),
     )
-    made = Replacement(
-        sigma_moe.net, tensors, options, spec, training=layer.training or bool(net.dropout)
-    )
-    return replace(layer, words=words, net=made)
+    training = layer.training or bool(net.dropout)
+    return Replacement(sigma_moe.net, tensors, options, layer.spec, training=training)
 
 
 def _of_layer(piece: Piece) -> Piece:
