@@ -48,7 +48,7 @@ def from_sdpa(
             masked = element
         else:
             logits = call("add", DOT, element)
-    scale = args["scale"] if args["scale"] is not None else 1 / math.sqrt(int(shape(query)[-1]))
+    scale = args["scale"] if args["scale"] is not None else _usual_scale(query)
     operands = (query, key_, value)
     fused = Fused(
         node,
@@ -61,6 +61,17 @@ def from_sdpa(
         float(args["dropout_p"]),
     )
     return from_fused(puller, Operand(end, indices(where)), at, fused)
+
+
+def _usual_scale(query: fx.Node) -> float:
+    features = shape(query)[-1]
+    if not isinstance(features, int):
+        raise NotAttention(
+            "attention.scale",
+            "no scale is given, and the head dim, which makes it, differs from call to call: mark "
+            "it as static, or hand the scale over",
+        )
+    return 1 / math.sqrt(features)
 
 
 @dataclass(frozen=True)

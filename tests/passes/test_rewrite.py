@@ -264,3 +264,16 @@ def test_a_wrong_option_is_one_clear_error(options: dict[str, Any]) -> None:
         compiled(lambda x: x + 1, torch.ones(1), **options)
     error = caught.value.inner_exception
     assert isinstance(error, ac.BadOption) and "do:" in str(error)
+
+
+def test_a_symbolic_head_dim_without_a_scale_is_a_reason() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    args = qkv()
+    for x in args:
+        torch._dynamo.mark_dynamic(x, 3)
+    out, report = compiled(attend, *args)
+    (missed,) = report.missed
+    assert missed.code == "attention.scale" and "head dim" in missed.text
+    torch.testing.assert_close(out, attend(*args))
