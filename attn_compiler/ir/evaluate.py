@@ -16,8 +16,8 @@ from attn_compiler.ir.expr import (
     Int,
     Read,
     Var,
-    apply,
 )
+from attn_compiler.ir.pointwise import apply
 
 
 def evaluate(

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import ast
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
-from typing import Any
+from functools import lru_cache
 
 import torch
-from torch import Tensor
+
+from attn_compiler.ir.pointwise import BINARY, KINDS, OPS, apply
 
 INDICES = ("b", "h", "q", "k")
 SIZES = ("B", "H", "T", "S")
@@ -49,70 +48,6 @@ _INFIX = {
     "mod": ("%", 7),
 }
 _PREFIX = {"not": "~", "neg": "-"}
-UNARY: dict[str, Callable[[Tensor], Tensor]] = {
-    "not": torch.logical_not,
-    "neg": torch.neg,
-    "abs": torch.abs,
-    "exp": torch.exp,
-    "exp2": torch.exp2,
-    "log": torch.log,
-    "log2": torch.log2,
-    "sqrt": torch.sqrt,
-    "rsqrt": torch.rsqrt,
-    "reciprocal": torch.reciprocal,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-    "erf": torch.erf,
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "trunc": torch.trunc,
-    "sign": torch.sign,
-    "square": torch.square,
-}
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "floordiv": operator.floordiv,
-    "mod": operator.mod,
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "and": torch.logical_and,
-    "or": torch.logical_or,
-    "xor": torch.logical_xor,
-    "min": torch.minimum,
-    "max": torch.maximum,
-    "pow": torch.pow,
-}
-REAL = frozenset(
-    (
-        "div",
-        "exp",
-        "exp2",
-        "log",
-        "log2",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "sin",
-        "cos",
-        "tanh",
-        "sigmoid",
-        "erf",
-    )
-)
-# int/float/bool change the kind of a number and nothing else; widths of floats are rounding and are
-# not written down
-KINDS = {"int": torch.int64, "float": None, "bool": torch.bool}
-OPS = frozenset(UNARY) | frozenset(BINARY) | frozenset(KINDS) | {"where"}
 
 
 class Expr:
@@ -416,18 +351,3 @@ def _from_name(name: str) -> Expr:
     if name[:1] == "n" and name[1:].isdigit():
         return Int(int(name[1:]))
     raise KeyError(name)
-
-
-def apply(op: str, args: list[Tensor], dtype: torch.dtype) -> Tensor:
-    if op == "where":
-        return torch.where(args[0].bool(), args[1], args[2])
-    if op == "float":
-        return args[0] if args[0].is_floating_point() else args[0].to(dtype)
-    if op in KINDS:
-        return args[0].to(KINDS[op])
-    if op in ("min", "max"):
-        common = reduce(torch.promote_types, (a.dtype for a in args))
-        args = [a.to(common) for a in args]
-    if op in REAL and not any(a.is_floating_point() for a in args):
-        args = [a.to(dtype) for a in args]  # torch would take its default dtype
-    return (UNARY.get(op) or BINARY[op])(*args)

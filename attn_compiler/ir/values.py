@@ -12,7 +12,8 @@ from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index
-from attn_compiler.ir.expr import OPS, Call, Const, Expr, Var, call, walk
+from attn_compiler.ir.expr import Call, Const, Expr, Var, call, walk
+from attn_compiler.ir.pointwise import OPS
 from attn_compiler.ir.pull import (
     VALUES,
     Coordinate,

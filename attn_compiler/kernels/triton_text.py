@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from attn_compiler.ir.expr import (
-    REAL,
     Call,
     Const,
     Dot,
@@ -31,6 +30,7 @@ from attn_compiler.ir.expr import (
     depends,
     walk,
 )
+from attn_compiler.ir.pointwise import REAL
 
 Kind = Literal["bool", "int", "float"]
 _ORDER: tuple[Kind, ...] = ("bool", "int", "float")

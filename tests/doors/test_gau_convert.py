@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -51,7 +52,9 @@ def test_a_block_that_units_can_compute(kind: type[Pre], causal: bool) -> None:
     with torch.no_grad():
         assert missed(new(x) - x, model(x) - x) < 1e-3
     (site,) = ac.last_report().sites
-    assert "attention: 100.0% before, 0.0% after" in site.facts["calibration"]
+    # a fresh unit mixes tokens its own way: it misses about all of the block's
+    before = re.search(r"attention: ([0-9.]+)% before, 0.0% after", site.facts["calibration"])
+    assert before is not None and float(before[1]) > 90
     assert site.facts["calibration"].endswith("on 1 of 4 batches, kept back")
     assert all(p.requires_grad for p in new.parameters())
 

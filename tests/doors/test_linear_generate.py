@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from doors.cached import draw
 from doors.test_linear_attention import moved
-from doors.test_rewrite_el import Form, Part, Shown, draw
+from doors.test_rewrite_el_refused import Form, Part, Shown
 from doors.test_selective_generate import IDS, MODELS, inputs, stepwise
 from torch import nn
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from attn_compiler.ir.evaluate import evaluate
-from attn_compiler.ir.expr import DOT, OPS, Read, parse
+from attn_compiler.ir.expr import DOT, Read, parse
+from attn_compiler.ir.pointwise import OPS
 from attn_compiler.kernels.slope import ZERO, slope
 
 POSITIVE = "exp(dot) + 0.5"
