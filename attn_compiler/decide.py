@@ -169,12 +169,7 @@ def _replaced(
     return accepted(work, region, site, piece, (made, tensors))
 
 
-def _advice_on_core(
-    work: Work,
-    raised: tuple[Region, FunctionalRegion, Core],
-    site: AttentionSite,
-    spec: VariantSpec,
-) -> str:
+def _advice_on_core(work: Work, raised: Raised, site: AttentionSite, spec: VariantSpec) -> str:
     """What the planner says about a core at the sizes of the example."""
     region, _, core = raised
     known = sizes_of_example(region)

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import gc
 import json
 import platform
 import statistics
@@ -45,6 +43,8 @@ import attn_compiler as ac
 from attn_compiler.variants.spion import filled, most_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import resident
 from lra_tasks import PAD, TASKS, Task, items
 
 MODES = {"spion-c": "C", "spion-f": "F", "spion-cf": "CF"}
@@ -278,19 +278,7 @@ def growth(task: Task, options: argparse.Namespace) -> float:
         before = torch.cuda.memory_allocated()
         step(model, optimizer, (tokens, answers), options)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # what rewriting has freed goes back first, and the largest so far becomes what is there now
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = largest()
-    step(model, optimizer, (tokens, answers), options)
-    return (largest() - before) / 1024
-
-
-def largest() -> int:
-    """Kibibytes of this process's largest resident set (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return resident.growth(lambda: step(model, optimizer, (tokens, answers), options))
 
 
 # ---------------------------------------------------------------- what it shows

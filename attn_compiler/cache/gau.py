@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.cache.layer import layer_for
+from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, gau_layer
 from attn_compiler.kernels.gau_state import GauState, empty_state, gau_step
@@ -27,15 +28,15 @@ Unit = tuple[GauParameters, GauForm]
 _ROOM = 64
 
 
-class GauLayer(CacheLayerMixin):
+class GauLayer(SummedLayer):
     """The cache of one block.
 
     Attributes:
         length: tokens that went by.
     """
 
-    is_sliding = False
-    supports_early_init = False
+    what = "a state of gated attention units"
+    gone = "they are added up with the others"
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,9 +93,6 @@ class GauLayer(CacheLayerMixin):
 
     # ---------------------------------------------------------------- what transformers asks
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first tokens make the state."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -112,16 +110,8 @@ class GauLayer(CacheLayerMixin):
             do="use it with the model that made it",
         )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are over positions, all of them."""
-        return self.length + query_length, 0
-
     def get_seq_length(self) -> int:
         return self.length
-
-    def get_max_length(self) -> int:
-        """A sequence may have any length."""
-        return -1
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +127,7 @@ class GauLayer(CacheLayerMixin):
         held += [t for first in self._first if first is not None for t in first]
         return [t for t in held if isinstance(t, Tensor)]
 
-    def _change(self, make: Callable[[Tensor], Tensor]) -> None:
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
         """Another batch."""
         for number, (state, first) in enumerate(zip(self._states, self._first, strict=True)):
             if state is not None:
@@ -148,37 +138,8 @@ class GauLayer(CacheLayerMixin):
                 x, valid = first
                 self._first[number] = (make(x), None if valid is None else make(valid))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The samples that beams go on with."""
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda t: t[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Only nothing can be taken back.
-
-        Raises:
-            UnsupportedCall: a token is to be forgotten.
-        """
-        if tokens_to_remove:
-            raise UnsupportedCall(
-                "a state of gated attention units cannot forget its newest tokens",
-                why=("they are added up with the others",),
-                do="generate without assistants",
-            )
-
     def reset(self) -> None:
         self._read, self._states, self._first = [0, 0], [None, None], [None, None]
-
-    def offload(self) -> None:
-        """Nothing: a cache that is small is not worth the way."""
-
-    def prefetch(self) -> None:
-        """Nothing, see `offload`."""
 
 
 def _longer(x: Tensor, more: int) -> Tensor:

@@ -99,10 +99,10 @@ def attend(
     valid = counted(program, reads, ints, shape)
     f, g = maps.queries(q), maps.keys(keys)
     if layered:
-        return kept.attend((q, f), (keys, values, g), valid, window=window, scale=scale)  # type: ignore[no-any-return]
-    out: Tensor = linear_attention(q, keys, values, f, g, valid, None, window=window, scale=scale)[
-        0
-    ]
+        found: Tensor = kept.attend((q, f), (keys, values, g), valid, window=window, scale=scale)
+        return found
+    sizes = {"window": window, "scale": scale}
+    out: Tensor = linear_attention(q, keys, values, f, g, valid, None, **sizes)[0]
     return out
 
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.cache.layer import layer_for
+from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.frame import accumulator
 from attn_compiler.kernels.linear_attention import linear_attention
@@ -29,7 +30,7 @@ from attn_compiler.kernels.linear_attention import linear_attention
 Kept = tuple[Tensor, Tensor, Tensor]
 
 
-class LinearLayer(CacheLayerMixin):
+class LinearLayer(SummedLayer):
     """The cache of one layer.
 
     Attributes:
@@ -39,9 +40,8 @@ class LinearLayer(CacheLayerMixin):
         state: [B, G, F, dv + 1] of all earlier ones; None before there are any.
     """
 
-    is_sliding = False
-    # nothing is there to make early: how many features there are is known with the first tokens
-    supports_early_init = False
+    what = "a cache of LinearAttention"
+    gone = "what left the window for them is part of a sum"
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,8 @@ class LinearLayer(CacheLayerMixin):
         out: Tensor = linear_attention(
             rows[0], *kept[:2], rows[1], kept[2], ignored, self.state, window=window, scale=scale
         )[0]
-        self.window = tuple(x.detach() for x in kept)  # type: ignore[assignment]
+        key, value, features = (x.detach() for x in kept)
+        self.window = key, value, features
         self.valid, self._taken, self.length = counts, None, self.length + count
         return out
 
@@ -145,9 +146,6 @@ class LinearLayer(CacheLayerMixin):
 
     # ---------------------------------------------------------------- what transformers asks
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first tokens make what is kept."""
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -163,17 +161,9 @@ class LinearLayer(CacheLayerMixin):
             do="use it with the model that made it",
         )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are over positions, all of them."""
-        return self.length + query_length, 0
-
     def get_seq_length(self) -> int:
         """Tokens that went by."""
         return self.length
-
-    def get_max_length(self) -> int:
-        """A sequence may have any length."""
-        return -1
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +175,7 @@ class LinearLayer(CacheLayerMixin):
         held: Sequence[Tensor | None] = (*(self.window or ()), self.valid, self.state)
         return tuple(x for x in held if x is not None)
 
-    def _change(self, make: Callable[[Tensor], Tensor]) -> None:
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
         """Another batch."""
         if self.window is not None and self.valid is not None:
             key, value, features = map(make, self.window)
@@ -193,38 +183,9 @@ class LinearLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = make(self.state)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The samples that beams go on with."""
-        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda x: x[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Only nothing can be taken back.
-
-        Raises:
-            UnsupportedCall: a token is to be forgotten.
-        """
-        if tokens_to_remove:
-            raise UnsupportedCall(
-                "a cache of LinearAttention cannot forget its newest tokens",
-                why=("what left the window for them is part of a sum",),
-                do="generate without assistants",
-            )
-
     def reset(self) -> None:
         self.length, self.window, self.valid, self.state = 0, None, None, None
         self._taken, self.is_initialized = None, False
-
-    def offload(self) -> None:
-        """Nothing: a cache that is small is not worth the way."""
-
-    def prefetch(self) -> None:
-        """Nothing, see `offload`."""
 
 
 def hold(cache: Any, index: int) -> LinearLayer | None:

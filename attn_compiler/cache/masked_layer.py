@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attn_compiler.cache.layer import layer_for
 from attn_compiler.cache.selective import SelectiveLayer
+from attn_compiler.cache.summed import check_forgets_nothing
 from attn_compiler.errors import UnsupportedCall
 
 
@@ -94,12 +95,8 @@ class MaskedLayer(DynamicLayer):
         Raises:
             UnsupportedCall: a token is to be forgotten.
         """
-        if tokens_to_remove:
-            raise UnsupportedCall(
-                "a cache of Selective attention cannot forget its newest tokens",
-                why=("what they masked is part of a sum",),
-                do="generate without assistants",
-            )
+        text = "what they masked is part of a sum"
+        check_forgets_nothing("a cache of Selective attention", text, tokens_to_remove)
 
 
 def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedLayer | None:

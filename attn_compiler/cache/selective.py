@@ -16,19 +16,20 @@ Source: Selective Attention (arXiv 2410.02703).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import BadOption, UnsupportedCall
 from attn_compiler.kernels.slots import Rule, Slots, Token, prompt, step
 
 
-class SelectiveLayer(CacheLayerMixin):
+class SelectiveLayer(SummedLayer):
     """The cache of one layer.
 
     Args:
@@ -41,9 +42,8 @@ class SelectiveLayer(CacheLayerMixin):
         BadOption: the budget is smaller.
     """
 
-    is_sliding = False
-    # nothing is there to make early: how many values a token has is known with the first
-    supports_early_init = False
+    what = "a selective cache"
+    gone = "what they dropped is gone"
 
     def __init__(self, budget: int) -> None:
         super().__init__()
@@ -125,20 +125,9 @@ class SelectiveLayer(CacheLayerMixin):
 
     # ---------------------------------------------------------------- what transformers asks
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first tokens make the slots."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are over positions, all of them."""
-        return self.seen + query_length, 0
-
     def get_seq_length(self) -> int:
         """Tokens that went by, kept or not."""
         return self.seen
-
-    def get_max_length(self) -> int:
-        """A sequence may have any length."""
-        return -1
 
     @property
     def nbytes(self) -> int:
@@ -150,41 +139,16 @@ class SelectiveLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Only nothing can be taken back.
-
-        Raises:
-            UnsupportedCall: a token is to be forgotten.
-        """
-        if tokens_to_remove:
-            raise UnsupportedCall(
-                "a selective cache cannot forget its newest tokens",
-                why=("what they dropped is gone",),
-                do="generate without assistants",
-            )
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The samples that beams go on with, in place."""
         if self.slots is not None:
             for x in self.slots.tensors:
                 x.copy_(x.index_select(0, beam_idx.to(x.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace(lambda x: x[indices])
-
-    def offload(self) -> None:
-        """Nothing: a cache that was made small is not worth the way."""
-
-    def prefetch(self) -> None:
-        """Nothing, see `offload`."""
-
-    def _replace(self, change: Any) -> None:
+    def change(self, make: Callable[[Tensor], Tensor]) -> None:
         """Other tensors, for another number of samples."""
         if self.slots is not None:
-            *stored, amount, positions = (change(x) for x in self.slots.tensors)
+            *stored, amount, positions = (make(x) for x in self.slots.tensors)
             self.slots = Slots(tuple(stored), amount, positions)
             self.keys, self.values = stored[:2]
 

@@ -27,6 +27,7 @@ from attn_compiler.installed import rewritten
 from attn_compiler.ir.site import AttentionSite
 from attn_compiler.kernels.selective_memory import Memory
 from attn_compiler.train.progress import bar
+from attn_compiler.variants import MEASURED
 from attn_compiler.variants.selective import MEMORY, Selective
 
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
@@ -296,9 +297,10 @@ def described(
 ) -> tuple[AttentionSite, ...]:
     """Sites with what their change of function cost the model."""
     words = f"loss {before:.4f} before, {after:.4f} after, of all that was rewritten"
+    measured = {variant.name for variant in MEASURED}
     return tuple(
         replace(s, facts={**s.facts, "calibration": words})
-        if s.decision.accepted and s.decision.variant in ("selective", "linear")
+        if s.decision.accepted and s.decision.variant in measured
         else s
         for s in sites
     )

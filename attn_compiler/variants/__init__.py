@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
 
 VARIANTS = (FLASH, EL, spion.SPION_, selective.SELECTIVE, SWITCHHEAD, SWITCHALL, GAU_, LINEAR)
+# of which the report says, where there is data, what the change of function costs a model
+MEASURED = (selective.SELECTIVE, LINEAR)
 
 __all__ = [
+    "MEASURED",
     "SPION",
     "VARIANTS",
     "ELAttention",
@@ -47,8 +50,8 @@ def needs_data(spec: VariantSpec) -> bool:
 
 
 def is_measured(spec: object) -> bool:
-    """Does the report say, where there is data, what the change of function costs a model?"""
-    return isinstance(spec, selective.Selective | LinearAttention)
+    """Is it one of `MEASURED`?"""
+    return any(isinstance(spec, variant.spec) for variant in MEASURED)
 
 
 def ordinary(shape: Shape, scope: Scope) -> Cost:

@@ -22,11 +22,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keeps it off
+
+import resident
 import torch
 
 WAYS = ("stock", "ours")
@@ -66,23 +70,15 @@ def rewritten(model: Any, inplace: bool) -> Any:
 # ---------------------------------------------------------------- fits
 
 
-def resident(field: str) -> float:
-    """MiB of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(float(x.split()[1]) / 1024 for x in lines if x.startswith(field))
-
-
 @torch.inference_mode()
 def peak(model: Any, batch: int, given: argparse.Namespace) -> float:
     """MiB by which the process grows while a beam search runs."""
     ids = torch.randint(4, 90, (batch, given.length))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = resident("VmRSS")
-    model.generate(
-        input_ids=ids, num_beams=given.beams, do_sample=False,
+    call = partial(
+        model.generate, input_ids=ids, num_beams=given.beams, do_sample=False,
         max_new_tokens=TOKENS, min_new_tokens=TOKENS,
     )  # fmt: skip
-    return resident("VmHWM") - before
+    return resident.growth(call)
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:

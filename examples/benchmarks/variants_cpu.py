@@ -39,8 +39,8 @@ from attn_compiler.bench import Spread, peak_bytes, ratios
 from attn_compiler.kernels import timing
 
 HEAD, VOCABULARY, BLOCK = 64, 1000, 64
-VARIANTS = ("fastest", "selective", "spion", "switchhead", "switchall", "gau")
-GENERATING = ("el", "selective", "switchhead", "gau")
+VARIANTS = ("fastest", "selective", "spion", "linear", "switchhead", "switchall", "gau")
+GENERATING = ("el", "selective", "linear", "switchhead", "gau")
 DENSE = ("eager", "compiled", "sdpa")
 Calls = Mapping[str, Callable[[], Any]]
 
@@ -54,6 +54,7 @@ def spec(name: str, given: argparse.Namespace) -> Any:
         "fastest": "fastest",
         "el": ac.ELAttention(),
         "selective": ac.Selective(),
+        "linear": ac.LinearAttention(),
         "switchhead": ac.SwitchHead(),
         "switchall": ac.SwitchHead(feed_forward="sigma_moe"),
         "gau": ac.GAU(),

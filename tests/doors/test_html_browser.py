@@ -22,7 +22,7 @@ from attn_compiler.report import Report
 pytestmark = pytest.mark.skipif(executable() is None, reason="no Chromium on this machine")
 
 OPENS_WITHIN = 1.0
-_TRIES = 25
+_TRIES = 5
 # another page, so that the next is really opened
 _NOTHING = Path("/dev/null")
 
@@ -71,17 +71,14 @@ def _shown(tab: Tab, selector: str) -> list[bool]:
 
 
 def seconds_to_open(tab: Tab, file: Path) -> float:
-    """The best of some tries, until one is quick enough: the machine does other things as well."""
-    best = float("inf")
+    """The best of some tries: the machine does other things as well."""
+    times = []
     for _ in range(_TRIES):
         tab.open(_NOTHING)
         tab.open(file)
         timing = "performance.getEntriesByType('navigation')[0].loadEventEnd"
-        taken = tab.value(f"new Promise((f) => setTimeout(() => f({timing}), 0))")
-        best = min(best, float(taken) / 1000)
-        if 0 < best < OPENS_WITHIN:
-            break
-    return best
+        times.append(tab.value(f"new Promise((f) => setTimeout(() => f({timing}), 0))"))
+    return float(min(times)) / 1000
 
 
 def test_it_opens_within_a_second(tab: Tab, file: Path) -> None:
