@@ -53,8 +53,8 @@ _MOST_OPENED = 3
 _MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
-# codes of reasons that lie in the site, but for these ends, which a wider module may cure
-_INSIDE = ("el.", "switchhead.", "switchall.", "gau.", "block.", "feed_forward.")
+# codes of reasons that no wider module cures, but for these ends
+_INSIDE = ("el.", "switchhead.", "switchall.", "gau.", "block.", "feed_forward.", "config.")
 _OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
 
 
@@ -94,7 +94,8 @@ class _Search:
                 refusal = refusal or error
                 wider = wider or (error if best is not None else None)
                 continue
-            more = best is None or self._gain(attempt) > self._gain(best[1]) or best[1].narrow
+            gain = self._gain(attempt, anchor)
+            more = best is None or gain > self._gain(best[1], anchor) or best[1].narrow
             if more or attempt.complete:
                 best = level, attempt
             if attempt.complete:
@@ -103,7 +104,7 @@ class _Search:
             report = kept(best[1].report, wider.text, wider.code)
             self.tried[best[1].path] = attempt = replace(best[1], report=report)
             best = best[0], attempt
-        if best is not None and self._gain(best[1]):
+        if best is not None and self._gain(best[1], anchor):
             self.levels[type(self.model.get_submodule(anchor))] = best[0]
             self._install(best[1])
         elif best is not None and all(best[1].report is not r for r in self.reports):
@@ -113,10 +114,13 @@ class _Search:
             missed = Missed("", refusal.code, refusal.text, anchor)
             self.reports.append(Report(missed=(missed,)))
 
-    def _gain(self, attempt: _Attempt) -> int:
-        """How many attentions it rewrites that no owner below it has rewritten already."""
+    def _gain(self, attempt: _Attempt, anchor: str) -> int:
+        """How many attentions of this module, or of modules around it or in it, are rewritten that
+        no owner below has rewritten already; others find owners of their own.
+        """
         accepted = (s.path for s in attempt.report.sites if s.decision.accepted)
-        return sum(not any(_within(path, owner) for owner in self.owners) for path in accepted)
+        own = (path for path in accepted if _within(path, anchor) or _within(anchor, path))
+        return sum(not any(_within(path, owner) for owner in self.owners) for path in own)
 
     def _candidates(self, anchor: str) -> list[tuple[int, str]]:
         stack = self.example.stacks[anchor][::-1][:_HIGHEST]

@@ -31,7 +31,7 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import attention as ordinary
-from attn_compiler.kernels import el_triton, gpu
+from attn_compiler.kernels import el_cpu, el_triton, gpu
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.dropout import Drop
@@ -207,10 +207,12 @@ def _fill(call: _Call, out: Tensor, lse: Tensor) -> None:
             mass = mass[..., None]
         else:
             mass = wide.new_empty((*wide.shape[:3], 1))
-            for near in _items(call):
+            for near in _items(call, frame):
                 bounds = near.start * call.beams, near.stop * call.beams
                 span = Span(r0, r1, 0, frame.grid.S, *bounds, True)
-                part = _attend(call, frame, span, wide, shift, near)
+                x = call.x[near].to(call.dtype)
+                part = el_cpu.attend(frame, span, wide, shift, x)
+                part = part or _attend(frame, span, wide, shift, x)
                 mass[span.b0 : span.b1], lse[span.rows] = part
         values = _per_head(wide, w_v.transpose(1, 2))
         if call.b_v is not None:
@@ -234,25 +236,26 @@ def _tile(given: Inputs) -> el_triton.WideTile:
     return el_triton.tile(given, machine.processors, machine.arch)
 
 
-def _items(call: _Call) -> Iterator[slice]:
+def _items(call: _Call, frame: Frame) -> Iterator[slice]:
     """Blocks of batch items of x, small enough to be near when they are read again; a product of
-    fewer items than threads would leave threads idle.
+    fewer items than threads would leave threads idle. One block where a kernel reads x as it is.
     """
     count, length, width = call.x.shape
+    if el_cpu.fits(frame) and call.x.dtype == call.dtype:
+        return iter((slice(0, count),))
     threads = torch.get_num_threads() if call.x.device.type == "cpu" else 1
     step = max(threads, _NEAR // (length * width))
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 
 def _attend(
-    call: _Call, frame: Frame, span: Span, wide: Tensor, shift: Tensor | None, near: slice
+    frame: Frame, span: Span, wide: Tensor, shift: Tensor | None, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the expanded queries `wide` of a block of items with P x; P 1 and lse.
+    """Overwrite the expanded queries `wide` of a block of items x with P x; P 1 and lse.
 
     Rounded to half precision, an expanded query would no longer be orthogonal to what the keys do
     not see of x, however large that is: so both products are taken in the accumulator's dtype.
     """
-    x = call.x[near].to(call.dtype)
     rows = wide[span.b0 : span.b1]
     flat = rows.reshape(x.shape[0], -1, x.shape[2])
     dot = (flat @ x.transpose(1, 2)).view(*rows.shape[:3], x.shape[1])

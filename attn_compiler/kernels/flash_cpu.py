@@ -186,7 +186,7 @@ def _in_place(frame: Frame, dtype: torch.dtype) -> bool:
     return frame.reads[min(plan.score_slots)].dtype in (dtype, frame.dtype)
 
 
-def _bias(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
+def added(frame: Frame, span: Span, dtype: torch.dtype) -> Tensor | None:
     """What is added to the dot products, -inf where the mask forbids a key; None for nothing."""
     tensors = frame.tensors(span)
     mask = frame.mask(span, tensors)
@@ -231,7 +231,7 @@ def _piece(frame: Frame, call: _Call, span: Span, causal: bool) -> tuple[Tensor,
         out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=frame.dtype)
         empty = torch.ones_like(lse, dtype=torch.bool)
     else:
-        bias, scale = _bias(frame, span, query.dtype), frame.given.scale
+        bias, scale = added(frame, span, query.dtype), frame.given.scale
         out, lse = FORWARD(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         # a sum of exponentials is one by accident or because there is none
         if bias is None or not bool((lse == 0).any()):
@@ -280,7 +280,7 @@ def _sum_pieces(
 
     def piece(span: Span, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         grad, out, lse = (x[span.rows] for x in results)
-        bias = _bias(frame, span, q.dtype)
+        bias = added(frame, span, q.dtype)
         args = (grad, *call.of(frame, span), out, lse, 0.0, causal)
         found: tuple[Tensor, Tensor, Tensor] = BACKWARD(*args, attn_mask=bias, scale=scale)
         return found

@@ -65,6 +65,13 @@ def test_a_glob_chooses() -> None:
     assert type(new.own) is not CausalAttention
 
 
+def test_what_a_glob_leaves_out_draws_no_other_attention_up_to_itself() -> None:
+    pair = nn.Sequential(CausalAttention(), nn.Sequential(CausalAttention(), CausalAttention()))
+    new = ac.rewrite(pair.eval(), (X,), to={"1.1": ac.Flash()})
+    changed = [path for path, module in new.named_modules() if hasattr(module, "_attn_sites")]
+    assert changed == ["1.1"]
+
+
 @pytest.mark.parametrize("door", [ac.rewrite, ac.explain])
 def test_missing_example_inputs(door: Callable[..., Any]) -> None:
     for model in (Block(), fx.symbolic_trace(Traceable())):
