@@ -1,10 +1,9 @@
 """`rewrite(model)`: find who owns each attention, specialise its forward, swap its class, verify.
 
 The owner is the lowest module out of which no score and no probability escapes:
-    `LlamaDecoderLayer`, whose attention
-module returns the weights as well, but `nn.MultiheadAttention` itself where `need_weights=False`.
-Owners are found by
-running the example once: modules are known by their calls, not by their names.
+`LlamaDecoderLayer`, whose attention module returns the weights as well, but
+`nn.MultiheadAttention` itself where `need_weights=False`. Owners are found by running the example
+once: modules are known by their calls, not by their names.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
 _HIGHEST = 5
 _MOST_ANCHORS = 64
-# kinds of calls that one owner is specialised for, and analyses that may fail before it is left
-# alone
+# kinds of calls that one owner is specialised for, and failures after which it is left alone
 _MOST_VARIANTS = 12
 # modules beside an attention that are looked into, because they hold a part of its layer
 _MOST_OPENED = 3
@@ -115,9 +113,7 @@ class _Search:
             self.reports.append(Report(missed=(missed,)))
 
     def _gain(self, attempt: _Attempt, anchor: str) -> int:
-        """How many attentions of this module, or of modules around it or in it, are rewritten that
-        no owner below has rewritten already; others find owners of their own.
-        """
+        """How many attentions in or around this module it rewrites; others find their own owner."""
         accepted = (s.path for s in attempt.report.sites if s.decision.accepted)
         own = (path for path in accepted if _within(path, anchor) or _within(anchor, path))
         return sum(not any(_within(path, owner) for owner in self.owners) for path in own)
