@@ -23,8 +23,7 @@ from torch.utils import _pytree as pytree
 from attn_compiler import backend
 from attn_compiler.given import Given, called
 from attn_compiler.kernels.timing import alternated
-from attn_compiler.report import Report
-from attn_compiler.terminal import heading
+from attn_compiler.report import Report, heading
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from attn_compiler.cost.points import Roofline
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.listing import Listing
-from attn_compiler.ir.site import AttentionSite, Break, Decision, Missed, heads_of, told
+from attn_compiler.ir.site import AttentionSite, Break, Decision, Missed, heads_of, many, told
 
 
 class Chosen(Protocol):
@@ -81,8 +81,7 @@ class Report:
         )
 
     def __str__(self) -> str:
-        found = f"{len(self.sites)} attention sites, {self.rewritten} rewritten"
-        lines = [f"{found}, {len(self.missed)} look-alikes left alone"]
+        lines = [heading(self)]
         for sites in alike(self.sites):
             lines += _site_lines(sites)
         for missed in self.missed:
@@ -128,6 +127,15 @@ class Report:
             numbers={name: found[name] for name in ("sites", "missed", "breaks")},
         )
         Path(path).write_text(page.render(shown), encoding="utf-8")
+
+
+def heading(report: Report) -> str:
+    """Counts in one line."""
+    sites, missed = len(report.sites), len(report.missed)
+    return (
+        f"{sites} attention {many('site', sites)}, {report.rewritten} rewritten; "
+        f"{missed} {many('look-alike', missed)} left alone"
+    )
 
 
 def _experts(routers: Mapping[str, Chosen]) -> dict[str, Any]:

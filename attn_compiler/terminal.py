@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, TextIO
 
-from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, many, told
-from attn_compiler.report import Report, alike
+from attn_compiler.ir.site import AttentionSite, Break, Missed, heads_of, told
+from attn_compiler.report import Report, alike, heading
 
 WIDTH = 100
 _LABEL = 10
@@ -75,15 +75,6 @@ def _wrapped(first: str, words: str, width: int) -> list[str]:
         subsequent_indent=" " * len(first),
         break_on_hyphens=False,
     ) or [first]
-
-
-def heading(report: Report) -> str:
-    """Counts in one line."""
-    sites, missed = len(report.sites), len(report.missed)
-    return (
-        f"{sites} attention {many('site', sites)}, {report.rewritten} rewritten; "
-        f"{missed} {many('look-alike', missed)} left alone"
-    )
 
 
 def blocks(report: Report) -> list[Block]:

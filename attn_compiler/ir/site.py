@@ -195,6 +195,8 @@ def told(fact: Any) -> str:
 
 def heads_of(site: AttentionSite) -> str:
     """8 heads over 2 kv heads of 64."""
+    if site.query_heads is site.kv_heads is site.head_dim is None:
+        return "heads that are known when it runs"
     found = f"{site.query_heads or '?'} {many('head', site.query_heads)}"
     if site.kv_heads != site.query_heads:
         found += f" over {site.kv_heads or '?'} kv {many('head', site.kv_heads)}"

@@ -69,7 +69,7 @@ def test_torch_logs_with_a_plus_shows_the_graphs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     before, after = done.stderr.split("after:")
     assert "softmax" in before and "attn_compiler.attention" in after
-    assert "1 attention sites, 1 rewritten" in after
+    assert "1 attention site, 1 rewritten" in after
 
 
 def _artifacts(folder: Path) -> dict[str, str]:
