@@ -189,6 +189,9 @@ def _strip_sum(
             if _holds_dot(term)
             else _as_mask(term if sign > 0 else call("neg", term), fills, dtype, is_bool)
         )
+        if keep is None and sign > 0 and not _holds_dot(term):
+            keep, term = _beside_fill(term, fills, dtype)
+            kept += [] if keep is None else [(sign, term)]
         # a term of -inf and finite fills at once would leave rows that are neither uniform nor NaN
         if keep is None or len(fills) != 1:
             kept.append((sign, term))
@@ -235,6 +238,18 @@ def _as_mask(
             return None
         return call("or", call("and", condition, on), call("and", call("not", condition), off))
     return _product_mask(term, fills, dtype, is_bool)
+
+
+def _beside_fill(term: Expr, fills: set[float], dtype: torch.dtype) -> tuple[Expr | None, Expr]:
+    """where(P, bias, fill): P and the bias; otherwise None and the term as it is."""
+    if isinstance(term, Call) and term.op == "where":
+        condition, yes, no = term.args
+        for keep, bias, fill in ((condition, yes, no), (call("not", condition), no, yes)):
+            if _is_fill(fill, dtype) and isinstance(fill, Const):
+                fills.clear()
+                fills.add(float(fill.value))
+                return keep, bias
+    return None, term
 
 
 def _product_mask(

@@ -53,20 +53,38 @@ def selecting(program: str, head: int, heads: int, select_from: str) -> str:
 
 
 def forbidding(program: Program) -> Program:
-    """The program whose mask also says what numbers in added tensors forbid.
+    """The program whose mask also says what added numbers forbid.
 
-    score: dot + t0[b, 0, q, k]   ->   score: dot + t0[b, 0, q, k]; mask: t0[b, 0, q, k] > -9000
+    score: dot + t0[b, 0, q, k]            ->   mask: t0[b, 0, q, k] > -9000
+    score: dot + where(k <= q, t0, -1e9)   ->   score: dot + t0; mask: (k <= q) & (t0 > -9000)
 
     Rows that see no key stay as they are where a number swallows their logits: all keys alike.
     """
-    mask = program.mask
-    for term in added_masks(program):
-        allowed = call("gt", term, _HIDDEN)
-        mask = allowed if mask == TRUE else call("and", mask, allowed)
-    if mask == program.mask:
+    conditions: list[Expr] = []
+    score = _without_fills(program.score, conditions)
+    conditions += (call("gt", term, _HIDDEN) for term in added_masks(replace(program, score=score)))
+    if not conditions:
         return program
+    mask = program.mask
+    for allowed in conditions:
+        mask = allowed if mask == TRUE else call("and", mask, allowed)
     empty = "uniform" if program.empty in ("any", "nan_added") else program.empty
-    return replace(program, mask=mask, empty=empty)
+    return replace(program, score=score, mask=mask, empty=empty)
+
+
+def _without_fills(score: Expr, conditions: list[Expr]) -> Expr:
+    """The score without numbers that stand where a bias may not be seen; adds where it may."""
+    if not isinstance(score, Call):
+        return score
+    if score.op == "add":
+        return call("add", *(_without_fills(term, conditions) for term in score.args))
+    if score.op == "where" and not has_dot(score):
+        condition, yes, no = score.args
+        for allowed, bias, fill in ((condition, yes, no), (call("not", condition), no, yes)):
+            if isinstance(fill, Const) and fill.value <= _HIDDEN:
+                conditions.append(allowed)
+                return _without_fills(bias, conditions)
+    return score
 
 
 def added_masks(program: Program) -> tuple[Read, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from attn_compiler.ir.mask import Causal
+from attn_compiler.ir.mask import Causal, classify
 from attn_compiler.ir.mask import Tensor as TensorMask
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.variants.base import (
@@ -87,7 +87,7 @@ def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
     if site.length is None and not site.cached:
         text = "a row masks keys for later rows: the rows have to be those of the keys"
         yield Reason("selective.not_square", text, site.location)
-    if not (any(isinstance(term, Causal) for term in site.mask.terms) or _by_and_by(site)):
+    if not (_told(site) or _by_and_by(site)):
         text = "what a later token masks would be masked for earlier ones too: it is not causal"
         yield Reason("selective.not_causal", text, site.location)
     for obstacle in site.obstacles or ():
@@ -99,6 +99,14 @@ def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
     if spec.start == "dedicated_head" and None in sizes:
         text = "no one tensor is found that queries, keys and values are linear maps of"
         yield Reason("selective.dedicated_head", text, site.location)
+
+
+def _told(site: AttentionSite) -> bool:
+    """Does the mask say that it is causal, or a number that stands in a bias?"""
+    from attn_compiler.kernels.selecting import forbidding
+
+    said = classify(forbidding(site.program).mask)
+    return any(isinstance(term, Causal) for term in (*site.mask.terms, *said.terms))
 
 
 def _by_and_by(site: AttentionSite) -> bool:

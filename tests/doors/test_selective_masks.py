@@ -115,6 +115,35 @@ def test_numbers_that_are_added_forbid(number: float) -> None:
     assert reason.code == "verify.failed" and "no row see later keys" in reason.text
 
 
+class Beside(Attention):
+    """A bias that is handed in, and a large negative number where a key comes later."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__("plain")
+        self.bias = bias
+
+    def logits(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        z = super().logits(q, k)[0]
+        return z, z + self.bias
+
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        assert given is not None
+        q, k, v = self.parts(x)
+        added = torch.where(self.allowed(T, None), given, torch.finfo(x.dtype).min)
+        weights = (super().logits(q, k)[0] + added).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_bias_may_hold_the_mask() -> None:
+    torch.manual_seed(2)
+    bias = torch.randn(H, T, T)
+    layer = Beside(bias).eval()
+    x = torch.randn(B, T, H * D)
+    new = ac.rewrite(layer, (x, bias), to=ac.Selective(head=HEAD), on_reject="raise")
+    exact = selective(copy.deepcopy(layer).double(), x.double(), None, "qk")
+    torch.testing.assert_close(new(x, bias).double(), exact, rtol=1e-4, atol=1e-4)
+
+
 CASES = {
     "plain": None,
     "window": None,

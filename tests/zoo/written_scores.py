@@ -33,6 +33,15 @@ def alibi_by_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return finish((dots(q, k) + bias).masked_fill(~tril(q.shape[2]), INF), v)
 
 
+def alibi_where_seen(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """One tensor holds the bias, and large negative numbers where no key may be seen."""
+    seen = tril(q.shape[2]) & keep[:, None, None, :]
+    slopes = 0.5 ** torch.arange(1, H + 1, dtype=q.dtype)
+    bias = slopes[:, None, None] * _distance(q.shape[2], k.shape[2])
+    mask = torch.where(seen, bias, torch.finfo(q.dtype).min)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def alibi_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = -_distance(q.shape[2], k.shape[2]).abs() * _slopes().to(q.dtype).view(H, 1, 1)
     return finish(bias + dots(q, k), v)
@@ -259,6 +268,12 @@ ENTRIES: tuple[Entry, ...] = (
         alibi_of_real_tokens,
         constant(torch.arange(T) < torch.tensor([[T], [6]])),
         mask=None,
+    ),
+    site(
+        "alibi_where_seen",
+        alibi_where_seen,
+        constant(torch.arange(T) < torch.tensor([[T], [6]])),
+        mask="causal & padding(",
     ),
     site("by_lookups", by_lookups, *_LOOKUPS),
     site("by_lookups_fused", by_lookups_fused, *_LOOKUPS),
