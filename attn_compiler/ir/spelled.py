@@ -23,6 +23,7 @@ from attn_compiler.ir.core import (
     program_of,
 )
 from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.filling import spread
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinates,
@@ -70,7 +71,7 @@ def _from_softmax(
         logits = call("mul", logits, soft.factor)
         sink = None if sink is None else call("mul", sink, soft.factor)
     refusals: list[NotAttention] = []
-    for product in _scores(logits, key):
+    for product in sorted(_scores(logits, key), key=lambda p: _foreign(p, key, values[1])):
         try:
             return _from_scores(
                 puller, Operand(end, indices(where)), soft, key, product, logits, sink, values
@@ -99,9 +100,10 @@ def _from_scores(
     weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
     roles = role.assign(end.where, weights, key, product.reduced, q.where, k.where, v.where)
     naming = Naming(puller, roles)
-    score = naming(scaling.fold(_with_dot(logits, product)))
+    dtype = val(soft.logits).dtype
+    score = naming(scaling.fold(spread(_with_dot(logits, product), dtype)))
     extra = None if sink is None else naming(sink)
-    program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
+    program, dropout = program_of(naming, score, extra, soft, dtype)
     if soft.unshifted and _is_filled(program):
         raise NotAttention(
             "attention.unshifted",
@@ -271,6 +273,15 @@ def _above_floor(constant: Expr) -> tuple[Expr, bool]:
 def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:
     wanted = {leaf for axis, _ in key.terms for leaf in axis.leaves()}
     return bool(wanted & set(role.leaves(side[1])))
+
+
+def _foreign(product: Product, key: Index, values: Coordinates) -> int:
+    """How many axes run through the keys of a product and not through the values: q.r[q - k], of
+    relative positions, is a bias beside q.k.
+    """
+    keys = product.left if _runs_along(product.left, key) else product.right
+    features = {leaf for axis in product.reduced for leaf in axis.leaves()}
+    return len(set(role.leaves(keys[1])) - set(role.leaves(values)) - features)
 
 
 def _scores(logits: Expr, key: Index) -> list[Product]:

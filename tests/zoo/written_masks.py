@@ -77,6 +77,11 @@ def factors(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return finish(dots(q, k) + (1.0 - allowed) * torch.finfo(q.dtype).min, v)
 
 
+def filled_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~tril(q.shape[-2]), float("-inf"))
+    return (scores * SCALE).softmax(-1) @ v
+
+
 def in_place(s: Tensor, allowed: Tensor) -> Tensor:
     return s.masked_fill_(~allowed, INF)
 
@@ -331,6 +336,7 @@ ENTRIES: tuple[Entry, ...] = (
         cross=True,
         mask=None,
     ),
+    site("filled_then_scaled", filled_then_scaled, mask="causal"),
     site("factors", factors, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),
