@@ -38,14 +38,32 @@ from attn_compiler.ir.pull import (
 )
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.score import Program
-from attn_compiler.ir.soft import Softmax, find_softmax, reads_own_row, reduced_dims
+from attn_compiler.ir.soft import (
+    Place,
+    Softmax,
+    find_softmax,
+    normalised,
+    reads_own_row,
+    reduced_dims,
+)
 
 
-def from_product(puller: Puller, end: fx.Node, where: Coordinates, found: Product) -> Core:
+def from_product(
+    puller: Puller,
+    end: fx.Node,
+    where: Coordinates,
+    found: Product,
+    divisor: Place | None = None,
+) -> Core:
+    """The attention that ends with a product, or with its division by the sum of the weights."""
     refusals: list[NotAttention] = []
     for weights, values in ((found.left, found.right), (found.right, found.left)):
         try:
-            soft = find_softmax(puller, *weights)
+            soft = (
+                find_softmax(puller, *weights)
+                if divisor is None
+                else normalised(puller, weights, divisor)
+            )
         except NotAttention as refusal:
             refusals.append(refusal)
             continue

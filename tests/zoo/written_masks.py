@@ -82,6 +82,12 @@ def filled_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores * SCALE).softmax(-1) @ v
 
 
+def filled_with_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype).triu(diagonal=1)
+    mask.masked_fill_(mask.bool(), torch.finfo(q.dtype).min)
+    return finish(dots(q, k) + mask, v)
+
+
 def in_place(s: Tensor, allowed: Tensor) -> Tensor:
     return s.masked_fill_(~allowed, INF)
 
@@ -336,6 +342,7 @@ ENTRIES: tuple[Entry, ...] = (
         cross=True,
         mask=None,
     ),
+    site("filled_with_itself", filled_with_itself, mask="causal"),
     site("filled_then_scaled", filled_then_scaled, mask="causal"),
     site("factors", factors, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
