@@ -393,4 +393,4 @@ def test_a_parameter_may_be_handed_to_a_submodule(x: torch.Tensor) -> None:
     model = Latents()
     new = ac.rewrite(model, (x,))
     assert calls(new, x) == 1
-    claims.same_numbers(model, new, (x,), training=True)
+    claims.same_numbers(model, new, (x,), training=True, owner=new)
