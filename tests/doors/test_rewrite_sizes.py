@@ -1,12 +1,11 @@
 """rewrite: sizes that are rounded before an attention, and checked when the next call comes.
 
-    t / 4 is an integer, or tokens are added        ->        math.floor(shape_0[1] / 4) == ...
+t / 4 is an integer, or tokens are added        ->        math.floor(shape_0[1] / 4) == ...
 """
 
 from __future__ import annotations
 
 import claims
-import pytest
 import torch
 import torch.nn.functional as F
 from doors.living import WIDTH, calls
@@ -31,11 +30,10 @@ class Chunks(nn.Module):
         return torch.softmax(q @ k.mT / 8, -1).matmul(v).flatten(1, 2)[:, :tokens]
 
 
-@pytest.mark.parametrize("tokens", [8, 7])
-def test_rounded_sizes_are_checked(tokens: int) -> None:
+def test_rounded_sizes_are_checked() -> None:
     model = Chunks().eval()
-    new = ac.rewrite(model, (torch.randn(2, tokens, WIDTH),))
-    for other in (tokens, tokens + 4, tokens + 1):
-        x = torch.randn(2, other, WIDTH)
+    new = ac.rewrite(model, (torch.randn(2, 7, WIDTH),))
+    for tokens in (7, 11, 8):
+        x = torch.randn(2, tokens, WIDTH)
         claims.same_numbers(model, new, (x,))
-        assert calls(new, x) == 1 or other != tokens
+        assert calls(new, x) == 1 or tokens != 7
