@@ -10,6 +10,7 @@ import math
 from torch import fx
 
 from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index
 from attn_compiler.ir.core import (
@@ -46,6 +47,9 @@ from attn_compiler.ir.soft import (
     reads_own_row,
     reduced_dims,
 )
+
+# how far behind an operation a product is looked for
+_DEEP = 4
 
 
 def from_product(
@@ -314,9 +318,28 @@ def _scores(logits: Expr, key: Index) -> list[Product]:
             "no product in the scores runs from queries to keys",
             products[0].node,
         )
+    hidden = next((n.node for n in walk(logits) if isinstance(n, Leaf) and _hides(n.node)), None)
+    if hidden is not None:
+        raise NotAttention(
+            "attention.scores_hidden",
+            f"`{op(hidden)}`, which is not read through, stands between a product and the softmax",
+            hidden,
+        )
     raise NotAttention(
         "not_attention.no_scores", "the softmax is not taken over products of queries and keys"
     )
+
+
+def _hides(node: fx.Node) -> bool:
+    """Is this no product itself, but made of one?"""
+    if op(node) in ops.CONTRACTION:
+        return False
+    front = [node]
+    for _ in range(_DEEP):
+        front = [argument for n in front for argument in n.all_input_nodes]
+        if any(op(n) in ops.CONTRACTION for n in front):
+            return True
+    return False
 
 
 def _with_dot(logits: Expr, product: Product) -> Expr:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import claims
 import pytest
+import torch
+from torch import Tensor
 
+import attn_compiler as ac
 from zoo.library import compiled
 from zoo.lookalikes import LOOKALIKES, MAY_BE_REWRITTEN, Lookalike
 
@@ -22,3 +25,14 @@ def test_is_left_alone(row: Lookalike, training: bool) -> None:
     # whatever is reported as missed carries a code, a sentence and a place
     for miss in report.missed:
         assert miss.code and miss.text and miss.location, (miss.code, miss.text, miss.location)
+
+
+def test_what_is_not_read_through_has_a_name() -> None:
+    """Infinite scores become numbers here, and numbers that are none zero."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nan_to_num(q @ k.mT).softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 3, n, 5) for n in (7, 11, 11))
+    (missed,) = ac.explain(attend, (q, k, v)).missed
+    assert missed.code == "attention.scores_hidden" and "`nan_to_num`" in missed.text
