@@ -79,7 +79,7 @@ def factors(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 
 def filled_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT).masked_fill(~tril(q.shape[-2]), float("-inf"))
-    return (scores * SCALE).softmax(-1) @ v
+    return (scores / math.sqrt(q.shape[-1])).softmax(-1) @ v
 
 
 def filled_on_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
