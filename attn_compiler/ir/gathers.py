@@ -17,8 +17,10 @@ from attn_compiler.ir.pull import (
     Coordinates,
     Leaf,
     Puller,
+    arguments,
     broadcast,
     number,
+    op,
     rule,
     shape,
     shifted,
@@ -33,8 +35,25 @@ Args = dict[str, Any]
 # ---------------------------------------------------------------- writes, made functional
 
 
+_SCATTERS = frozenset({"select_scatter", "slice_scatter"})
+# more writes than this, a row at a time, are no formula: the tensor is read as it is
+_MOST_WRITES = 32
+
+
+def _written_often(node: fx.Node) -> bool:
+    for _ in range(_MOST_WRITES):
+        if op(node) not in _SCATTERS:
+            return False
+        inner = arguments(node)["self"]
+        assert isinstance(inner, fx.Node)
+        node = inner
+    return True
+
+
 @rule(VALUES, "select_scatter")
-def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if _written_often(node):
+        return None
     at = args["dim"] % len(where)
     size = shape(node)[at]
     chosen = puller.affine(puller.expr(args["index"], ()))
@@ -47,7 +66,7 @@ def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinate
 def _slice_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     at = args["dim"] % len(where)
     size, length = shape(node)[at], shape(args["src"])[at]
-    if args["step"] != 1:
+    if args["step"] != 1 or _written_often(node):
         return None
     start = wrapped(puller.affine(puller.expr(args["start"] or 0, ())), size)
     begin = start.const if isinstance(start, Index) and not start.terms else None
