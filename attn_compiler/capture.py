@@ -12,6 +12,7 @@ What is spelled out and not rewritten is put back.
 from __future__ import annotations
 
 import copy
+import inspect
 import linecache
 import operator
 import re
@@ -38,6 +39,13 @@ from attn_compiler.symbols import CaptureError, Symbols, oblivious
 
 # how Dynamo says which function it leaves
 _FRAME = "frame skipped: "
+_OFTEN = 2**31 - 1
+# to look does not count among what the user compiles, where torch can tell (from 2.13 on)
+_APART: dict[str, Any] = (
+    {"isolate_recompiles": True}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    else {}
+)
 _ANCHORS = ops.SOFTMAX | ops.SDPA | ops.MHA | ops.FLEX | ops.EXPONENTIAL
 
 
@@ -65,7 +73,9 @@ def each_graph(
 
     ended, complained = graph_break_reasons, counters["unimplemented"]
     before, known = len(ended), dict(complained)
-    torch.compile(model, backend=collect)(*args, **kwargs)
+    # Dynamo stops tracing what it has traced often: of one class it would show eight modules
+    with torch._dynamo.config.patch(recompile_limit=_OFTEN, accumulated_recompile_limit=_OFTEN):
+        torch.compile(model, backend=collect, **_APART)(*args, **kwargs)
     found = [_broken(reason) for reason in ended[before:]]
     found += [_skipped(t) for t, n in complained.items() if n > known.get(t, 0) and _FRAME in t]
     if not graphs and not found:

@@ -25,7 +25,6 @@ from attn_compiler.ir.site import AttentionSite, Decision, Reason
 from attn_compiler.ir.states import Kept, find_states, find_update
 from attn_compiler.ir.trace import Region, RegionError
 from attn_compiler.kernels.shown import Shown
-from attn_compiler.passes.describe import describe
 from attn_compiler.passes.listen_layer import listen_layer
 from attn_compiler.passes.replace_block import replace_block
 from attn_compiler.passes.replace_layer import replace_layer
@@ -58,12 +57,12 @@ WIDER: Mapping[Scope, tuple[Finder, Replacer]] = {
 }
 
 
-def decide(work: Work, region: Region, functional: FunctionalRegion, core: Core) -> None:
+def decide(work: Work, raised: Raised, site: AttentionSite) -> None:
     """Choose for a core, carry it out in the graph, and note the site; one that waits for the rest
     of its block is noted as it is, see
     `together`.
     """
-    site, raised = describe(region, functional, core), (region, functional, core)
+    region, _, _ = raised
     target = work.config.wanted(site.path)
     if isinstance(target, VariantSpec) and variant_of(target).scope is Scope.SITE_AND_NET:
         join(work, raised, site, target)

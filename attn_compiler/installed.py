@@ -18,6 +18,7 @@ import inspect
 import itertools
 import linecache
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,8 +111,8 @@ def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> boo
     )
 
 
-# what the text of a variant may call
-CHECKS = {"intact": intact, "keeps": keeps, "plain": plain}
+# what the text of a variant may call; sizes may be rounded: math.floor(shape_0[1] / 16)
+CHECKS = {"intact": intact, "keeps": keeps, "plain": plain, "math": math}
 
 
 def require_mode(module: nn.Module, training: bool) -> None:

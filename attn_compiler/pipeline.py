@@ -20,7 +20,6 @@ from attn_compiler.cost.points import Roofline, roofline
 from attn_compiler.decide import decide
 from attn_compiler.errors import NoLegalVariant
 from attn_compiler.ir import ops
-from attn_compiler.ir.core import Core
 from attn_compiler.ir.flex import recognise_flex
 from attn_compiler.ir.listing import Line, Listing, lines
 from attn_compiler.ir.mixing import mixed_heads
@@ -35,14 +34,15 @@ from attn_compiler.ir.region import (
     order,
 )
 from attn_compiler.ir.site import AttentionSite, Missed, Reason
-from attn_compiler.ir.trace import Region, RegionError
+from attn_compiler.ir.trace import RegionError
+from attn_compiler.passes.describe import describe
 from attn_compiler.passes.expand_composite import Expansion, expand_composites
 from attn_compiler.passes.find_regions import Candidate, find_candidates
 from attn_compiler.passes.rewrite_site import erase_dead, live_nodes
 from attn_compiler.passes.rewrite_states import CacheCalls
 from attn_compiler.report import Report
 from attn_compiler.together import finish
-from attn_compiler.work import Work
+from attn_compiler.work import Raised, Work
 
 log = logging.getLogger("attn_compiler")
 
@@ -183,7 +183,8 @@ def _visit(
             return
         where = location(candidate.anchor)
         try:
-            found = _raise(work, end, position, writers)
+            raised = _raise(work, end, position, writers)
+            site = describe(*raised)
         except (NotAttention, RegionError) as refusal:
             node = refusal.node if isinstance(refusal, NotAttention) else None
             refusals.append((Reason(refusal.code, refusal.text, where), node))
@@ -192,7 +193,7 @@ def _visit(
             text = f"an error of attn_compiler, please report it: {type(error).__name__}: {error}"
             refusals.append((Reason("internal.error", text, where), None))
         else:
-            decide(work, *found)
+            decide(work, raised, site)
             work.done.add(end)
             return
     mixed = mixed_heads(candidate.anchor)
@@ -205,7 +206,7 @@ def _visit(
 
 def _raise(
     work: Work, end: fx.Node, position: dict[fx.Node, int], writers: list[fx.Node]
-) -> tuple[Region, FunctionalRegion, Core]:
+) -> Raised:
     if ops.name(end) in ops.FLEX:
         return recognise_flex(end)
     region = cut(end, position, writers)

@@ -119,7 +119,9 @@ class Writer:
                 )
             node = self.graph.get_attr(self._at(path))
             self._known[id(value)] = node
-            node.meta["example_value"] = self.symbols.mode.from_tensor(value, static_shapes=True)
+            with torch._C.DisableTorchFunction():  # what a module is given is met on its way in
+                fake = self.symbols.mode.from_tensor(value, static_shapes=True)
+            node.meta["example_value"] = fake
             self._known[id(node.meta["example_value"])] = node
             self._alive.append(value)
         return self._known[id(value)]

@@ -71,6 +71,26 @@ def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> E
     return call("add", added if beta == 1 else call("mul", added, puller.expr(beta, ())), scaled)
 
 
+@rule(VALUES, "tensordot", "inner")
+def _tensordot(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """Sums over pairs of dimensions; `inner` over the last of both."""
+    sides = (args["self"], args["other"])
+    summed = [
+        [d % len(shape(side)) for d in args.get(name) or (-1,)] if shape(side) else []
+        for side, name in zip(sides, ("dims_self", "dims_other"), strict=True)
+    ]
+    if not all(summed) or any(shape(sides[0])[d] == 1 for d in summed[0]):
+        return None
+    reduced = [puller.new_axis(shape(sides[0])[d]) for d in summed[0]]
+    rest = iter(where)
+    places = []
+    for side, dims in zip(sides, summed, strict=True):
+        sums = {d: along(axis) for d, axis in zip(dims, reduced, strict=True)}
+        at = tuple(sums[d] if d in sums else next(rest) for d in range(len(shape(side))))
+        places.append((side, at))
+    return Product(node, where, places[0], places[1], tuple(reduced))
+
+
 @rule(VALUES, "einsum")
 def _einsum(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     scalars = [t for t in args["tensors"] if not shape(t)]

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attn_compiler.ir import axes as ax
-from attn_compiler.ir.axes import Index
+from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import (
     DOT,
     FALSE,
@@ -152,7 +152,7 @@ def operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: Scaling 
         if further is None and is_float_cast(node) and _widens(node):
             further = (arguments(node)["self"], where)
         if further is None and scaling is not None and op(node) in ("mul", "div"):
-            further = _unscaled(node, where, scaling)
+            further = None if _overwritten(puller, node) else _unscaled(node, where, scaling)
             if further is not None:
                 chain.clear()
         if further is None:
@@ -167,6 +167,18 @@ def operand(puller: Puller, node: fx.Node, where: Coordinates, scaling: Scaling 
         )
     final = tuple(w.resolved() for w in where if isinstance(w, Index))
     return Operand(node, final, tuple(reversed(chain)))
+
+
+def _overwritten(puller: Puller, node: fx.Node) -> bool:
+    """Is this made of an input that is written in place? q.mul_(scale) leaves no q to read."""
+    while True:
+        node, _ = puller.peel(node, tuple(along(puller.new_axis(n)) for n in shape(node)))
+        if op(node) not in ("mul", "div") and not is_float_cast(node):
+            return bool(node.meta.get("overwritten"))
+        inner = arguments(node)["self"]
+        if not is_tensor(inner):
+            return False
+        node = inner
 
 
 def _widens(node: fx.Node) -> bool:

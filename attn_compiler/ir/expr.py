@@ -129,10 +129,9 @@ def call(op: str, *args: Expr | bool | int | float) -> Expr:
         folded = _fold(op, [a.value for a in nodes if isinstance(a, Const)])
         if folded is not None:
             return folded
-    if op == "where":
-        chosen = _chosen(*nodes)
-        if chosen is not None:
-            return chosen
+    simpler = _chosen(*nodes) if op == "where" else _decided(op, nodes)
+    if simpler is not None:
+        return simpler
     neutral = _NEUTRAL.get(op)
     if neutral is not None:
         if isinstance(nodes[1], Const) and nodes[1].value == neutral:
@@ -150,11 +149,30 @@ def _chosen(condition: Expr, then: Expr, other: Expr) -> Expr | None:
         return then if condition.value else other
     if then == other:
         return then
+    if (then, other) in ((TRUE, FALSE), (FALSE, TRUE)):
+        return condition if then == TRUE else call("not", condition)
+    if isinstance(other, Call) and other.op == "where" and other.args[0] == condition:
+        return call("where", condition, then, other.args[2])
     if isinstance(then, Call) and then.op == "where" and then.args[2] == other:
         return call("where", call("and", condition, then.args[0]), then.args[1], other)
     return None
 
 
+def _decided(op: str, nodes: tuple[Expr, ...]) -> Expr | None:
+    """A question about a choice between two numbers: where(c, 1.0, 0.0) == 0 is not c."""
+    if op not in _DECIDES:
+        return None
+    for position, node in enumerate(nodes):
+        before, after = nodes[:position], nodes[position + 1 :]
+        if not (isinstance(node, Call) and node.op == "where"):
+            continue
+        if all(isinstance(n, Const) for n in (*before, *node.args[1:], *after)):
+            yes, no = (call(op, *before, side, *after) for side in node.args[1:])
+            return call("where", node.args[0], yes, no)
+    return None
+
+
+_DECIDES = frozenset({"bool", "eq", "ne", "lt", "le", "gt", "ge"})
 _NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1, "and": True, "or": False}
 _COMMUTATIVE = frozenset({"add", "mul", "and", "or"})
 

@@ -84,6 +84,46 @@ def split(
     return Split(logits, TRUE, "any")
 
 
+def spread(logits: Expr, dtype: torch.dtype) -> Expr:
+    """where(P, x, -inf) * 2 as where(P, x * 2, -inf): a factor behind a mask goes before it."""
+    if not isinstance(logits, Call):
+        return logits
+    if logits.op == "where":
+        condition, yes, no = logits.args
+        return call("where", condition, spread(yes, dtype), spread(no, dtype))
+    if logits.op not in ("mul", "div"):
+        return logits
+    inner, by = logits.args
+    if logits.op == "mul" and isinstance(inner, Const):
+        inner, by = by, inner
+    if not (isinstance(by, Const) and by.value > 0 and math.isfinite(by.value)):
+        return logits
+    inner = spread(inner, dtype)
+    if not (isinstance(inner, Call) and inner.op == "where"):
+        return logits
+    factor = by.value if logits.op == "mul" else 1 / by.value
+    condition, *sides = inner.args
+    fills = [_scaled_fill(side, factor, dtype) for side in sides]
+    if fills[0] is None and fills[1] is None:
+        return logits
+    yes, no = (
+        spread(Call(logits.op, (side, by)), dtype) if fill is None else fill
+        for side, fill in zip(sides, fills, strict=True)
+    )
+    return call("where", condition, yes, no)
+
+
+def _scaled_fill(side: Expr, factor: float, dtype: torch.dtype) -> Const | None:
+    """A fill times a number, as long as it forbids then, too."""
+    if not _is_fill(side, dtype):
+        return None
+    assert isinstance(side, Const)
+    filled = side.value * factor
+    if filled > _FORBIDDING:
+        return None
+    return Const(filled if filled >= torch.finfo(dtype).min else -math.inf)
+
+
 def _fills_forbid(found: _Found, score: Expr, bounded: Callable[[Expr], bool]) -> bool:
     return all(math.isinf(f) for f in found.fills) or all_bounded(score, bounded)
 

@@ -15,9 +15,12 @@ from attn_compiler.ir.pull import (
     VALUES,
     Coordinate,
     Coordinates,
+    Leaf,
     Puller,
+    arguments,
     broadcast,
     number,
+    op,
     rule,
     shape,
     shifted,
@@ -32,8 +35,25 @@ Args = dict[str, Any]
 # ---------------------------------------------------------------- writes, made functional
 
 
+_SCATTERS = frozenset({"select_scatter", "slice_scatter"})
+# more writes than this, a row at a time, are no formula: the tensor is read as it is
+_MOST_WRITES = 32
+
+
+def _written_often(node: fx.Node) -> bool:
+    for _ in range(_MOST_WRITES):
+        if op(node) not in _SCATTERS:
+            return False
+        inner = arguments(node)["self"]
+        assert isinstance(inner, fx.Node)
+        node = inner
+    return True
+
+
 @rule(VALUES, "select_scatter")
-def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
+def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if _written_often(node):
+        return None
     at = args["dim"] % len(where)
     size = shape(node)[at]
     chosen = puller.affine(puller.expr(args["index"], ()))
@@ -46,7 +66,7 @@ def _select_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinate
 def _slice_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     at = args["dim"] % len(where)
     size, length = shape(node)[at], shape(args["src"])[at]
-    if args["step"] != 1:
+    if args["step"] != 1 or _written_often(node):
         return None
     start = wrapped(puller.affine(puller.expr(args["start"] or 0, ())), size)
     begin = start.const if isinstance(start, Index) and not start.terms else None
@@ -62,18 +82,68 @@ def _slice_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates
     return call("where", call("lt", to_expr(where[at]), end), written, old)
 
 
+@rule(VALUES, "diagonal_scatter")
+def _diagonal_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """x.diagonal().fill_(number)"""
+    first, second = (args[name] % len(where) for name in ("dim1", "dim2"))
+    written = puller.expr(args["src"], (ax.ZERO,) * len(shape(args["src"])))
+    if not isinstance(written, Const):
+        return None
+    row, column = to_expr(where[first]), to_expr(where[second])
+    hit = call("eq", column, call("add", row, puller.expr(args["offset"], ())))
+    return call("where", hit, written, puller.expr(args["self"], where))
+
+
 @rule(VALUES, "index_put", "_unsafe_index_put")
 def _index_put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    """x[mask] = number, the mask over the last indexed dimensions."""
+    """x[mask] = number, the mask over the last indexed dimensions; x[..., i, i] = number."""
     mask, value = args["indices"][-1], args["values"]
     before = len(args["indices"]) - 1
-    if any(i is not None for i in args["indices"][:-1]) or dtype_of(mask) is not torch.bool:
-        return None
     if args["accumulate"] or any(size != 1 for size in shape(value)):
         return None
     written = puller.expr(value, (ax.ZERO,) * len(shape(value)))
-    hit = puller.expr(mask, where[before : before + len(shape(mask))])
+    if all(i is None for i in args["indices"][:-1]) and dtype_of(mask) is torch.bool:
+        hit = puller.expr(mask, where[before : before + len(shape(mask))])
+    else:
+        found = _picked(puller, args["indices"], shape(node), where)
+        if found is None:
+            return None
+        hit = found
     return call("where", hit, written, puller.expr(args["self"], where))
+
+
+def _picked(
+    puller: Puller, indices: list[Any], sizes: tuple[ax.Size, ...], where: Coordinates
+) -> Expr | None:
+    """Whether a place is among those that lists of indices name: one of them counts up, and says
+    where the others are to be looked up.
+    """
+    used = [(d, i) for d, i in enumerate(indices) if i is not None]
+    lengths = [shape(i) for _, i in used]
+    if any(
+        dtype_of(i) is torch.bool or len(n) != 1 for (_, i), n in zip(used, lengths, strict=True)
+    ):
+        return None
+    if any(not ax.equal(n[0], lengths[0][0]) for n in lengths):
+        return None
+    for dimension, index in used:
+        axis = puller.new_axis(lengths[0][0])
+        counted = puller.affine(puller.expr(index, (along(axis),)))
+        if not isinstance(counted, Index) or counted.terms != ((axis, 1),):
+            continue
+        if not isinstance(counted.const, int) or counted.const < 0:
+            continue
+        place = shifted(where[dimension], ax.simple(-counted.const))
+        hit: Expr = call("ge", to_expr(place), 0)
+        hit = call("and", hit, call("lt", to_expr(place), number(axis.extent)))
+        for other, found in used:
+            if other != dimension:
+                at = puller.expr(found, (place,))
+                end = call("add", at, number(sizes[other]))
+                at = call("where", call("lt", at, 0), end, at)  # as Python counts
+                hit = call("and", hit, call("eq", to_expr(where[other]), at))
+        return hit if all(not isinstance(n, Leaf) for n in walk(hit)) else None
+    return None
 
 
 @rule(VALUES, "diff")

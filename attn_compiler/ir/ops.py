@@ -108,7 +108,7 @@ _MODULES: dict[type[nn.Module], str] = {
 def is_contraction(node: fx.Node) -> bool:
     """Does it multiply two activations? A linear map does if its weight is computed."""
     if name(node) == "linear" and node.op == "call_function":
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        weight = argument(node, 1, "weight")
         return isinstance(weight, fx.Node) and weight.op not in ("placeholder", "get_attr")
     return name(node) in CONTRACTION
 
@@ -118,6 +118,11 @@ def called_module(node: fx.Node) -> nn.Module:
     owner = node.graph.owning_module
     assert owner is not None
     return owner.get_submodule(str(node.target))
+
+
+def argument(node: fx.Node, position: int, keyword: str) -> Any:
+    """An argument of a call, by its position or its name; None where it is not given."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword)
 
 
 def value(node: fx.Node) -> Any:

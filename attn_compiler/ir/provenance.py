@@ -15,6 +15,8 @@ from attn_compiler.ir.site import Projection
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)[^\n]*(?:\n {4}([^\n]+))?')
 _FARTHEST = 64
+_LINEAR = ("input", "weight", "bias")
+_ADDMM = ("input", "mat1", "mat2")
 
 
 def location(node: fx.Node | None) -> str:
@@ -116,16 +118,14 @@ def _elements(node: fx.Node) -> int:
 
 
 def _addmm(node: fx.Node) -> tuple[fx.Node, Projection | None]:
-    operands = [argument for argument in node.args[:3] if isinstance(argument, fx.Node)]
-    if len(operands) < 3:
+    bias, given, weight = (ops.argument(node, i, n) for i, n in enumerate(_ADDMM))
+    if not all(isinstance(operand, fx.Node) for operand in (bias, given, weight)):
         return node, None
-    bias, given, weight = operands
     return _unviewed(given), Projection(display_path(weight), display_path(bias), given.name)
 
 
 def _linear(node: fx.Node) -> tuple[fx.Node, Projection | None]:
-    given, weight = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    given, weight, bias = (ops.argument(node, i, n) for i, n in enumerate(_LINEAR))
     assert isinstance(given, fx.Node)
     if not isinstance(weight, fx.Node):
         return _unviewed(given), None

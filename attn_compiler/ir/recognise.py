@@ -9,7 +9,7 @@ from attn_compiler.ir.fused import from_sdpa
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import VALUES, Coordinates, Product, Puller, arguments, op, shape
 from attn_compiler.ir.region import FunctionalRegion
-from attn_compiler.ir.soft import through_casts
+from attn_compiler.ir.soft import Place, quotient, through_casts
 from attn_compiler.ir.spelled import from_product
 
 
@@ -25,10 +25,13 @@ def recognise(region: FunctionalRegion) -> Core:
     node, at = through_casts(puller, end, where)
     if op(node) == "scaled_dot_product_attention":
         return from_sdpa(puller, end, where, node, at)
+    divisor: Place | None = None
+    if op(node) in ("div", "mul") and (parts := quotient(puller, node, at)) is not None:
+        (node, at), divisor = parts
     rule = VALUES.get(op(node))
     found = rule(puller, node, arguments(node), at) if rule is not None else None
     if not isinstance(found, Product):
         raise NotAttention(
             "not_attention.no_value_product", "the weights are not summed over with values", node
         )
-    return from_product(puller, end, where, found)
+    return from_product(puller, end, where, found, divisor)

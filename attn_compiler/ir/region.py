@@ -215,7 +215,9 @@ def functionalise(
     }
     _mark_cut(of_host, region, state)
     for placeholder, host in read.items():
-        if host not in region.mutated:
+        if host in region.mutated:
+            placeholder.meta["overwritten"] = True
+        else:
             of_host.setdefault(host, placeholder)
     return FunctionalRegion(graph, of_host, of_host[region.end], read, module)
 

@@ -150,7 +150,7 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
         dim = args["dim"] % len(where)
         return Softmax(args["self"], where, dim, safe=name == "_safe_softmax")
     if name in ("div", "mul"):
-        found = _by_hand(puller, node, args, where)
+        found = _by_hand(puller, node, where)
         if found is not None:
             return found
     if name == "exp":
@@ -174,10 +174,18 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
     )
 
 
-def _by_hand(
-    puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates
-) -> Softmax | None:
+def _by_hand(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax | None:
     """exp(x) / (sum(exp(x)) + extra)."""
+    parts = quotient(puller, node, where)
+    return None if parts is None else _normalised(puller, *parts)
+
+
+Place = tuple[fx.Node, Coordinates]
+
+
+def quotient(puller: Puller, node: fx.Node, where: Coordinates) -> tuple[Place, Place] | None:
+    """x and y of x / y or x * y.reciprocal(), and where they are read."""
+    args = arguments(node)
     top, bottom = args["self"], args["other"]
     if not is_tensor(bottom) or not is_tensor(top):
         return None
@@ -186,10 +194,33 @@ def _by_hand(
         if op(inverse) != "reciprocal":
             return None
         bottom = arguments(inverse)["self"]
-    exponential, at = through_casts(puller, top, broadcast(where, shape(top)))
+    return (
+        through_casts(puller, top, broadcast(where, shape(top))),
+        through_casts(puller, bottom, broadcast(where, shape(bottom))),
+    )
+
+
+def normalised(puller: Puller, weights: Place, divisor: Place) -> Softmax:
+    """The softmax whose division comes after the product with the values.
+
+    Raises:
+        NotAttention: `not_attention.no_softmax`.
+    """
+    found = _normalised(puller, weights, divisor)
+    if found is None:
+        raise NotAttention(
+            "not_attention.no_softmax",
+            "the product is divided by something else than the sum of its weights",
+            divisor[0],
+        )
+    return found
+
+
+def _normalised(puller: Puller, top: Place, bottom: Place) -> Softmax | None:
+    """The softmax of exp(x) at one place, and sum(exp(x)) + extra at another."""
+    (exponential, at), (total, total_at) = through_casts(puller, *top), bottom
     if op(exponential) not in ("exp", "exp2"):
         return None
-    total, total_at = through_casts(puller, bottom, broadcast(where, shape(bottom)))
     extra: Expr | None = None
     if op(total) == "add":
         total, total_at, extra = _with_extra(puller, total, total_at)

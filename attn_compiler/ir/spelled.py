@@ -10,6 +10,7 @@ import math
 from torch import fx
 
 from attn_compiler.ir import axes as ax
+from attn_compiler.ir import ops
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index
 from attn_compiler.ir.core import (
@@ -23,6 +24,7 @@ from attn_compiler.ir.core import (
     program_of,
 )
 from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute, walk
+from attn_compiler.ir.filling import spread
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinates,
@@ -37,14 +39,35 @@ from attn_compiler.ir.pull import (
 )
 from attn_compiler.ir.roles import Naming
 from attn_compiler.ir.score import Program
-from attn_compiler.ir.soft import Softmax, find_softmax, reads_own_row, reduced_dims
+from attn_compiler.ir.soft import (
+    Place,
+    Softmax,
+    find_softmax,
+    normalised,
+    reads_own_row,
+    reduced_dims,
+)
+
+# how far behind an operation a product is looked for
+_DEEP = 4
 
 
-def from_product(puller: Puller, end: fx.Node, where: Coordinates, found: Product) -> Core:
+def from_product(
+    puller: Puller,
+    end: fx.Node,
+    where: Coordinates,
+    found: Product,
+    divisor: Place | None = None,
+) -> Core:
+    """The attention that ends with a product, or with its division by the sum of the weights."""
     refusals: list[NotAttention] = []
     for weights, values in ((found.left, found.right), (found.right, found.left)):
         try:
-            soft = find_softmax(puller, *weights)
+            soft = (
+                find_softmax(puller, *weights)
+                if divisor is None
+                else normalised(puller, weights, divisor)
+            )
         except NotAttention as refusal:
             refusals.append(refusal)
             continue
@@ -70,7 +93,7 @@ def _from_softmax(
         logits = call("mul", logits, soft.factor)
         sink = None if sink is None else call("mul", sink, soft.factor)
     refusals: list[NotAttention] = []
-    for product in _scores(logits, key):
+    for product in sorted(_scores(logits, key), key=lambda p: _foreign(p, key, values[1])):
         try:
             return _from_scores(
                 puller, Operand(end, indices(where)), soft, key, product, logits, sink, values
@@ -99,9 +122,10 @@ def _from_scores(
     weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
     roles = role.assign(end.where, weights, key, product.reduced, q.where, k.where, v.where)
     naming = Naming(puller, roles)
-    score = naming(scaling.fold(_with_dot(logits, product)))
+    dtype = val(soft.logits).dtype
+    score = naming(scaling.fold(spread(_with_dot(logits, product), dtype)))
     extra = None if sink is None else naming(sink)
-    program, dropout = program_of(naming, score, extra, soft, val(soft.logits).dtype)
+    program, dropout = program_of(naming, score, extra, soft, dtype)
     if soft.unshifted and _is_filled(program):
         raise NotAttention(
             "attention.unshifted",
@@ -273,6 +297,15 @@ def _runs_along(side: tuple[fx.Node, Coordinates], key: Index) -> bool:
     return bool(wanted & set(role.leaves(side[1])))
 
 
+def _foreign(product: Product, key: Index, values: Coordinates) -> int:
+    """How many axes run through the keys of a product and not through the values: q.r[q - k], of
+    relative positions, is a bias beside q.k.
+    """
+    keys = product.left if _runs_along(product.left, key) else product.right
+    features = {leaf for axis in product.reduced for leaf in axis.leaves()}
+    return len(set(role.leaves(keys[1])) - set(role.leaves(values)) - features)
+
+
 def _scores(logits: Expr, key: Index) -> list[Product]:
     """The products among the terms of the logits that run from queries to keys."""
     products = [n for n in walk(logits) if isinstance(n, Product)]
@@ -285,9 +318,28 @@ def _scores(logits: Expr, key: Index) -> list[Product]:
             "no product in the scores runs from queries to keys",
             products[0].node,
         )
+    hidden = next((n.node for n in walk(logits) if isinstance(n, Leaf) and _hides(n.node)), None)
+    if hidden is not None:
+        raise NotAttention(
+            "attention.scores_hidden",
+            f"`{op(hidden)}`, which is not read through, stands between a product and the softmax",
+            hidden,
+        )
     raise NotAttention(
         "not_attention.no_scores", "the softmax is not taken over products of queries and keys"
     )
+
+
+def _hides(node: fx.Node) -> bool:
+    """Is this no product itself, but made of one?"""
+    if op(node) in ops.CONTRACTION:
+        return False
+    front = [node]
+    for _ in range(_DEEP):
+        front = [argument for n in front for argument in n.all_input_nodes]
+        if any(op(n) in ops.CONTRACTION for n in front):
+            return True
+    return False
 
 
 def _with_dot(logits: Expr, product: Product) -> Expr:

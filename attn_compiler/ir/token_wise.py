@@ -105,7 +105,9 @@ def linear(node: fx.Node) -> LinearMap | None:
     if node.op == "call_module":
         return _of_module(node)
     if called == "linear":
-        return _made(_argument(node, 0, "input"), *(_argument(node, i, n) for i, n in _LINEAR))
+        return _made(
+            ops.argument(node, 0, "input"), *(ops.argument(node, i, n) for i, n in _LINEAR)
+        )
     if called == "addmm" and not node.kwargs:
         bias, x, weight = node.args[:3]
         found = _made(x, weight, bias)
@@ -118,10 +120,6 @@ def linear(node: fx.Node) -> LinearMap | None:
 
 
 _LINEAR = ((1, "weight"), (2, "bias"))
-
-
-def _argument(node: fx.Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _made(x: Any, weight: Any, bias: Any) -> LinearMap | None:
@@ -192,7 +190,7 @@ def _norms(node: fx.Node, called: str) -> bool:
     if called in _REDUCTIONS:
         return _is_last(node)
     if called in _NORMS:
-        return node.op == "call_module" or len(_argument(node, 1, "normalized_shape") or ()) == 1
+        return node.op == "call_module" or len(ops.argument(node, 1, "normalized_shape") or ()) == 1
     if called in _POINTWISE | _ROOTS:
         # a tensor and what was summed up of it; two whole tensors are a residual or a gate
         return len(given) == 1 or any(ax.equal(last(a), 1) for a in given)
@@ -215,7 +213,7 @@ def dropout_of(node: fx.Node) -> float | None:
     """The rate of a dropout, 0 where it is off; None of anything else."""
     if ops.name(node) not in ("dropout", "dropout_"):
         return None
-    rate, training = _argument(node, 1, "p"), _argument(node, 2, "training")
+    rate, training = ops.argument(node, 1, "p"), ops.argument(node, 2, "training")
     training = node.kwargs.get("train", training)
     if ops.name(node) == "dropout" and training is None:
         training = True

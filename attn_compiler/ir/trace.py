@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from attn_compiler.ir import ops
 
 NO_GRAD = ("no_grad",)
+# what gives its argument back where there is nothing to do
+_MAY_RETURN = frozenset({"type_as", "to", "float", "double", "half", "bfloat16", "contiguous"})
 
 
 class RegionError(Exception):
@@ -96,6 +98,10 @@ def _executor(
                 if scope.results[0] not in env:
                     env.update(scope.run(env))
                 continue
+            same = _returned(node)
+            if same is not None:
+                env[node] = env[same]
+                continue
             with _autocast(state[node]) if node in state else nullcontext():
                 env[node] = execute(node, env)
         return [env[node] for node in keep]
@@ -111,6 +117,23 @@ def execute(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
+
+
+def _returned(node: fx.Node) -> fx.Node | None:
+    """The argument that a call gave back as it was: x.type_as(x). The trace would make a tensor of
+    its own of it, and what is written into one of the two would be missing in the other.
+    """
+    if ops.name(node) not in _MAY_RETURN or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    found, given = ops.value(node), ops.value(node.args[0])
+    if not ops.storages(node) & ops.storages(node.args[0]):
+        return None
+    return node.args[0] if _geometry(found) == _geometry(given) else None
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[object, ...]:
+    sizes = (str(tensor.shape), str(tensor.stride()), str(tensor.storage_offset()))
+    return (*sizes, tensor.dtype, tensor.requires_grad)
 
 
 def _trace(

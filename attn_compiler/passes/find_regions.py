@@ -16,6 +16,8 @@ from attn_compiler.ir.region import is_boundary
 
 # a softmax and its product with the values are never far apart
 _FARTHEST = 16
+# nor is the product and its division by the sum of the weights
+_LATE = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
         if called in ops.SDPA or called in ops.FLEX:
             yield Candidate(node, (node,))
         elif called in ops.SOFTMAX or (called in ops.EXPONENTIAL and _is_normalised(node)):
-            yield Candidate(node, tuple(_ends(node)))
+            ends = tuple(_ends(node))
+            late = _quotients(ends) if called in ops.EXPONENTIAL else ()
+            yield Candidate(node, tuple(dict.fromkeys((*ends, *late))))
 
 
 def _is_normalised(exponential: fx.Node) -> bool:
@@ -42,6 +46,14 @@ def _is_normalised(exponential: fx.Node) -> bool:
     if following & {"sum", "add"} and following & {"div", "reciprocal"}:
         return True
     return any(ops.name(n) in ("logsumexp", "log_softmax") for n in _behind(exponential, 4))
+
+
+def _quotients(ends: tuple[fx.Node, ...]) -> Iterator[fx.Node]:
+    """Divisions after a product: (exp(x) @ v) / sum(exp(x))."""
+    for end in ends:
+        for user in _near(end, _LATE):
+            if ops.arithmetic(user) in ("div", "mul") and not is_boundary(user):
+                yield user
 
 
 def _near(node: fx.Node, depth: int) -> Iterator[fx.Node]:

@@ -68,6 +68,18 @@ class Traceable(nn.Module):
         return x + self.mha(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
+class Latents(nn.Module):
+    """A parameter asks: it is handed to a submodule before anything else reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(3, WIDTH))
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.query(self.latents) @ self.key(x).mT, -1) @ self.value(x)
+
+
 class Calls(TorchDispatchMode):
     """Counts the calls of the operator."""
 

@@ -59,6 +59,34 @@ def test_nothing_is_changed(x: torch.Tensor) -> None:
         assert torch.equal(value, state[name]), name
 
 
+def test_many_modules_of_one_class() -> None:
+    """More than Dynamo compiles of one forward, and what is looked at does not count."""
+    traced = 0
+
+    def counting(gm: fx.GraphModule, _: object) -> fx.GraphModule:
+        nonlocal traced
+        traced += 1
+        return gm
+
+    for width in range(2, 13):
+        model = SelfWeighted(width)
+        seen = (torch.randn(3, 5, width),)
+        if width % 2:
+            torch.compile(model, backend=counting)(*seen)
+        report = ac.explain(model, seen)
+        assert len(report.sites) == 1 and not report.breaks, width
+    assert traced == 5
+
+
+class SelfWeighted(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.query(x) @ x.mT, -1) @ x
+
+
 def test_a_function() -> None:
     def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (q @ k.mT).softmax(-1) @ k

@@ -17,7 +17,7 @@ import claims
 import pytest
 import torch
 import torch.multiprocessing as mp
-from doors.living import WIDTH, Block, CausalAttention, calls, in_graph, train_together
+from doors.living import WIDTH, Block, CausalAttention, Latents, calls, in_graph, train_together
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -387,3 +387,10 @@ def test_a_function_can_be_rewritten() -> None:
     new = ac.rewrite(attend, (q, k))
     assert calls(new, q, k) == 1
     torch.testing.assert_close(new(q, k, scale=2.0), attend(q, k, scale=2.0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_parameter_may_be_handed_to_a_submodule(x: torch.Tensor) -> None:
+    model = Latents()
+    new = ac.rewrite(model, (x,))
+    assert calls(new, x) == 1
+    claims.same_numbers(model, new, (x,), training=True, owner=new)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo import written_masks
-from zoo.entry import B, D, Entry, H, Site, T, site
+import attn_compiler as ac
+from zoo import written_masks, written_scores
+from zoo.entry import WIDTH, B, D, Entry, H, Site, T, site
 from zoo.handwritten import ENTRIES, Outcome, check, expect, low_precision
 from zoo.library import compiled
 from zoo.written_cores import SCALE
@@ -138,6 +139,15 @@ def test_one_compilation_serves_two_masks() -> None:
             claims.same_numbers(module, fast, (x, mask))
         else:
             claims.same_numbers(module, compiled(module, dynamic=False), (x, mask))
+
+
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+def test_relative_positions_are_a_bias(scale: float) -> None:
+    """Of two products with the queries, that with the keys is the attention's."""
+    x = torch.randn(B, T, WIDTH)
+    (found,) = ac.explain(Site(written_scores.RelativeKeys(scale)), (x,)).sites
+    assert str(found.score).startswith("dot + "), found.score
+    assert (found.query_heads, found.kv_heads) == (H, H)
 
 
 def test_head_dim_is_not_a_sequence() -> None:

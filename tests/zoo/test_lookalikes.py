@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import claims
 import pytest
+import torch
+from torch import Tensor
 
+import attn_compiler as ac
 from zoo.library import compiled
 from zoo.lookalikes import LOOKALIKES, MAY_BE_REWRITTEN, Lookalike
 
@@ -22,3 +25,29 @@ def test_is_left_alone(row: Lookalike, training: bool) -> None:
     # whatever is reported as missed carries a code, a sentence and a place
     for miss in report.missed:
         assert miss.code and miss.text and miss.location, (miss.code, miss.text, miss.location)
+
+
+def test_what_is_not_read_through_has_a_name() -> None:
+    """Infinite scores become numbers here, and numbers that are none zero."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nan_to_num(q @ k.mT).softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 3, n, 5) for n in (7, 11, 11))
+    (missed,) = ac.explain(attend, (q, k, v)).missed
+    assert missed.code == "attention.scores_hidden" and "`nan_to_num`" in missed.text
+
+
+def test_a_mask_written_row_by_row_is_read_as_it_is() -> None:
+    """A formula of fifty writes is none; the tensor that they make is at hand."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.full((50, 50), float("-inf"))
+        for row in range(50):
+            mask[row, max(0, row - 3) : row + 1] = 0.0
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 50, 5) for _ in range(3))
+    (found,) = ac.explain(attend, (q, k, v)).sites
+    assert found.decision.accepted and str(found.score).startswith("dot + ")
+    claims.same_numbers(attend, compiled(attend, dynamic=False), (q, k, v))

@@ -250,6 +250,14 @@ class OneHeadLinear(OneHead):
         return torch.mm(weights, self.value(x))
 
 
+class OneHeadInner(OneHead):
+    """Products by their older names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.inner(self.query(x), self.key(x)).mul(0.25).softmax(-1)
+        return torch.tensordot(weights, self.value(x), dims=1)
+
+
 _BHTD = (
     plain, by_name, batched_heads, scaled_by_alpha, multiply_and_sum, keys_stored_transposed,
     keys_in_rows, result_transposed, values_first, over_time_major, scale_on_q, scale_on_k,
@@ -300,12 +308,15 @@ ENTRIES: tuple[Entry, ...] = (
         kv_heads=1,
         head_dim=16,
     ),
-    Entry(
-        "one_head_linear",
-        OneHeadLinear,
-        lambda g: (torch.randn(T, WIDTH, generator=g),),
-        heads=1,
-        kv_heads=1,
-        head_dim=16,
+    *(
+        Entry(
+            name,
+            build,
+            lambda g: (torch.randn(T, WIDTH, generator=g),),
+            heads=1,
+            kv_heads=1,
+            head_dim=16,
+        )
+        for name, build in (("one_head_linear", OneHeadLinear), ("one_head_inner", OneHeadInner))
     ),
 )

@@ -77,6 +77,30 @@ def factors(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return finish(dots(q, k) + (1.0 - allowed) * torch.finfo(q.dtype).min, v)
 
 
+def filled_then_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~tril(q.shape[-2]), float("-inf"))
+    return (scores / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+def filled_on_the_diagonal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = dots(q, k)
+    scores.diagonal(dim1=-2, dim2=-1).fill_(float("-inf"))
+    return finish(scores, v)
+
+
+def filled_by_counting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores, rows = dots(q, k), torch.arange(1, 4)
+    scores[:, :, rows, rows] = float("-inf")
+    scores[:, :, rows, -rows] = float("-inf")  # from the end
+    return finish(scores, v)
+
+
+def filled_with_itself(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype).triu(diagonal=1)
+    mask.masked_fill_(mask.bool(), torch.finfo(q.dtype).min)
+    return finish(dots(q, k) + mask, v)
+
+
 def in_place(s: Tensor, allowed: Tensor) -> Tensor:
     return s.masked_fill_(~allowed, INF)
 
@@ -331,6 +355,10 @@ ENTRIES: tuple[Entry, ...] = (
         cross=True,
         mask=None,
     ),
+    site("filled_on_the_diagonal", filled_on_the_diagonal, mask="k != q"),
+    site("filled_by_counting", filled_by_counting, mask=None),
+    site("filled_with_itself", filled_with_itself, mask="causal"),
+    site("filled_then_scaled", filled_then_scaled, mask="causal"),
     site("factors", factors, _keep(T, 6), mask="causal & padding("),
     site("joined_masks", joined_masks, _keep(T, 6), mask="causal & padding("),
     site("offset", offset, LONGER, cross=True, mask="causal(+6)"),

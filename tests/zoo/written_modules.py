@@ -226,6 +226,38 @@ class Tensor2Tensor(nn.Module):
         return x + self.inner(x, memory, memory)  # type: ignore[no-any-return]
 
 
+class ScaledInPlace(nn.Module):
+    """What a projection gives is scaled where it stands, a row of padding with it."""
+
+    def __init__(self, times: int = 1, cast: bool = False) -> None:
+        super().__init__()
+        self.times, self.cast = times, cast
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [f(x).view(*x.shape[:2], H, D).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        q, k, v = parts
+        if self.cast:  # of a new tensor, which the cast gives back as it is
+            q = torch.cat([-q[..., D // 2 :], q[..., : D // 2]], dim=-1)
+            q = q.type_as(x)
+        for _ in range(self.times):
+            q *= D ** (-0.5 / self.times)
+        return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+class LinearByKeyword(nn.Module):
+    """Projections that are called with all of their arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) / 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = F.linear(input=x, weight=self.qkv, bias=self.bias)
+        q, k, v = rearrange(qkv, "b t (n h d) -> n b h t d", n=3, h=H)
+        return rearrange((q @ k.mT / D**0.5).softmax(-1) @ v, "b h t d -> b t (h d)")  # type: ignore[no-any-return]
+
+
 def _three(g: torch.Generator) -> tuple[Tensor, ...]:
     memory = torch.randn(B, S, WIDTH, generator=g).requires_grad_()
     return torch.randn(B, T, WIDTH, generator=g).requires_grad_(), memory, memory.detach().clone()
@@ -266,6 +298,10 @@ ENTRIES: tuple[Entry, ...] = (
         kv_heads=None,
     ),
     Entry("perceiver", Perceiver, hidden()),
+    Entry("scaled_in_place", ScaledInPlace, hidden()),
+    Entry("scaled_in_place_twice", lambda: ScaledInPlace(2), hidden()),
+    Entry("scaled_in_place_cast", lambda: ScaledInPlace(cast=True), hidden()),
+    Entry("linear_by_keyword", LinearByKeyword, hidden()),
     Entry("lecture", ManyHeads, hidden(), mask=None, heads=1, kv_heads=1, sites=3),
     Entry("two_calls", Tensor2Tensor, hidden(normal(B, S, WIDTH)), sites=2),
 )

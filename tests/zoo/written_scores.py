@@ -154,13 +154,14 @@ class Table(nn.Module):
 class RelativeKeys(nn.Module):
     """Shaw et al.: an embedding of the distance is added to the key."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.distance = nn.Embedding(2 * T - 1, D)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         table = self.distance(_distance(q.shape[2], k.shape[2]) + T - 1)
-        return finish(dots(q, k) + torch.einsum("bhld,lrd->bhlr", q, table), v)
+        return finish(dots(q, k) + torch.einsum("bhld,lrd->bhlr", q, table) * self.scale, v)
 
 
 class Skewed(nn.Module):

@@ -48,6 +48,22 @@ def divided_at_the_end(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e @ v) / e.sum(dim=-1, keepdim=True)
 
 
+def divided_in_another_layout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.einsum("bhtd,bhsd->bhts", q * SCALE, k).exp()
+    y = torch.einsum("bhts,bhsd->bthd", e, v) * e.sum(-1).transpose(1, 2)[..., None].reciprocal()
+    return y.transpose(1, 2)
+
+
+def divided_by_others(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT * SCALE)
+    return (e @ v) / e.flip(1).sum(dim=-1, keepdim=True)
+
+
+def divided_once_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT * SCALE)
+    return ((e / e.sum(-1, keepdim=True)) @ v) / (1 + v.abs())[:, :, :1]
+
+
 def powers_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT * (SCALE * math.log2(math.e))
     e = torch.exp2(scores - scores.amax(-1, keepdim=True))
@@ -163,10 +179,13 @@ ENTRIES: tuple[Entry, ...] = (
     site("causal_quiet", causal_quiet, mask="causal"),
     site("minus_a_bias", minus_a_bias, normal(B, H, T, T)),
     site("softmax_module", SoftmaxModule, training=False),
+    site("divided_at_the_end", divided_at_the_end),
+    site("divided_in_another_layout", divided_in_another_layout),
+    site("divided_once_more", divided_once_more),
     site(
-        "divided_at_the_end",
-        divided_at_the_end,
+        "divided_by_others",
+        divided_by_others,
         refused=("not_attention.no_softmax",),
-        why="the sum with the values comes before the division",
+        why="it is divided by the sum of other weights",
     ),
 )
