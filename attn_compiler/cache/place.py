@@ -69,7 +69,7 @@ def placed(cache: Any, index: int, kind: type[L], what: str) -> L:
         UnsupportedCall: it is no such layer and cannot become one.
     """
     layer = layer_for(cache, index)
-    if type(layer) is kind and not own_update(cache):
+    if isinstance(layer, kind) and not own_update(cache):
         return layer
     why = unfit(cache, index)
     if why:
@@ -78,5 +78,6 @@ def placed(cache: Any, index: int, kind: type[L], what: str) -> L:
             why=(why,),
             do="give an empty DynamicCache of transformers, or none",
         )
-    made = cache.layers[index] = kind()
+    made = kind()
+    cache.layers[index] = made
     return made
