@@ -78,6 +78,6 @@ def placed(cache: Any, index: int, kind: type[L], what: str) -> L:
             why=(why,),
             do="give an empty DynamicCache of transformers, or none",
         )
-    made = kind()
+    made: L = kind()
     cache.layers[index] = made
     return made
