@@ -351,7 +351,7 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
     where = plan.prefix or "the root"
     exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
     full = len(owner._attn_variants) >= _MOST_VARIANTS
-    if (full and exact) or owner._attn_failures >= _MOST_FAILURES:
+    if (full and exact) or len(owner._attn_failures) >= _MOST_FAILURES:
         return None
     if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
         return None
@@ -370,7 +370,7 @@ def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
         if list(map(_swapped, sites)) != list(map(_swapped, owner._attn_sites)):
             problem = problem or "it needs other tensors than the module has"
     if problem:
-        owner.__dict__["_attn_failures"] += 1
+        owner.__dict__["_attn_failures"] += (problem,)
         done = "runs the original code" if exact else "cannot be analysed"
         log.warning("%s: a call unlike the example %s: %s", where, done, problem)
         return None

@@ -30,7 +30,7 @@ from torch import nn
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler import swap
-from attn_compiler.errors import UnsupportedCall, require
+from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.site import AttentionSite
 from attn_compiler.variants.base import NewModule, NewTensor
 
@@ -256,7 +256,7 @@ def install(
     owner.__dict__.update(
         _attn_variants=variants,
         _attn_plan=plan,
-        _attn_failures=0,
+        _attn_failures=(),
         _attn_sites=sites,
         _attn_taken=taken,
     )
@@ -337,10 +337,13 @@ def unlike(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
     traced, dynamo = torch.compiler.is_compiling(), torch.compiler.is_dynamo_compiling()
     # the original code computes the same, and a graph that has to be whole stays so
     found = None if traced and (exact or not dynamo) else _analysed(owner, values)
-    require(
-        exact or found is not None,
-        "a call like the example, as there is no original that computes the same",
-    )
+    if found is None and not exact:
+        failures = owner.__dict__["_attn_failures"]
+        raise UnsupportedCall(
+            "a rewritten module was called in a way that its analysis does not cover",
+            why=["there is no original that computes the same", *failures[-1:]],
+            do="rewrite the model with arguments like these, or call the original model",
+        )
     return found
 
 

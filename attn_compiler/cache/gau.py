@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
-from attn_compiler.cache.layer import layer_for
+from attn_compiler.cache.place import placed
 from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, gau_layer
@@ -170,16 +169,7 @@ def hold(
         In the third place what the units of this block read and write.
 
     Raises:
-        UnsupportedCall: the cache is none that can hold their states: it is static, quantised or
-            offloaded, not of the library, or filled by another model.
+        UnsupportedCall: the cache is none that can hold their states: it is static or quantised,
+            not of the library, has an `update` of its own, or is filled by another model.
     """
-    layer = layer_for(cache, index)
-    if type(layer) is DynamicLayer and not layer.get_seq_length():
-        layer = cache.layers[index] = GauLayer()
-    if type(layer) is not GauLayer:
-        raise UnsupportedCall(
-            f"a {type(cache).__name__} cannot hold the states of gated attention units",
-            why=("it is filled already, or its layers are of a fixed kind",),
-            do="give an empty DynamicCache of transformers, or none",
-        )
-    return None, None, layer
+    return None, None, placed(cache, index, GauLayer, "the states of gated attention units")

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from attn_compiler.cache.maps import Maps
+from attn_compiler.cache.place import layer_for, own_update, unfit
 from attn_compiler.cache.states import States
 
 
@@ -143,16 +144,6 @@ def _ordinary_layer(state: dict[str, Any]) -> DynamicLayer:
     return layer
 
 
-def layer_for(cache: Any, index: int) -> Any:
-    """The layer of a cache, made as `update` makes it; None for any other object."""
-    if not isinstance(cache, Cache) or cache.offloading:
-        return None
-    if cache.layer_class_to_replicate is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    return cache.layers[index]
-
-
 def hold(
     cache: Any,
     index: int,
@@ -175,13 +166,13 @@ def hold(
         holds keys already, or what another model makes its keys of, is filled by an `update` of
         somebody's own, or it does not pay.
     """
-    if getattr(getattr(cache, "update", None), "__func__", None) is not Cache.update:
+    if own_update(cache) or cache.offloading:
         return None  # it may do more than to fill a layer
     layer, (x, beside) = layer_for(cache, index), given
     if type(layer) is StatesLayer and layer.maps.same(maps):
         layer.append(x, beside)
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if unfit(cache, index):
         return None
     shared = (other.states for other in cache.layers if type(other) is StatesLayer)
     states = next((s for s in shared if borrowed and s.stands_for(x)), None)

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attn_compiler.errors import UnsupportedCall
+from attn_compiler.errors import UnsupportedCall, require
 from attn_compiler.kernels.feature_maps import FeatureMaps
 from attn_compiler.kernels.linear_attention import linear_attention
 from attn_compiler.kernels.linear_masks import counted
@@ -43,19 +43,14 @@ def take(cache: Any, made: tuple[FeatureMaps, Tensor], values: Tensor, index: in
         What `attend` and `shown` read.
 
     Raises:
-        UnsupportedCall: the cache is none that can hold a sum of keys.
+        UnsupportedCall: the cache is none that can hold a sum of keys; one with an `update` of its
+            own is none.
     """
-    layer = None
-    if "transformers" in sys.modules:
-        from attn_compiler.cache.linear_layer import hold
+    require("transformers" in sys.modules, "a cache of transformers for LinearAttention")
+    from attn_compiler.cache.linear_layer import LinearLayer
+    from attn_compiler.cache.place import placed
 
-        layer = hold(cache, index)
-    if layer is None:
-        raise UnsupportedCall(
-            f"a {type(cache).__name__} cannot hold the sums of LinearAttention",
-            why=("it is filled already, or its layers are of a fixed kind",),
-            do="give an empty DynamicCache of transformers, or none",
-        )
+    layer = placed(cache, index, LinearLayer, "the sums of LinearAttention")
     layer.take(made[1], values)
     return layer
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer
 
-from attn_compiler.cache.layer import layer_for
 from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.frame import accumulator
@@ -186,11 +184,3 @@ class LinearLayer(SummedLayer):
     def reset(self) -> None:
         self.length, self.window, self.valid, self.state = 0, None, None, None
         self._taken, self.is_initialized = None, False
-
-
-def hold(cache: Any, index: int) -> LinearLayer | None:
-    """The layer of a cache that keeps sums: an empty one is replaced; None where none can."""
-    layer = layer_for(cache, index)
-    if type(layer) is DynamicLayer and not layer.get_seq_length():
-        layer = cache.layers[index] = LinearLayer()
-    return layer if type(layer) is LinearLayer else None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,15 @@ class Rest(NamedTuple):
     carry: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """All keys and values as `update` gives them, and the layer that knows what masks them."""
+
+    layer: Any
+    keys: Tensor
+    values: Tensor
+
+
 def take(cache: Any, made: tuple[Memory, Tensor], values: Tensor, index: int, *more: Any) -> Any:
     """Instead of `cache.update(keys, values, index, *more)`.
 
@@ -54,7 +64,8 @@ def take(cache: Any, made: tuple[Memory, Tensor], values: Tensor, index: int, *m
         What `attend` and `shown` read.
 
     Raises:
-        UnsupportedCall: the cache cannot hold what tokens mask.
+        UnsupportedCall: the cache cannot hold what tokens mask, or keeps other tokens than it
+            gives.
     """
     memory, keys = made
     layer = None
@@ -63,7 +74,10 @@ def take(cache: Any, made: tuple[Memory, Tensor], values: Tensor, index: int, *m
 
         layer = hold(cache, index, memory.budget if memory.prunes else None)
     pair = cache.update(keys, values, index, *more)
-    return pair if layer is None else layer
+    if layer is None or hasattr(layer, "attend"):
+        return pair if layer is None else layer
+    layer.check_held(pair[0].shape[2])
+    return Held(layer, *pair)
 
 
 def attend(
@@ -78,7 +92,7 @@ def attend(
 
     Args:
         memory: what the site remembers.
-        kept: keys [B, G, S, d] and values [B, G, S, dv], or a layer of a cache.
+        kept: keys [B, G, S, d] and values [B, G, S, dv], or what `take` gave.
         rest: see `Rest`.
         own: x [B, T, D] and the weights of a selecting head of its own: [D, d], [D, d], [D, f],
             and [f, H dv], which adds what it finds to the other heads.
@@ -107,7 +121,7 @@ def attend(
         outs = kept.attend(q, rule, selector)
     else:
         token = Token(q, kept.keys, kept.values, selector)
-        outs = _going_on(memory, kept, token, rule, given, dropout)
+        outs = _going_on(memory, kept.layer, token, rule, given, dropout)
     return _mixed(outs, weights[3]) if weights else outs[0]
 
 
@@ -171,7 +185,7 @@ def _check_undropped(dropout: float) -> None:
 def _going_on(
     memory: Memory, layer: Any, token: Token, rule: Rule, rest: Rest, dropout: float
 ) -> Outs:
-    """The next rows, over the keys of a layer that holds all of them."""
+    """The next rows, over all keys."""
     from attn_compiler.cache.masked_layer import joined
 
     past = token.k.shape[2] - token.q.shape[2]

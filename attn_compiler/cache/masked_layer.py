@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attn_compiler.cache.layer import layer_for
+from attn_compiler.cache.place import layer_for, own_update, unfit
 from attn_compiler.cache.selective import SelectiveLayer
 from attn_compiler.cache.summed import check_forgets_nothing
 from attn_compiler.errors import UnsupportedCall
@@ -55,6 +55,23 @@ class MaskedLayer(DynamicLayer):
                 do="let models that were rewritten to Selective attention fill it",
             )
         return self.amount
+
+    def check_held(self, given: int) -> None:
+        """The `update` of a cache may be somebody's own: changes of the batch reach what this layer
+        holds, so that all tokens have to be here.
+
+        Args:
+            given: tokens that `update` gave.
+
+        Raises:
+            UnsupportedCall: this layer holds others.
+        """
+        if self.get_seq_length() != given:
+            raise UnsupportedCall(
+                f"an `update` gives {given} tokens, and its layer holds {self.get_seq_length()}",
+                why=("how much tokens are masked is kept in the layer, beside all of them",),
+                do="let such an `update` call that of the library's cache, or give a DynamicCache",
+            )
 
     def remember(self, amount: Tensor, selector: tuple[Tensor, ...]) -> None:
         """F after the rows of this call, and all keys and values of a selecting head."""
@@ -111,20 +128,24 @@ def hold(cache: Any, index: int, budget: int | None) -> SelectiveLayer | MaskedL
         None where it is no cache of transformers.
 
     Raises:
-        UnsupportedCall: the layer is of another kind, or holds keys already; or it goes on in the
-            place of one of a window, and another one keeps its own.
+        UnsupportedCall: the layer is of another kind, or holds keys already; the cache has an
+            `update` of its own, and a budget drops tokens; or it goes on in the place of one of a
+            window, and another one keeps its own.
     """
     layer = layer_for(cache, index)
     if layer is None:
         return None
-    if isinstance(layer, SelectiveLayer | MaskedLayer):
+    own = own_update(cache)
+    if type(layer) is MaskedLayer or (isinstance(layer, SelectiveLayer) and not own):
         if layer.windowed and layer.get_seq_length():
             _check_windows(cache.layers)
         return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    why = unfit(cache, index, kinds, calls=budget is None)
+    if why:
         raise UnsupportedCall(
-            f"Selective attention cannot go on with a {type(layer).__name__}",
-            why=(f"it holds {layer.get_seq_length()} tokens, and not how much they are masked",),
+            f"a {type(cache).__name__} cannot hold how much its tokens are masked",
+            why=(why,),
             do="give an empty DynamicCache, a SelectiveCache, or none",
         )
     cache.layers[index] = made = MaskedLayer() if budget is None else SelectiveLayer(budget)

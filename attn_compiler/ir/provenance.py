@@ -98,17 +98,36 @@ def sources(node: fx.Node) -> tuple[fx.Node, Projection | None]:
 
 def reaches(source: fx.Node, node: fx.Node) -> bool:
     """Is a tensor a part of what another one is made of, here or through a cache?"""
+    return source in _behind(node, source)
+
+
+def read_by(node: fx.Node) -> set[fx.Node]:
+    """The inputs [B, T, D] of a graph, or larger ones, that a tensor is made of, here or through a
+    cache.
+    """
+    return {n for n in _behind(node) if n.op == "placeholder" and _is_activation(n)}
+
+
+def _behind(node: fx.Node, first: fx.Node | None = None) -> set[fx.Node]:
+    """What a node is made of, as far as it stands not before `first`."""
     position = {n: i for i, n in enumerate(node.graph.nodes)}
-    between: set[fx.Node] = set()
+    least = 0 if first is None else position[first]
+    found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         # an input may stand for what a cache returned
         here = waiting.pop()
         here = here.meta.get("opaque", here)
-        if here not in between and position[here] >= position[source]:
-            between.add(here)
+        if here not in found and position[here] >= least:
+            found.add(here)
             waiting += here.all_input_nodes
-    return source in between
+    return found
+
+
+def _is_activation(node: fx.Node) -> bool:
+    found = ops.value(node)
+    floating = isinstance(found, torch.Tensor) and found.is_floating_point()
+    return floating and found.dim() > 2 and "opaque" not in node.meta
 
 
 def _elements(node: fx.Node) -> int:

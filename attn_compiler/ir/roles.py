@@ -85,7 +85,7 @@ def assign(
     free = [a for a in (*in_w, *(r for r in rest if r not in in_w)) if a in rest and a not in value]
     rows = [a for a in free if a in in_q and a not in in_k and a not in in_v]
     query = _query(weights, rows)
-    if _heads_as_rows(query, q, in_k):
+    if _heads_as_rows(query, q, in_k, features) or _beside_the_row(query, q, k, keys):
         query = ()
     outer = [a for a in free if a not in rows]
     if any(a.extent != 1 and a not in in_q and (a in in_k) != (a in in_v) for a in outer):
@@ -138,10 +138,13 @@ def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
     return ()
 
 
-def _heads_as_rows(query: Leaves, q: Coordinates, in_k: Mapping[Axis, None]) -> bool:
+def _heads_as_rows(
+    query: Leaves, q: Coordinates, in_k: Mapping[Axis, None], features: Leaves
+) -> bool:
     """Are these no rows but heads that share keys? One row of H heads is often written as H / G
-    rows of G heads: in what the queries are a view of, they lie right of G in its dimension. Rows
-    lie like that in the first dimension, right of the batches: B T tokens of a projection.
+    rows of G heads: in what the queries are a view of, they lie right of G in its dimension, or, as
+    G is 1, left of the features in theirs. Rows lie like that in the first dimension, right of the
+    batches: B T tokens of a projection.
     """
     if not query or not all(isinstance(axis.extent, int) for axis in query):
         return False
@@ -149,8 +152,21 @@ def _heads_as_rows(query: Leaves, q: Coordinates, in_k: Mapping[Axis, None]) -> 
         found = list(leaves((coordinate,)))
         if all(axis in found for axis in query):
             before = found[: found.index(query[0])]
-            return any(axis in in_k and axis.extent != 1 for axis in before)
+            grouped = any(axis in in_k and axis.extent != 1 for axis in before)
+            return grouped or any(axis in features for axis in found)
     return False
+
+
+def _beside_the_row(query: Leaves, q: Coordinates, k: Coordinates, keys: Leaves) -> bool:
+    """Do these stand in another dimension of the queries than keys do in theirs, and there is one
+    row in that? Heads that share one kv head, then, when a cache is asked by one token.
+    """
+    if len(q) != len(k) or not all(isinstance(axis.extent, int) for axis in query):
+        return False
+    row = [i for i, where in enumerate(k) if any(axis in keys for axis in leaves((where,)))]
+    if len(row) != 1 or any(axis in leaves((q[row[0]],)) for axis in query):
+        return False
+    return bool(query) and all(axis.extent == 1 for axis in leaves((q[row[0]],)))
 
 
 def _heads(

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
-from attn_compiler.ir.mask import Mask
+from attn_compiler.ir.mask import Causal, Mask
 from attn_compiler.ir.score import Program
 
 
@@ -150,6 +150,12 @@ class AttentionSite:
     line: str = ""
     width: int | None = None
     cached: bool = False
+
+    @property
+    def crosses(self) -> bool:
+        """Are the keys those of another sequence, and does no mask put both in one order?"""
+        causal = any(isinstance(term, Causal) for term in self.mask.terms)
+        return self.kind is Kind.CROSS and not causal
 
 
 @dataclass(frozen=True)

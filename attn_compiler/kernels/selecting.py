@@ -88,15 +88,25 @@ def _without_fills(score: Expr, conditions: list[Expr]) -> Expr:
 
 
 def added_masks(program: Program) -> tuple[Read, ...]:
-    """Tensors over keys that are added to the score as they are, and so may forbid keys."""
+    """Tensors over keys that are added to the score as they are, and so may forbid keys; where
+    there is one row and one key, they name neither.
+    """
     found, left = [], [program.score]
     while left:
         term = left.pop()
         if isinstance(term, Call) and term.op == "add":
             left.extend(term.args)
-        elif isinstance(term, Read) and any(Var("k") in walk(index) for index in term.index):
+        elif isinstance(term, Read) and (_over_keys(term) or _of_one_key(term)):
             found.append(term)
     return tuple(found)
+
+
+def _over_keys(term: Read) -> bool:
+    return any(Var("k") in walk(index) for index in term.index)
+
+
+def _of_one_key(term: Read) -> bool:
+    return all(index == Var("b") or isinstance(index, Const) for index in term.index)
 
 
 @lru_cache(maxsize=512)

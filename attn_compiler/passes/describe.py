@@ -18,6 +18,7 @@ from attn_compiler.ir.provenance import (
     location,
     module,
     reaches,
+    read_by,
     source_line,
     sources,
 )
@@ -86,7 +87,11 @@ def _same_sequence(starts: dict[str, fx.Node]) -> bool:
     if len(starts.keys() & {"q", "k"}) < 2:
         return False
     source, _ = sources(starts["q"])
-    return source is sources(starts["k"])[0] or reaches(source, starts["k"])
+    if source is sources(starts["k"])[0] or reaches(source, starts["k"]):
+        return True
+    # both may be more than one linear map away from it
+    read = read_by(source)
+    return bool(read) and read <= read_by(starts["k"])
 
 
 def _width(functional: FunctionalRegion, core: Core) -> int | None:

@@ -69,10 +69,14 @@ def legality(site: AttentionSite, spec: LinearAttention) -> Iterator[Reason]:
         text = "a score beside q.k, a cap or a sink has no place in a product of features"
         yield Reason("linear.score", text, site.location)
     mask = forbidding(site.program).mask
+    told = says_causal(mask)
     if not plain_mask(mask):
         text = "a sum over earlier keys has no place for a mask by rows but the causal one"
         yield Reason("linear.mask", text, site.location)
-    elif not (says_causal(mask) or site.cached or site.length == 1):
+    elif site.crosses and (site.cached or not told):
+        text = "the keys are those of another sequence, and every row sees them all"
+        yield Reason("linear.not_causal", text, site.location)
+    elif not (told or site.cached or site.length == 1):
         text = "a row sees keys after its own, which only causal sums leave out"
         yield Reason("linear.not_causal", text, site.location)
     if site.dropout:

@@ -110,14 +110,17 @@ def _told(site: AttentionSite) -> bool:
 
 
 def _by_and_by(site: AttentionSite) -> bool:
-    """May it be causal for what the program does not say? Behind a cache, where one row is, and
-    with a mask that is a tensor: a living module then looks at the mask in every call.
+    """May it be causal for what the program does not say? Behind a cache, where one row is, for a
+    row alone, and with a mask that is a tensor: a living module then looks at the mask in every
+    call. What a cache holds of another sequence is in no order of the rows.
     """
     from attn_compiler.kernels.selecting import added_masks
 
+    if site.crosses and (site.cached or site.length == 1):
+        return False
     tensor = any(isinstance(term, TensorMask) for term in site.mask.terms)
     tensor = tensor or bool(added_masks(site.program))
-    return site.cached or (tensor and site.obstacles is not None)
+    return site.cached or site.length == 1 or (tensor and site.obstacles is not None)
 
 
 # names of what a module gets; the number of the site in it follows
