@@ -11,22 +11,17 @@ from its neighbours is dropped. truth.py makes predicates of expressions.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
 from attn_compiler.ir.expr import FALSE, INDICES, SIZES, TRUE, Call, Const, Expr, Var
 from attn_compiler.ir.linear import total
+from attn_compiler.ir.pointwise import BINARY
 
 _OPPOSITE = {"le": "ge", "ge": "le", "eq": "ne", "ne": "eq"}
 COMPARE: dict[str, Callable[[float, float], bool]] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
+    op: BINARY[op] for op in ("eq", "ne", "lt", "le", "gt", "ge")
 }
 
 

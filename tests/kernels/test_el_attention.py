@@ -11,8 +11,9 @@ from el_cases import arguments, plain
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
+from attn_compiler.ir.expr import parse
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels import el
+from attn_compiler.kernels import el, el_cpu
 from attn_compiler.kernels.el import el_attention, samples
 
 # primes; D below, above and equal to H d; one row, several; one kv head
@@ -48,6 +49,28 @@ def test_many_small_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(el, "_NEAR", 1)
     monkeypatch.setattr(el, "_WIDE", 1)
     judge(name, *SHAPES[1], torch.float32)
+    monkeypatch.setattr(el_cpu, "fits", lambda _: False)
+    judge(name, *SHAPES[1], torch.float32)
+
+
+def test_a_sum_of_scores_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain products are left for rows without keys, and for what is no sum."""
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("plain products")
+
+    monkeypatch.setattr(el, "_attend", never)
+    s, width = SHAPES[0]
+    given = arguments(s, width, torch.float32, beams=2)
+    keep = torch.ones(B, s.S, dtype=torch.bool)
+    keep[:, 0] = False
+    padded = {"program": str(Program(mask=parse("t0[b, k]"), empty="uniform")), "scale": SCALE}
+    el_attention(*given, [keep], [], **padded)
+    with pytest.raises(AssertionError, match="plain products"):
+        el_attention(*given, [torch.zeros_like(keep)], [], **padded)
+    capped = str(Program(parse("tanh(dot)")))
+    with pytest.raises(AssertionError, match="plain products"):
+        el_attention(*given, [], [], program=capped, scale=SCALE)
 
 
 def test_the_reference_is_attention_over_keys_and_values() -> None:
