@@ -102,8 +102,10 @@ def test_means_the_sum_over_routes(
     choose(monkeypatch, form, chunk=97)  # several chunks, the last one ragged
     args = drawn(name, s)
     exact = by_hand(name, *args, s)
+    # sums that cancel are as good as the largest
+    close = {"rtol": 0.0, "atol": 1e-14 * float(exact.abs().max())}
     for function in PAIRS[name]:
-        torch.testing.assert_close(function(*args, experts=s.experts), exact, rtol=1e-13, atol=0)
+        torch.testing.assert_close(function(*args, experts=s.experts), exact, **close)
 
 
 @pytest.mark.parametrize(
