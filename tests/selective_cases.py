@@ -7,12 +7,12 @@ from typing import Any
 
 import attention_cases
 import torch
-from attention_cases import double, draw, text
+from attention_cases import double, draw, text, within_budget
 from torch import Tensor
 
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels import selective
-from attn_compiler.kernels.selective import selection_of
+from attn_compiler.kernels.selective import reference, selection_of
 
 B, H, G, T, D, DV, E = 2, 6, 2, 37, 16, 8, 5
 CAUSAL, WINDOW = "(k <= q)", "(k <= q) & (k > q - n0)"
@@ -127,8 +127,7 @@ def with_gradients(case: Case, fn: Any, dtype: torch.dtype, wide: bool = False) 
     if wide:
         given = [double(x).detach().requires_grad_() for x in given]
     out, lse, state = run(fn, given)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-    grads = torch.autograd.grad(out, given, weight, materialize_grads=True)
+    grads = torch.autograd.grad(out, given, weights(out), materialize_grads=True)
     return [out.detach(), lse.detach(), state.detach(), *grads]
 
 
@@ -140,3 +139,30 @@ def eager(*args: Any, **kwargs: Any) -> Any:
     program = Program.parse(given.program)
     out = attention_cases.eager(*given.qkv, given.reads, given.ints, program)
     return out, torch.zeros(()), state
+
+
+def weights(out: Tensor) -> Tensor:
+    """The gradient of the output."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+
+
+def judged(case: Case, ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """What `with_gradients` gives: near to the exact numbers, as the plain ones are."""
+    for number, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
+        if number == 1:  # lse
+            b = a
+        floor = 8 * torch.finfo(a.dtype).eps * float(c.abs().nan_to_num(0, posinf=0).max())
+        if number > 2 and c.numel() == 1:  # the gate's: a sum over all places, which cancels
+            floor = max(floor, 2 * torch.finfo(torch.float32).eps * gate_terms(case))
+        keep = c.isfinite()
+        assert torch.equal(keep, a.isfinite())
+        within_budget(str(number), a[keep], b[keep], c[keep], floor)
+
+
+def gate_terms(case: Case) -> float:
+    """The sum of the absolute values of what makes up the gate's gradient, one for each result."""
+    (*given, gate), run = leaves(case, torch.float64)
+    out, slope = torch.func.jvp(
+        lambda x: run(reference, [*given, x])[0], (gate,), (torch.ones_like(gate),)
+    )
+    return float((weights(out) * slope).detach().abs().sum())

@@ -141,6 +141,9 @@ def spans(
         step = min(budget // max(1, pairs * (hi - lo)), most)
         r1 = min(r0 + max(LEAST_ROWS, step), grid.T)
         lo, hi = keys(r0, r1)
+        while r1 - r0 > LEAST_ROWS and pairs * (r1 - r0) * (hi - lo) > budget:
+            r1 = max(r0 + LEAST_ROWS, r1 - -(-(r1 - r0) // 8))  # more rows may see more keys
+            lo, hi = keys(r0, r1)
         cut = not free and lo < hi
         if cut:
             cut = structural.tile((r0, r1), (lo, hi), grid.sizes, grid.ints) is not Tile.FULL

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from attn_compiler.kernels import flash_cpu, rows
 from attn_compiler.kernels.attention import reference
+from attn_compiler.kernels.grid import LEAST_ROWS, Grid, spans
 from attn_compiler.kernels.library import attention
 
 # ---------------------------------------------------------------- numbers
@@ -43,6 +44,19 @@ def test_many_small_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_cpu, "_SKIP_ROWS", 16)
     case, shape = CASES[name], SHAPES[list(CASES).index(name) % len(SHAPES)]
     judge(case, tensors(shape, torch.float32), case.reads(shape))
+
+
+@pytest.mark.parametrize("mask", ["True", CAUSAL, "(k <= q) & (k > q - n0)"])
+def test_blocks_of_rows_stay_within_their_budget(mask: str) -> None:
+    """Also the first ones of a causal mask, whose first rows see next to nothing."""
+    pairs, budget = 6, 2**16
+    grid = Grid(text(mask=mask), 1, 6, 1201, 1201, (300,))
+    found = spans(grid, pairs, budget, 512)
+    assert [s.r0 for s in found] + [1201] == [0] + [s.r1 for s in found]
+    for s in found:
+        rows = s.r1 - s.r0
+        assert rows <= LEAST_ROWS or pairs * rows * (s.hi - s.lo) <= budget
+    assert max(s.r1 - s.r0 for s in found) > LEAST_ROWS or mask == "True"
 
 
 @pytest.mark.parametrize(

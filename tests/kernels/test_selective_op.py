@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import draw, text, within_budget
+from attention_cases import draw, text
 from selective_cases import (
     CASES,
     CAUSAL,
@@ -21,6 +21,7 @@ from selective_cases import (
     T,
     call,
     eager,
+    judged,
     leaves,
     left_padding,
     qkv,
@@ -74,25 +75,7 @@ def test_numbers_in_other_types(name: str, dtype: torch.dtype, way: str) -> None
     ours = with_gradients(case, selective_attention, dtype)
     plain = with_gradients(case, eager, dtype)
     exact = with_gradients(case, reference, dtype, wide=True)
-    for number, (a, b, c) in enumerate(zip(ours, plain, exact, strict=True)):
-        if number == 1:  # lse
-            b = a
-        floor = 8 * torch.finfo(a.dtype).eps * float(c.abs().nan_to_num(0, posinf=0).max())
-        if number > 2 and c.numel() == 1:  # the gate's: a sum over all places, which cancels
-            floor = max(floor, 2 * torch.finfo(torch.float32).eps * gate_terms(case))
-        keep = c.isfinite()
-        assert torch.equal(keep, a.isfinite())
-        within_budget(str(number), a[keep], b[keep], c[keep], floor)
-
-
-def gate_terms(case: Case) -> float:
-    """The sum of the absolute values of what makes up the gate's gradient, one for each result."""
-    (*given, gate), run = leaves(case, torch.float64)
-    _, slope = torch.func.jvp(
-        lambda x: run(reference, [*given, x])[0], (gate,), (torch.ones_like(gate),)
-    )
-    weight = torch.randn(slope.shape, generator=torch.Generator().manual_seed(0)).to(slope)
-    return float((weight * slope.detach()).abs().sum())
+    judged(case, ours, plain, exact)
 
 
 @pytest.mark.parametrize(
