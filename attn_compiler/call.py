@@ -166,16 +166,10 @@ class Call:
         graph reads, and the ambient state; nothing that was taken out.
         """
         recorder, gone = self.recorder, frozenset(taken)
-        there = [path for path in recorder.kinds if not _within(path, gone)]
-        homes = {path: self._module(path) for path in there}
-        for path in there:
-            kind = recorder.kinds[path]
-            if path:
-                self.check(f"intact({homes[path]}, {self.name(kind)})")
-        reads = ((at, v) for at, v in recorder.reads.items() if not _within(at[0], gone))
-        for (path, name), value in reads:
-            same = "is" if isinstance(value, bool | None) else "=="
-            self.check(f"{_read(homes[path], name)} {same} {self.name(value)}")
+        for path, kind in recorder.kinds.items():
+            if path and not _within(path, gone):
+                self.check(f"intact({self._module(path)}, {self.name(kind)})")
+        self._attribute_checks(gone)
         for path in dict.fromkeys(p for p in recorder.leaves if p not in gone):
             weights = recorder.root.get_submodule(path)._parameters
             name, weight = next(iter(weights.items()), ("", None))
@@ -189,7 +183,26 @@ class Call:
                 home, _, name = str(node.target).rpartition(".")
                 text = _read(self._module(home), name)
                 self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
+                self.check(f"{text}.shape == {tuple(found.shape)}")
         self._state_checks()
+
+    def _attribute_checks(self, gone: frozenset[str]) -> None:
+        """What was read of modules is as it was."""
+        recorder = self.recorder
+        for (path, name), value in recorder.reads.items():
+            if not _within(path, gone):
+                same = "is" if isinstance(value, bool | None) else "=="
+                self.check(f"{self._attribute(path, name)} {same} {self.name(value)}")
+        for (path, name), form in recorder.forms.items():
+            if not _within(path, gone):
+                self.check(f"outline({self._attribute(path, name)}) == {form!r}")
+
+    def _attribute(self, path: str, name: str) -> str:
+        """What is read of a module; of one whose class is not checked, None if it has no such."""
+        home = self._module(path)
+        return (
+            _read(home, name) if path in self.recorder.kinds else f"getattr({home}, {name!r}, None)"
+        )
 
     def _module(self, path: str) -> str:
         """A name for a submodule, read from the dicts in which modules hold each other."""

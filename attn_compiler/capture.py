@@ -318,7 +318,7 @@ class _Values:
             return False
         inserted = _between(before, node)
         attends = any(ops.name(n) in _ANCHORS for n in inserted)
-        if not inserted or not (attends or is_bare(module)):
+        if not inserted or recorder.stores or not (attends or is_bare(module)):
             _erase_between(before, node)
             return False
         self._replace(node, inserted, result, recorder)

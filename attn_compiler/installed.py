@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler import swap
@@ -35,6 +35,8 @@ from attn_compiler.ir.site import AttentionSite
 from attn_compiler.variants.base import NewModule, NewTensor
 
 log = logging.getLogger("attn_compiler")
+# what a trace can write down of a module's attributes and check later
+SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 _numbers = itertools.count()
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -111,8 +113,39 @@ def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> boo
     )
 
 
+class _Self:
+    """Stands in a graph for the module that its text runs on."""
+
+    def __repr__(self) -> str:
+        return "self"
+
+
+SELF = _Self()
+
+
+@fx.node.has_side_effect
+def store(owner: nn.Module, path: str, name: str, value: Any, register: dict[str, bool]) -> None:
+    """Set an attribute below a module, or register it as a buffer with these options."""
+    home = owner.get_submodule(path) if path else owner
+    if register:
+        home.register_buffer(name, value, **register)
+    else:
+        setattr(home, name, value)
+
+
+def outline(value: Any) -> str:
+    """What a trace may have branched on: the form of a container, and the numbers in it."""
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if type(value) is dict:
+        return f"dict({', '.join(f'{key!r}: {outline(item)}' for key, item in value.items())})"
+    if type(value) in (list, tuple):
+        return f"{type(value).__name__}({', '.join(map(outline, value))})"
+    return repr(value) if isinstance(value, SIMPLE) else type(value).__name__
+
+
 # what the text of a variant may call; sizes may be rounded: math.floor(shape_0[1] / 16)
-CHECKS = {"intact": intact, "keeps": keeps, "plain": plain, "math": math}
+CHECKS = {"intact": intact, "keeps": keeps, "plain": plain, "outline": outline, "math": math}
 
 
 def require_mode(module: nn.Module, training: bool) -> None:

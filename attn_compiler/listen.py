@@ -3,6 +3,7 @@
     self.drop(x)                 ->   handle(drop, (x,), {})
     torch.is_grad_enabled()      ->   the trace knows that somebody asked
     if self.scale_attn: ...      ->   reads["", "scale_attn"] = True
+    self.mask = mask             ->   store("", "mask", mask)
 
 Only the calls of one thread are sent on; everything is put back at the end.
 """
@@ -10,17 +11,19 @@ Only the calls of one thread are sent on; everything is put back at the end.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from attn_compiler.installed import SIMPLE, outline
 from attn_compiler.symbols import CaptureError
 
-# what a trace can write down of a module's attributes and check later
-SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+_CHECKED = (*SIMPLE, list, tuple, dict)
+# the tables that PyTorch keeps in every module
+_FRAME = frozenset(vars(nn.Module()))
 _PATCHING = threading.RLock()
 
 
@@ -28,11 +31,16 @@ class Listener(Protocol):
     """A trace."""
 
     grad_read: bool
+    reads: dict[tuple[str, str], Any]
+    forms: dict[tuple[str, str], str]
+    stores: dict[tuple[str, str], tuple[Any, Any]]
 
     @property
     def busy(self) -> bool: ...
 
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any: ...
+
+    def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None: ...
 
 
 @contextmanager
@@ -84,33 +92,59 @@ def patched(trace: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def watched(
-    modules: Iterable[tuple[str, nn.Module]], reads: dict[tuple[str, str], Any]
-) -> Iterator[None]:
-    """Write down what is read of these modules: simple attributes, by path and name."""
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+def watched(paths: dict[nn.Module, str], trace: Listener) -> Iterator[None]:
+    """Write down what is read of these modules outside of calls that stay calls, simple attributes
+    and the form of containers, and what is set.
+    """
+    kinds = {module: type(module) for module in paths}
+    watching = {kind: _watching(kind, paths, trace) for kind in set(kinds.values())}
     try:
-        for path, module in modules:
-            kind = type(module)
-            changed.append((module, kind))
-            module.__class__ = _watching(kind, path, reads)
+        for module, kind in kinds.items():
+            module.__class__ = watching[kind]
         yield
     finally:
-        for module, kind in changed:
+        for module, kind in kinds.items():
             module.__class__ = kind
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, also while it is watched."""
+    kind = type(module)
+    return kind.__mro__[1] if "_attn_watched" in kind.__dict__ else kind
+
+
 def _watching(
-    kind: type[nn.Module], path: str, reads: dict[tuple[str, str], Any]
+    kind: type[nn.Module], paths: dict[nn.Module, str], trace: Listener
 ) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if type(value) in SIMPLE and not name.startswith("__"):
-            reads[path, name] = value
+        if type(value) in _CHECKED and not name.startswith("__") and not trace.busy:
+            at = paths[self], name
+            # what the forward has set itself is no assumption about its start
+            if at not in trace.stores and type(value) in SIMPLE:
+                trace.reads[at] = value
+            elif at not in trace.stores and name not in _FRAME:
+                trace.forms.setdefault(at, outline(value))
         return value
 
-    return type(kind)(  # type: ignore[no-any-return,misc]
-        kind.__name__,
-        (kind,),
-        {"__getattribute__": __getattribute__, "__module__": kind.__module__},
-    )
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if not name.startswith("__"):
+            trace.store((paths[self], name), value, {})
+        kind.__setattr__(self, name, value)
+
+    def __delattr__(self: Any, name: str) -> None:
+        raise CaptureError("owner.not_pure", f"it deletes {name}")
+
+    def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
+        trace.store((paths[self], name), tensor, {"persistent": persistent})
+        kind.register_buffer(self, name, tensor, persistent)
+
+    body = {
+        "__getattribute__": __getattribute__,
+        "__setattr__": __setattr__,
+        "__delattr__": __delattr__,
+        "register_buffer": register_buffer,
+        "__module__": kind.__module__,
+        "_attn_watched": True,
+    }
+    return type(kind)(kind.__name__, (kind,), body)  # type: ignore[no-any-return,misc]

@@ -17,15 +17,16 @@ from typing import Any
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
-from attn_compiler.listen import SIMPLE, patched, watched
+from attn_compiler.installed import SIMPLE
+from attn_compiler.listen import kind_of, patched, watched
 from attn_compiler.opaque import CONSTANTS, Assumption, unwrap
-from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
+from attn_compiler.snapshot import Snapshot
+from attn_compiler.symbols import CaptureError, Mismatch, Symbols, answered, exactly, oblivious
 from attn_compiler.writer import Writer, attribute_of, holds_tensor
 
 # of the layout, not of the sizes: the trace may have branched on them
@@ -43,7 +44,9 @@ class Recorder(PreDispatchTorchFunctionMode):
         symbols: sizes, fake mode, and the graph.
         writer: writes the graph; `prefix` and `home` are for it.
         assumptions: branches taken on what opaque objects said.
-        reads: simple attributes of the modules that are traced through, by module path and name.
+        reads: simple attributes of modules that the traced code read, by module path and name.
+        forms: the outlines of lists, tuples and dicts there, as `reads`.
+        stores: what the traced code has set there, with its `_key`.
         kinds: classes of the modules that are traced through, by path.
         layout_read: did the code ask how a tensor lies in memory?
         grad_read: did it ask whether gradients are enabled?
@@ -70,6 +73,8 @@ class Recorder(PreDispatchTorchFunctionMode):
         self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
+        self.forms: dict[tuple[str, str], str] = {}
+        self.stores: dict[tuple[str, str], tuple[Any, Any]] = {}
         self.kinds: dict[str, type[nn.Module]] = {}
         self.layout_read = False
         self.grad_read = False
@@ -91,11 +96,12 @@ class Recorder(PreDispatchTorchFunctionMode):
         Raises:
             CaptureError: why it cannot be traced.
         """
+        held = Snapshot(self.root)
         try:
             with ExitStack() as stack:
                 stack.enter_context(oblivious())
                 stack.enter_context(patched(self))
-                stack.enter_context(watched(self._traced_through(), self.reads))
+                stack.enter_context(watched(self._watched(), self))
                 stack.enter_context(self._listening())
                 stack.enter_context(enable_python_dispatcher())
                 stack.enter_context(self.symbols.mode)
@@ -103,6 +109,7 @@ class Recorder(PreDispatchTorchFunctionMode):
                 stack.enter_context(self)
                 result = forward(self.root, *args, **kwargs)
             self.symbols.arrive()
+            self._check_held(held)
         except (CaptureError, Mismatch):
             raise
         except Exception as error:  # the trace runs the user's code
@@ -110,16 +117,34 @@ class Recorder(PreDispatchTorchFunctionMode):
             raise CaptureError(
                 "owner.untraceable", f"{type(error).__name__}: {text[:160]}"
             ) from error
+        finally:
+            held.put_back()  # tensors of the trace have no numbers
         return result
 
-    def _traced_through(self) -> list[tuple[str, nn.Module]]:
-        found = [
-            (path, module)
+    def _check_held(self, before: Snapshot) -> None:
+        """All holds what it held, but for what was written down and what calls do themselves."""
+        late = (at for at, (value, key) in self.stores.items() if self._key(value) != key)
+        changed = (at for at in before.changed() if at not in self.stores)
+        called = tuple(f"{path}." for path in self.leaves)
+        for path, name in (*late, *changed):
+            if not f"{path}.".startswith(called):
+                raise CaptureError("owner.not_pure", f"it changes what {name} holds")
+
+    def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None:
+        """The forward sets an attribute, or registers a buffer with these options."""
+        if not self.busy:
+            self.stores[at] = value, self._key(value)
+            self.symbols.produce(("store", at, self._key(value)), lambda: None)
+            self.writer.store(at, value, register)
+
+    def _watched(self) -> dict[nn.Module, str]:
+        self.kinds = {
+            path: type(module)
             for path, module in self.root.named_modules()
             if path == "" or self.inline(path, module)
-        ]
-        self.kinds = {path: type(module) for path, module in found}
-        return found
+        }
+        found = {module: path for path, module in self.root.named_modules()}
+        return {m: p for m, p in found.items() if not isinstance(m, torch.jit.ScriptModule)}
 
     @property
     def busy(self) -> bool:
@@ -145,7 +170,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         def evaluate_expr(expr: Any, *args: Any, **kwargs: Any) -> Any:
             value = evaluate(expr, *args, **kwargs)
             if not self.busy and isinstance(expr, sympy.Basic):
-                self.asked.append(_answered(expr, value))
+                self.asked.append(answered(expr, value))
                 if self._guide is not None and self.asked[-1] not in self._guide.asked:
                     raise Mismatch
             return value
@@ -351,9 +376,9 @@ def _likeness(root: nn.Module) -> Any:
             (n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None
         ]
         simple = [(n, v) for n, v in module.__dict__.items() if type(v) in SIMPLE]
-        if type(module).__module__.startswith("torch.nn."):
+        if kind_of(module).__module__.startswith("torch.nn."):
             simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
-        found.append((path, type(module), owned, simple))
+        found.append((path, kind_of(module), owned, simple))
     return found
 
 
@@ -364,15 +389,6 @@ def _ambient() -> Any:
 
 
 # ---------------------------------------------------------------- values
-
-
-def _answered(question: sympy.Basic, answer: Any) -> sympy.Basic:
-    """The question and its answer as a condition."""
-    if answer in (sympy.true, sympy.false, True, False) and isinstance(
-        question, Boolean | BooleanAtom
-    ):
-        return question if answer else sympy.Not(question)
-    return sympy.Eq(question, answer)
 
 
 def _plain(value: Any) -> bool:

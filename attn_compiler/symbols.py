@@ -18,6 +18,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean, BooleanAtom
 from torch import fx
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -363,3 +364,12 @@ def oblivious() -> Iterator[None]:
 def exactly() -> Any:
     """Within `oblivious`: answer questions about 0 and 1 after all, by the example."""
     return fx_config.patch(backed_size_oblivious=False)  # type: ignore[attr-defined]
+
+
+def answered(question: sympy.Basic, answer: Any) -> sympy.Basic:
+    """The question and its answer as a condition."""
+    if answer in (sympy.true, sympy.false, True, False) and isinstance(
+        question, Boolean | BooleanAtom
+    ):
+        return question if answer else sympy.Not(question)
+    return sympy.Eq(question, answer)

@@ -2,7 +2,7 @@
 
 Modules are known by their calls: the stack of running modules when a softmax or a fused attention
     is called. Nothing of
-the run stays in the model: buffers and random numbers are put back.
+the run stays in the model: what it holds and random numbers are put back.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from attn_compiler.installed import base_of, names_of, parameters_of
 from attn_compiler.ir import ops
 from attn_compiler.listen import calls_through
+from attn_compiler.snapshot import Snapshot
 
 _ANCHORS = ops.SOFTMAX | ops.SDPA | ops.MHA | ops.FLEX | ops.EXPONENTIAL
 _DEEPEST = 8
@@ -150,14 +151,16 @@ def tensors_of(value: Any, depth: int, ordinary: bool = False) -> Iterator[torch
 
 @contextmanager
 def untouched(model: Any, grad: bool = False) -> Iterator[None]:
-    """Run the model without a trace in its buffers or in the random numbers."""
-    buffers = dict(model.named_buffers()) if isinstance(model, nn.Module) else {}
-    held = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+    """Run the model without a trace in what it holds or in the random numbers."""
+    held = Snapshot(model) if isinstance(model, nn.Module) else None
+    before = {key: t.detach().clone() for key, t in held.tensors.items()} if held else {}
     with torch.random.fork_rng(), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, buffer in buffers.items():
-                    if buffer.shape == held[name].shape:
-                        buffer.copy_(held[name])
+            if held is not None:
+                held.put_back()
+                with torch.no_grad():
+                    for key, tensor in held.tensors.items():
+                        if tensor.shape == before[key].shape:
+                            tensor.copy_(before[key])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from attn_compiler.installed import SELF, store
 from attn_compiler.opaque import CONSTANTS, Opaque
 from attn_compiler.symbols import CaptureError, Symbols
 
@@ -69,6 +70,11 @@ class Writer:
         node = self.graph.call_module(self._at(path), self.argument(args), self.argument(kwargs))
         self.provenance(node)
         return node
+
+    def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None:
+        """An attribute of a module below the root is set."""
+        given: Any = (SELF, *at, self.argument(value), register)
+        self.provenance(self.graph.call_function(store, given))
 
     def results(self, value: Any, node: fx.Node) -> None:
         """The tensors that the node gave, each with a node of its own."""
