@@ -347,6 +347,14 @@ def _check_rejected(config: CompileConfig, report: Report) -> None:
                 why=[str(reason) for reason in site.decision.reasons],
                 do='on_reject="keep" leaves the site as it is',
             )
+    unread = [m for m in report.missed if m.code.startswith("owner.")]
+    if unread and not report.sites:
+        raise NoLegalVariant(
+            "no attention could be read",
+            where=unread[0].path or "the root",
+            why=[f"{m.code}: {m.text}" for m in unread],
+            do='on_reject="keep" leaves the model as it is',
+        )
 
 
 def _no_model(model: Any) -> BadOption:

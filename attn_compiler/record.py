@@ -22,6 +22,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
+from attn_compiler.constants import RealConstants
 from attn_compiler.installed import SIMPLE
 from attn_compiler.listen import kind_of, patched, watched
 from attn_compiler.opaque import CONSTANTS, Assumption, unwrap
@@ -105,6 +106,7 @@ class Recorder(PreDispatchTorchFunctionMode):
                 stack.enter_context(self._listening())
                 stack.enter_context(enable_python_dispatcher())
                 stack.enter_context(self.symbols.mode)
+                stack.enter_context(RealConstants(self.symbols.mode))
                 self._ambient = _ambient()
                 stack.enter_context(self)
                 result = forward(self.root, *args, **kwargs)
@@ -128,7 +130,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         called = tuple(f"{path}." for path in self.leaves)
         for path, name in (*late, *changed):
             if not f"{path}.".startswith(called):
-                raise CaptureError("owner.not_pure", f"it changes what {name} holds")
+                raise CaptureError("owner.not_pure", f"it changes what {name} holds", path)
 
     def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None:
         """The forward sets an attribute, or registers a buffer with these options."""
@@ -299,19 +301,20 @@ class Recorder(PreDispatchTorchFunctionMode):
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` does while the trace runs."""
         path = self._modules.get(id(module))
-        if self._busy or path is None:
-            if not self._busy:
-                raise CaptureError(
-                    "owner.not_pure",
-                    f"it calls a {type(module).__name__} that is not its submodule",
-                )
+        if self._busy:
             return module.forward(*args, **kwargs)
+        if path is None:
+            text = f"it calls a {type(module).__name__} that is not its submodule"
+            raise CaptureError("owner.not_pure", text)
         if path in self.kinds:
             if not plain_module(module):
-                raise CaptureError("owner.hooks", f"{path} has hooks or a forward of its own")
+                raise CaptureError("owner.hooks", f"{path} has hooks or a forward of its own", path)
             self.writer.stack.append((path, module))
             try:
                 return module.forward(*args, **kwargs)
+            except CaptureError as refusal:
+                refusal.inside = refusal.inside or path
+                raise
             finally:
                 self.writer.stack.pop()
         return self._leaf(path, module, args, kwargs)

@@ -50,16 +50,18 @@ class Plan:
         prefix: the owner's path in the model.
         spine: paths, within the owner, of the modules that are traced through.
         config: what may be put in place of an attention.
+        closed: paths of modules beside them that can only be called.
     """
 
     prefix: str
     spine: frozenset[str]
     config: CompileConfig
+    closed: frozenset[str] = frozenset()
 
     def inline(self, path: str, module: nn.Module) -> bool:
         """Modules on the way to the attention, and the dropouts and activations beside it."""
-        if path in self.spine:
-            return True
+        if path in self.spine or path in self.closed:
+            return path in self.spine
         return is_bare(module) and path.rpartition(".")[0] in (*self.spine, "")
 
 
@@ -90,6 +92,19 @@ def specialise(
 
 
 def _best(
+    owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
+) -> tuple[_Guide, Variant]:
+    """Submodules that cannot be traced through, as they keep something, stay calls."""
+    try:
+        return _of_any_size(owner, base, values, plan)
+    except CaptureError as refusal:
+        if not refusal.inside or refusal.inside in plan.spine | plan.closed:
+            raise
+        closed = plan.closed | {refusal.inside}
+    return _best(owner, base, values, replace(plan, closed=closed))
+
+
+def _of_any_size(
     owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
 ) -> tuple[_Guide, Variant]:
     """With symbolic sizes or, where code or recognition does not get through them, with these."""
@@ -182,6 +197,7 @@ def _follow(
     """
     if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
         raise Mismatch
+    plan = replace(plan, closed=guide.plan.closed)
     if guide.training not in (None, owner.training):
         raise Mismatch
     symbols = guide.recorder.symbols.follow(fx.Graph())

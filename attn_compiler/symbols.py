@@ -32,12 +32,17 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 
 class CaptureError(Exception):
-    """Something cannot be traced soundly; `code` and `text` go into the report."""
+    """Something cannot be traced soundly; `code` and `text` go into the report.
 
-    def __init__(self, code: str, text: str) -> None:
+    Attributes:
+        inside: path of the submodule whose code it is, "" for the root's own.
+    """
+
+    def __init__(self, code: str, text: str, inside: str = "") -> None:
         super().__init__(text)
         self.code = code
         self.text = text
+        self.inside = inside
 
 
 @dataclass(frozen=True)

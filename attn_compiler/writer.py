@@ -102,6 +102,10 @@ class Writer:
     def learn(self, value: torch.Tensor, node: fx.Node, text: str = "") -> None:
         """This node holds this tensor; its sizes may be read there."""
         self.know(value, node)
+        if type(value) is torch.Tensor:  # a constant
+            with torch._C.DisableTorchFunction():
+                value = self.symbols.mode.from_tensor(value, static_shapes=True)
+            self.know(value, node)
         node.meta["example_value"] = value
         self.symbols.bind(value, node, text)
 
