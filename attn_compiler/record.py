@@ -106,7 +106,7 @@ class Recorder(PreDispatchTorchFunctionMode):
                 stack.enter_context(self._listening())
                 stack.enter_context(enable_python_dispatcher())
                 stack.enter_context(self.symbols.mode)
-                stack.enter_context(RealConstants(self.symbols.mode))
+                stack.enter_context(RealConstants(self.symbols.mode, lambda: self._busy > 0))
                 self._ambient = _ambient()
                 stack.enter_context(self)
                 result = forward(self.root, *args, **kwargs)
@@ -340,7 +340,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         return value
 
     def _run_leaf(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self.paused():
+        with self.paused(), RealConstants(self.symbols.mode):
             value = module.forward(
                 *self.writer.fakes(unwrap(args)), **self.writer.fakes(unwrap(kwargs))
             )

@@ -122,6 +122,7 @@ def decoder(given: argparse.Namespace, fused: bool) -> Decoder:
 def models(given: argparse.Namespace) -> dict[str, Any]:
     """Every way of `forward` and `train`."""
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # the ways share the code of their forwards
     found = {name: decoder(given, fused=name == "sdpa") for name in DENSE}
     for name in given.variants:
         if name in VARIANTS:
