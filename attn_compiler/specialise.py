@@ -87,7 +87,8 @@ def specialise(
             except (Mismatch, CaptureError):
                 continue
         guide, variant = _best(owner, base, values, plan)
-        _guides[base] = [*_guides.get(base, []), guide][-_MOST_GUIDES:]
+        if not guide.plan.closed:  # another module may be traced through there
+            _guides[base] = [*_guides.get(base, []), guide][-_MOST_GUIDES:]
         return variant, guide.report
 
 
@@ -100,8 +101,11 @@ def _best(
     except CaptureError as refusal:
         if not refusal.inside or refusal.inside in plan.spine | plan.closed:
             raise
-        closed = plan.closed | {refusal.inside}
-    return _best(owner, base, values, replace(plan, closed=closed))
+        opened = replace(plan, closed=plan.closed | {refusal.inside})
+        found = _best(owner, base, values, opened)
+        if not found[0].report.rewritten:
+            raise  # the attention lies in it
+        return found
 
 
 def _of_any_size(
@@ -197,7 +201,6 @@ def _follow(
     """
     if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
         raise Mismatch
-    plan = replace(plan, closed=guide.plan.closed)
     if guide.training not in (None, owner.training):
         raise Mismatch
     symbols = guide.recorder.symbols.follow(fx.Graph())
