@@ -23,6 +23,7 @@ from attn_compiler.ir.expr import (
     Const,
     Expr,
     Read,
+    Var,
     call,
     substitute,
     walk,
@@ -229,7 +230,9 @@ def program_of(
             if isinstance(found, torch.Tensor)
             else not isinstance(found, int | torch.SymInt)
         )
-        return not floating or bool(node.meta.get("bounded"))
+        # one number for each head is a slope or a temperature, and hides no keys
+        along = {part.name for at in leaf.index for part in walk(at) if isinstance(part, Var)}
+        return not floating or bool(node.meta.get("bounded")) or along == {"h"}
 
     rows_in_keys = ax.at_most(naming.sizes["T"], naming.sizes["S"])
     found = split(score, dtype, bounded, is_bool, rows_in_keys)

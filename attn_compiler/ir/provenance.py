@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from attn_compiler.ir.axes import hint
 from attn_compiler.ir.site import Projection
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)[^\n]*(?:\n {4}([^\n]+))?')
+_SIZES = (int, torch.SymInt)
 _FARTHEST = 64
 _LINEAR = ("input", "weight", "bias")
 _ADDMM = ("input", "mat1", "mat2")
@@ -109,8 +111,14 @@ def read_by(node: fx.Node) -> set[fx.Node]:
 
 
 def _behind(node: fx.Node, first: fx.Node | None = None) -> set[fx.Node]:
-    """What a node is made of, as far as it stands not before `first`."""
+    """What a node is made of, as far as it stands not before `first`; also what was written into it
+    in place. A size is no part of it.
+    """
     position = {n: i for i, n in enumerate(node.graph.nodes)}
+    writers: dict[int, list[fx.Node]] = {}
+    for writer in itertools.takewhile(lambda n: n is not node, position):
+        for storage in itertools.chain(*map(ops.storages, ops.written(writer))):
+            writers.setdefault(storage, []).append(writer)
     least = 0 if first is None else position[first]
     found: set[fx.Node] = set()
     waiting = [node]
@@ -120,13 +128,17 @@ def _behind(node: fx.Node, first: fx.Node | None = None) -> set[fx.Node]:
         here = here.meta.get("opaque", here)
         if here not in found and position[here] >= least:
             found.add(here)
-            waiting += here.all_input_nodes
+            parts = (n for n in here.all_input_nodes if not isinstance(ops.value(n), _SIZES))
+            waiting += parts
+            for storage in ops.storages(here) if writers else ():
+                waiting += writers.get(storage, ())
     return found
 
 
 def _is_activation(node: fx.Node) -> bool:
     found = ops.value(node)
     floating = isinstance(found, torch.Tensor) and found.is_floating_point()
+    floating = floating and not isinstance(found, torch.nn.Parameter)
     return floating and found.dim() > 2 and "opaque" not in node.meta
 
 

@@ -82,7 +82,19 @@ def op(node: fx.Node) -> str:
     if not isinstance(node.target, torch._ops.OpOverload):
         return "getitem" if node.target is operator.getitem else ""
     name = node.target._schema.name.removeprefix("aten::")
+    if name.startswith("prims::") and _is_elementwise(node):
+        name = name.removeprefix("prims::")
     return ops.ALIASES.get(name, name)
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    """Is this the same for floating tensors as the ATen operation of its name? A scripted function
+    is traced in such operations.
+    """
+    named = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    found = val(node)
+    floating = isinstance(found, torch.Tensor) and found.is_floating_point()
+    return floating and named in (["self"], ["self", "other"])
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

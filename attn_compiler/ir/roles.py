@@ -84,9 +84,7 @@ def assign(
     )
     free = [a for a in (*in_w, *(r for r in rest if r not in in_w)) if a in rest and a not in value]
     rows = [a for a in free if a in in_q and a not in in_k and a not in in_v]
-    query = _query(weights, rows)
-    if _heads_as_rows(query, q, in_k, features) or _beside_the_row(query, q, k, keys):
-        query = ()
+    query = _query(weights, rows, q, k, keys, features)
     outer = [a for a in free if a not in rows]
     if any(a.extent != 1 and a not in in_q and (a in in_k) != (a in in_v) for a in outer):
         raise NotAttention(
@@ -127,34 +125,54 @@ def _check_operands(
         )
 
 
-def _query(weights: Coordinates, rows: Sequence[Axis]) -> Leaves:
+def _query(
+    weights: Coordinates,
+    rows: Sequence[Axis],
+    q: Coordinates,
+    k: Coordinates,
+    keys: Leaves,
+    features: Leaves,
+) -> Leaves:
     """The query rows: the last dimension of the weights, before the keys, that only the query runs
-    through.
+    through and that holds no heads; one as long as the keys rather than another one.
     """
-    for coordinate in reversed(weights):
-        found = tuple(leaves((coordinate,)))
-        if found and all(axis in rows for axis in found):
-            return found
-    return ()
+    dims = (tuple(leaves((coordinate,))) for coordinate in reversed(weights))
+    found = [
+        dim
+        for dim in dims
+        if dim
+        and all(axis in rows for axis in dim)
+        and not _heads_as_rows(dim, q, k, keys, features)
+        and not _beside_the_row(dim, q, k, keys)
+    ]
+    if not found or extent(found[0]) == 1:
+        return found[0] if found else ()
+    return next((dim for dim in found if ax.equal(extent(dim), extent(keys))), found[0])
 
 
 def _heads_as_rows(
-    query: Leaves, q: Coordinates, in_k: Mapping[Axis, None], features: Leaves
+    query: Leaves, q: Coordinates, k: Coordinates, keys: Leaves, features: Leaves
 ) -> bool:
     """Are these no rows but heads that share keys? One row of H heads is often written as H / G
     rows of G heads: in what the queries are a view of, they lie right of G in its dimension, or, as
     G is 1, left of the features in theirs. Rows lie like that in the first dimension, right of the
-    batches: B T tokens of a projection.
+    batches: B T tokens of a projection. Where keys lie right of G in their dimension too, the rows
+    are channels of each head, and the keys others.
     """
-    if not query or not all(isinstance(axis.extent, int) for axis in query):
+    if not all(isinstance(axis.extent, int) for axis in query):
         return False
+    in_k = leaves(k)
     for coordinate in q[1:]:
         found = list(leaves((coordinate,)))
         if all(axis in found for axis in query):
-            before = found[: found.index(query[0])]
-            grouped = any(axis in in_k and axis.extent != 1 for axis in before)
-            return grouped or any(axis in features for axis in found)
+            before = [a for a in found[: found.index(query[0])] if a in in_k and a.extent != 1]
+            beside = any(_with(keys, before, leaves((where,))) for where in k)
+            return (bool(before) and not beside) or any(axis in features for axis in found)
     return False
+
+
+def _with(keys: Leaves, heads: Sequence[Axis], found: Mapping[Axis, None]) -> bool:
+    return any(axis in found for axis in keys) and any(axis in found for axis in heads)
 
 
 def _beside_the_row(query: Leaves, q: Coordinates, k: Coordinates, keys: Leaves) -> bool:
@@ -166,7 +184,7 @@ def _beside_the_row(query: Leaves, q: Coordinates, k: Coordinates, keys: Leaves)
     row = [i for i, where in enumerate(k) if any(axis in keys for axis in leaves((where,)))]
     if len(row) != 1 or any(axis in leaves((q[row[0]],)) for axis in query):
         return False
-    return bool(query) and all(axis.extent == 1 for axis in leaves((q[row[0]],)))
+    return all(axis.extent == 1 for axis in leaves((q[row[0]],)))
 
 
 def _heads(

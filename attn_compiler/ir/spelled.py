@@ -27,6 +27,7 @@ from attn_compiler.ir.expr import DOT, Call, Const, Expr, Var, call, substitute,
 from attn_compiler.ir.filling import spread
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
+    VIEWS,
     Coordinates,
     Leaf,
     Product,
@@ -133,9 +134,11 @@ def _from_scores(
             product.node,
         )
     inner = between(product.node, end.node)
+    again = [leaf.node for leaf in naming.reads if leaf.node in inner]
+    if again and op(again[0]) in VIEWS:
+        raise _hidden(again[0])
     if (soft.moved and program.empty in ("nan", "nan_added")) or any(
-        node in inner
-        for node in (*(leaf.node for leaf in naming.reads), *(n for _, n in scaling.factors))
+        node in inner for node in (*again, *(n for _, n in scaling.factors))
     ):
         raise NotAttention(
             "attention.scores_reduced",
@@ -320,14 +323,15 @@ def _scores(logits: Expr, key: Index) -> list[Product]:
         )
     hidden = next((n.node for n in walk(logits) if isinstance(n, Leaf) and _hides(n.node)), None)
     if hidden is not None:
-        raise NotAttention(
-            "attention.scores_hidden",
-            f"`{op(hidden)}`, which is not read through, stands between a product and the softmax",
-            hidden,
-        )
+        raise _hidden(hidden)
     raise NotAttention(
         "not_attention.no_scores", "the softmax is not taken over products of queries and keys"
     )
+
+
+def _hidden(node: fx.Node) -> NotAttention:
+    text = f"`{op(node)}`, which is not read through, stands between a product and the softmax"
+    return NotAttention("attention.scores_hidden", text, node)
 
 
 def _hides(node: fx.Node) -> bool:

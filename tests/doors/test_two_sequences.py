@@ -86,6 +86,60 @@ def test_one_sequence_is_known_by_what_is_read() -> None:
         assert site.kind is kind
 
 
+class Images(nn.Module):
+    """Queries and keys are made by convolutions of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Conv2d(3, INNER, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (heads(y(x).flatten(2).mT) for y in (self.q, self.k))
+        return (q @ k.mT).softmax(-1) @ k
+
+
+class Written(nn.Module):
+    """Keys are read from a tensor that this call has written its own into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Linear(WIDTH, INNER) for _ in range(2))
+        self.register_buffer("past", torch.zeros(2, HEADS, 13, FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.past[:, :, 5 : 5 + x.shape[1]] = heads(self.k(x)).detach()
+        keys = self.past[:, :, : 5 + x.shape[1]]
+        return (heads(self.q(x)) @ keys.mT).softmax(-1) @ keys
+
+
+class Library(nn.Module):
+    """Keys have the batch size of the queries, and nothing else of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 1, batch_first=True)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.attention(x, y, y)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "kind"),
+    [
+        (Images(), (torch.randn(2, 3, 4, 5),), Kind.SELF),
+        (Written(), (draw(2, 3),), Kind.SELF),
+        (Library(), (draw(2, 7), draw(2, 5)), Kind.CROSS),
+    ],
+)
+def test_one_sequence_is_known_by_both_doors(model: nn.Module, given: Any, kind: Kind) -> None:
+    ac.rewrite(model, given)
+    (site,) = ac.last_report().sites
+    assert site.kind is kind
+    torch.compile(model, backend="attn_compiler", options={"then": "eager"})(*given)
+    (site,) = ac.last_report().sites
+    assert site.kind is kind
+
+
 _PAIR: dict[str, Any] = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "vocab_size": 61,

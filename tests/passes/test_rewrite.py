@@ -277,3 +277,19 @@ def test_a_symbolic_head_dim_without_a_scale_is_a_reason() -> None:
     (missed,) = report.missed
     assert missed.code == "attention.scale" and "head dim" in missed.text
     torch.testing.assert_close(out, attend(*args))
+
+
+def test_a_scripted_function_is_read_through() -> None:
+    """It is traced in operations of another namespace."""
+    script = torch.jit.CompilationUnit("""
+        def soft_cap(scores, cap: float):
+            return (scores / cap).tanh() * cap
+    """)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return script.soft_cap(q @ k.mT, 5.0).softmax(-1) @ v
+
+    args = qkv()
+    new = ac.rewrite(attend, args)
+    assert str(only(ac.last_report()).score) == "tanh(dot) * 5.0"
+    torch.testing.assert_close(new(*args), attend(*args))

@@ -38,6 +38,20 @@ def test_what_is_not_read_through_has_a_name() -> None:
     assert missed.code == "attention.scores_hidden" and "`nan_to_num`" in missed.text
 
 
+def test_a_view_that_cuts_no_axis_has_a_name() -> None:
+    """Scores without those of the first token, cut into rows of a picture (MViTv2)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = q @ k.mT
+        picture = scores[:, 1:, 1:].reshape(2, 2, 3, 2, 3) + bias
+        scores[:, 1:, 1:] = picture.reshape(2, 6, 6)
+        return scores.softmax(-1) @ v
+
+    q, k, v = (torch.randn(2, 7, 5) for _ in range(3))
+    (missed,) = ac.explain(attend, (q, k, v, torch.randn(2, 3, 2, 3))).missed
+    assert missed.code == "attention.scores_hidden" and "view`" in missed.text
+
+
 def test_a_mask_written_row_by_row_is_read_as_it_is() -> None:
     """A formula of fifty writes is none; the tensor that they make is at hand."""
 

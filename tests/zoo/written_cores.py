@@ -220,8 +220,29 @@ def multi_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhij,bjd->bhid", weights, v)
 
 
+def multi_query_rows_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the heads, which only queries have, stand between the rows and the keys
+    k, v = k.squeeze(2), v.squeeze(2)
+    scores = torch.einsum("bihd,bjd->bihj", q, k) * SCALE
+    rows = torch.arange(q.shape[1])
+    future = rows[:, None, None] < rows
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    return torch.einsum("bihj,bjd->bihd", weights, v)
+
+
+def grouped_rows_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = rearrange(q, "b t (g r) d -> b t g r d", g=G)
+    weights = (torch.einsum("btgrd,bsgd->btgrs", q, k) * SCALE).softmax(-1)
+    return torch.einsum("btgrs,bsgd->btgrd", weights, v).flatten(2, 3)
+
+
 def one_head_at_a_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack([plain(q[:, i], k[:, i], v[:, i]) for i in range(H)], dim=1)
+
+
+def over_channels_as_they_are(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # the channels of a head lie beside it, in queries and in keys (DaViT)
+    return ((q.mT @ k * SCALE).softmax(-1) @ v.mT).mT
 
 
 def over_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -282,6 +303,8 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     site("multi_query", multi_query, kv=1),
     site("multi_query_broadcast", plain, kv=1),
+    site("multi_query_rows_first", multi_query_rows_first, kv=1, layout="bthd", mask="causal"),
+    site("grouped_rows_first", grouped_rows_first, kv=G, layout="bthd"),
     site("bias_by_beta", bias_by_beta, normal(B * H, T, T)),
     site("scale_given", scale_given, lambda g: 0.3),
     site("cross", plain, normal(B, S, WIDTH), cross=True),
@@ -299,6 +322,12 @@ ENTRIES: tuple[Entry, ...] = (
         sites=H,
     ),
     Entry("over_channels", lambda: Site(over_channels), hidden(), head_dim=T),
+    Entry(
+        "over_channels_as_they_are",
+        lambda: Site(over_channels_as_they_are),
+        hidden(),
+        head_dim=T,
+    ),
     Entry("one_head", OneHead, hidden(), heads=1, kv_heads=1, head_dim=16),
     Entry(
         "one_head_flat",

@@ -28,6 +28,19 @@ def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return finish((dots(q, k) + bias).masked_fill(~tril(t), INF), v)
 
 
+class AlibiOfABuffer(nn.Module):
+    """Slopes in a buffer, and a finite number where no key may be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", _slopes())
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        t = q.shape[-2]
+        bias = self.slopes[:, None, None] * _distance(t, t)
+        return finish((dots(q, k) + bias).masked_fill(~tril(t), torch.finfo(q.dtype).min), v)
+
+
 def alibi_by_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = _slopes().to(q.dtype).view(1, H, 1, 1) * torch.arange(k.shape[2]).view(1, 1, 1, -1)
     return finish((dots(q, k) + bias).masked_fill(~tril(q.shape[2]), INF), v)
@@ -262,6 +275,7 @@ _CACHES = (normal(B, H, 19, D, grad=False), normal(B, H, 19, D, grad=False))
 
 ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f, mask="causal") for f in (alibi, alibi_by_key, soft_cap, rotated)),
+    site("alibi_of_a_buffer", AlibiOfABuffer, mask="causal"),
     *(site(f.__name__, f) for f in (alibi_both_sides, squared, gaussian_kernel)),
     *(site(f.__name__, f) for f in (off_by_one, off_by_one_stable, off_by_one_padded)),
     site(
