@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -78,6 +79,7 @@ class Snapshot:
         self.tensors: dict[int, torch.Tensor] = {}
         self._tables: list[_Table] = []
         self._seen: set[int] = set()
+        self._kinds = {path: type(module) for path, module in model.named_modules()}
         for path, module in model.named_modules():
             tables = [module.__dict__, *(module.__dict__.get(name) for name in _TABLES)]
             tables = [table for table in tables if isinstance(table, dict)]
@@ -88,10 +90,13 @@ class Snapshot:
                     self._visit(path, name, value, 0)
 
     def changed(self) -> Iterator[tuple[str, str]]:
-        """Path of a module and name of an attribute, for all that is not as it was."""
+        """Path of a module and name of an attribute, for all that is not as it was. A property that
+        is computed once is as good computed again.
+        """
         for table in self._tables:
             for name in table.changed():
-                if name not in _FRAME:
+                once = isinstance(getattr(self._kinds[table.path], name, None), cached_property)
+                if name not in _FRAME and not once:
                     yield table.path, name
 
     def put_back(self) -> None:

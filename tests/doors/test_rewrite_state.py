@@ -5,6 +5,7 @@ the same, and `rewrite` leaves nothing behind.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import claims
@@ -139,6 +140,15 @@ class InTable(Attention):
         return super().attend(self.turn(q), self.turn(k), v)
 
 
+class Once(Attention):
+    @functools.cached_property
+    def temperature(self) -> Tensor:
+        return torch.tensor(4.0) ** -0.5
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q * self.temperature, k, v)
+
+
 class History(Attention):
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +199,15 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
     assert mine.keys() == other.keys()
     for name, value in mine.items():
         torch.testing.assert_close(value, other[name], msg=lambda text, at=name: f"{at}: {text}")
+
+
+def test_a_property_that_is_computed_once() -> None:
+    model, x = Once().eval(), torch.randn(2, 7, WIDTH)
+    new = ac.rewrite(model, (x,), on_reject="raise")
+    assert type(new) is not Once
+    for _ in range(2):
+        torch.testing.assert_close(new(x), model(x))
+    assert isinstance(new.temperature, Tensor) and type(new.temperature) is Tensor
 
 
 @pytest.mark.parametrize("kind", [*REWRITTEN, *REFUSED])
