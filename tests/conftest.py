@@ -56,7 +56,7 @@ def pytest_collection_finish() -> None:
     """What is imported stays: collecting garbage need not look through it again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
