@@ -43,7 +43,7 @@ class InDouble(TorchDispatchMode):
 
 
 def _wide(value: Any) -> Any:
-    return torch.float64 if value in _NARROW and isinstance(value, torch.dtype) else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
 def double(tree: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +27,13 @@ else:
     settings.load_profile("steady")
 
 
+# pytest listens to every logger that does not propagate, and PyTorch writes its structured trace,
+# graphs and guards and all, as soon as somebody listens to this one.
+logging.getLogger("torch.__trace").propagate = True
+# Dynamo measures the guards of each graph with cold caches: a flush that costs as much as a layer.
+torch._C._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
         torch.set_num_threads(1)
@@ -41,6 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: collecting garbage need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ All of it is views wherever strides allow: unflatten, permute, expand, flatten.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -52,6 +53,17 @@ class Emitter:
             if host is not region.end:
                 self._host.setdefault(node, host)
         self._sizes: dict[Any, fx.Node] = {}
+
+    @functools.cached_property
+    def written_later(self) -> frozenset[int]:
+        """Storages that operations after the region's end write to."""
+        found: set[int] = set()
+        node = self.region.end.next
+        while node.op != "root":
+            for target in ops.written(node):
+                found |= ops.storages(target)
+            node = node.next
+        return frozenset(found)
 
     # ------------------------------------------------------------ nodes
 

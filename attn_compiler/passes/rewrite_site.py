@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,8 +151,7 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
     """Queries as [B, H, T, d], and the tensors and integers that the program reads."""
     roles = core.roles
     q = emitter.canonical(core.q, (roles.batch, roles.query_heads, roles.query, roles.feature))
-    later = _written_later(emitter.region.end)
-    q = _protected(emitter, _as_dtype(emitter, q, core.dtype), later)
+    q = _protected(emitter, _as_dtype(emitter, q, core.dtype))
     for operation, factor in core.factors:
         target = aten.mul.Tensor if operation == "mul" else aten.div.Tensor
         q = _as_dtype(emitter, emitter.call(target, q, emitter.host(factor)), core.dtype)
@@ -161,8 +160,7 @@ def operands(emitter: Emitter, core: Core) -> tuple[fx.Node, list[fx.Node], list
 
 def reads_of(emitter: Emitter, core: Core, like: fx.Node) -> list[fx.Node]:
     """The tensors that the program reads; numbers become tensors on the device of `like`."""
-    later = _written_later(emitter.region.end)
-    return [_protected(emitter, _read(emitter, node, like), later) for node in core.reads]
+    return [_protected(emitter, _read(emitter, node, like)) for node in core.reads]
 
 
 def keys_and_values(emitter: Emitter, core: Core) -> tuple[fx.Node, fx.Node]:
@@ -170,8 +168,7 @@ def keys_and_values(emitter: Emitter, core: Core) -> tuple[fx.Node, fx.Node]:
     roles = core.roles
     k = emitter.canonical(core.k, (roles.batch, roles.heads, roles.key, roles.feature))
     v = emitter.canonical(core.v, (roles.batch, roles.heads, roles.key, roles.value))
-    later = _written_later(emitter.region.end)
-    k, v = (_protected(emitter, _as_dtype(emitter, x, core.dtype), later) for x in (k, v))
+    k, v = (_protected(emitter, _as_dtype(emitter, x, core.dtype)) for x in (k, v))
     return k, v
 
 
@@ -207,31 +204,18 @@ def _emit(emitter: Emitter, core: Core, added: Added) -> fx.Node:
 
 def finish(emitter: Emitter, core: Core, out: fx.Node) -> fx.Node:
     """The result [B, H, T, dv] in place of the region's end."""
-    roles, later = core.roles, _written_later(emitter.region.end)
+    roles = core.roles
     groups = (roles.batch, roles.query_heads, roles.query, roles.value)
     restored = emitter.restore(out, core.end, groups)
     restored = _as_dtype(emitter, restored, ops.value(emitter.region.end).dtype)
-    return _protected(
-        emitter, _laid_out(emitter, restored), later, ops.storages(emitter.region.end)
-    )
-
-
-def _written_later(end: fx.Node) -> frozenset[int]:
-    """Storages that operations after the attention write to."""
-    found: set[int] = set()
-    node = end.next
-    while node.op != "root":
-        for target in ops.written(node):
-            found |= ops.storages(target)
-        node = node.next
-    return frozenset(found)
+    return _protected(emitter, _laid_out(emitter, restored), ops.storages(emitter.region.end))
 
 
 def _protected(
-    emitter: Emitter, node: fx.Node, later: frozenset[int], stands_for: frozenset[int] = frozenset()
+    emitter: Emitter, node: fx.Node, stands_for: frozenset[int] = frozenset()
 ) -> fx.Node:
     """A copy where the tensor is written later on: the operator keeps it for its backward."""
-    if not later & (ops.storages(node) | stands_for):
+    if not emitter.written_later & (ops.storages(node) | stands_for):
         return node
     return emitter.call(aten.clone.default, node)
 
@@ -303,15 +287,11 @@ def live_nodes(graph: fx.Graph, candidates: set[fx.Node], removed: set[fx.Node])
     storage it writes to.
     """
     live: set[fx.Node] = set()
-    stack = [
-        a
-        for node in graph.nodes
-        if node not in candidates and node not in removed
-        for a in node.all_input_nodes
-    ]
-    _close(stack, candidates, removed, live)
-    writers = [node for node in graph.nodes if node in candidates and ops.written(node)]
-    pending = True
+    own = [node for node in graph.nodes if node in candidates]
+    read = (n for n in own if any(u not in candidates and u not in removed for u in n.users))
+    _close(list(read), candidates, removed, live)
+    writers = [node for node in own if ops.written(node)]
+    pending = bool(writers)
     while pending:
         pending = False
         held = _storages(
@@ -340,16 +320,18 @@ def _storages(nodes: Iterable[fx.Node]) -> set[int]:
     return {identity for node in nodes for identity in ops.storages(node)}
 
 
-def unread(graph: fx.Graph, readers: Container[fx.Node] = frozenset()) -> set[fx.Node]:
+def unread(graph: fx.Graph, readers: Iterable[fx.Node] = ()) -> set[fx.Node]:
     """Sizes, arithmetic on them, and tensors that nobody reads but `readers`: tracers leave them
     behind, and so does a model that hands on its scores to whom it may concern.
     """
     found: set[fx.Node] = set()
+    idle = set(readers)
     for node in reversed(graph.nodes):
-        if all(user in found or user in readers for user in node.users) and (
+        if node.users.keys() <= idle and (
             (ops.name(node) in _NUMBERS and _is_number(node)) or ops.is_pure(node)
         ):
             found.add(node)
+            idle.add(node)
     return found
 
 
