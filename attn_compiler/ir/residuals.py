@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from attn_compiler.ir import ops
 from attn_compiler.ir.affine import Blocked, LinearMap
@@ -189,7 +189,8 @@ class Residuals:
             for node in self.end.graph.nodes
             if node in nodes
             for n in node.all_input_nodes
-            if is_parameter(n)
+            # a mask in a buffer stays where it is
+            if is_parameter(n) and isinstance(ops.value(n), nn.Parameter)
         }
         own = (p for p in parameters if nodes.issuperset(self.readers(p)))
         return Branch(given, made, norm, rates, frozenset(nodes), tuple(str(p.target) for p in own))

@@ -56,6 +56,39 @@ X = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(1))
 FORM = GauForm(chunk=4, causal=True)
 
 
+class Tabled(nn.Module):
+    """Causal attention by a mask that it holds, as a buffer or as a plain tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        mask = torch.ones(16, 16).tril()
+        if kind == "buffer":
+            self.register_buffer("mask", mask)
+        else:
+            self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (3, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        seen = self.mask[: x.shape[1], : x.shape[1]] != 0
+        weights = (q @ k.mT * 0.5).masked_fill(~seen, -torch.inf).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["buffer", "plain"])
+def test_a_mask_that_a_block_holds_stays(kind: str) -> None:
+    old = Pre()
+    old.attend = Tabled(kind)
+    new = rewritten(old, X).eval()
+    assert torch.equal(new.attend.mask, old.attend.mask)
+    assert "attend.qkv.weight" not in new.state_dict()
+    later = X.clone()
+    later[:, 4:] = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        same = (new(X) - new(later)).abs().amax((0, 2)) == 0
+    assert same.tolist() == [True] * 4 + [False] * 3
+
+
 @pytest.mark.parametrize("kind", [Pre, Post, Parallel])
 def test_a_block_computes_its_two_units(kind: type[Pre]) -> None:
     old = kind(rate=0.25)
