@@ -161,9 +161,9 @@ def train(given: argparse.Namespace) -> Calls:
     ids = tokens(given)
 
     def call(model: Any, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
         F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).backward()
         optimizer.step()
+        optimizer.zero_grad()  # so that gradients count among what a step holds
 
     found = {name: model.train() for name, model in models(given).items()}
     optimizers = {name: torch.optim.AdamW(m.parameters(), lr=1e-5) for name, m in found.items()}
