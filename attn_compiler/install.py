@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from attn_compiler.cache.expansion import materialised
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.installed import (
     Variant,
-    as_before,
     base_of,
     install,
+    is_exact,
     names_of,
     restore,
     settle,
@@ -38,22 +36,19 @@ from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.variants.base import NewTensor
 from attn_compiler.verify import kept, refused, verify_owner
-from attn_compiler.watch import Example, Recorded, copied, untouched, watch
+from attn_compiler.watch import Example, Recorded, copied, piecewise, untouched, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
 _HIGHEST = 5
 _MOST_ANCHORS = 64
-# kinds of calls that one owner is specialised for, and failures after which it is left alone
-_MOST_VARIANTS = 12
 # modules beside an attention that are looked into, because they hold a part of its layer
 _MOST_OPENED = 3
-_MOST_FAILURES = 4
 # the name under which generate() hands over a cache
 _CACHE = "past_key_values"
 # codes of reasons that no wider module cures, but for these ends
 _INSIDE = ("el.", "switchhead.", "switchall.", "gau.", "block.", "feed_forward.", "config.")
-_OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden")
+_OUTSIDE = (".outside", ".no_projection", ".no_output", ".hidden", ".score")
 
 
 # ---------------------------------------------------------------- finding owners
@@ -124,10 +119,16 @@ class _Search:
             (level, path)
             for level, path in enumerate(stack)
             if path in self.example.calls
+            and not self._passed_over(path)
             and sum(_within(a, path) for a in self.example.stacks) <= _MOST_ANCHORS
         ]
         first = self.levels.get(type(self.model.get_submodule(anchor)))
         return sorted(found, key=lambda pair: (pair[0] != first, pair[0]))
+
+    def _passed_over(self, path: str) -> bool:
+        """Does PyTorch's encoder layer compute it in a native call of its own in inference?"""
+        above = self.model.get_submodule(path.rpartition(".")[0])
+        return path != "" and type(above).forward is nn.TransformerEncoderLayer.forward
 
     def _attempt(self, path: str) -> _Attempt:
         if path not in self.tried:
@@ -179,7 +180,7 @@ class _Search:
             return
         base, call = base_of(owner), self.example.calls[path]
         variants = [attempt.variant]
-        exact = all(site.decision.fidelity == "exact" for site in accepted)
+        exact = is_exact(accepted)
         if attempt.variant.asks_training:
             with call.state(), _other_mode(owner), suppress(CaptureError):
                 other, found = specialise(owner, base, call.values, attempt.plan)
@@ -190,7 +191,7 @@ class _Search:
         try:
             problem = verify_owner(owner, call, exact) if self.verify else None
         except UnsupportedCall as error:
-            problem = str(error)
+            problem = "; ".join(error.why) or str(error)
         if problem is not None:
             restore(owner)
             self.refused.add(path)
@@ -206,7 +207,7 @@ class _Search:
         if not any(site.decision.taken for site in report.sites):
             return report
         try:
-            with untouched(self.model):
+            with untouched(self.model), piecewise():
                 self.model(*copied(args), **copied(kwargs))
         except Exception as error:  # runs the user's code
             for path in reversed(self.owners):
@@ -305,7 +306,19 @@ def rewrite_module(
         raise
     for path in search.owners:
         settle(model.get_submodule(path))
+    _keep_padded(model, search.owners)
     return report
+
+
+def _keep_padded(model: nn.Module, owners: list[str]) -> None:
+    """Another function than the original's runs on padded batches: PyTorch's encoder packs them
+    in inference for its native call, which such a layer no longer is.
+    """
+    found: dict[str, Any] = {path: model.get_submodule(path) for path in owners}
+    others = [path for path, owner in found.items() if not is_exact(owner._attn_sites)]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoder) and any(_within(p, path) for p in others):
+            module.use_nested_tensor = False
 
 
 def explain_module(
@@ -335,65 +348,3 @@ def _other_mode(owner: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-# ---------------------------------------------------------------- calls unlike the example
-
-
-def extend(owner: Any, values: tuple[Any, ...]) -> Variant | None:
-    """Analyse a call that no variant covers; None if the original code is to run."""
-    if torch.is_inference_mode_enabled():
-        # what is made in it has no version, which an analysis asks for
-        with torch.inference_mode(False):
-            return extend(owner, copied(materialised(values)))
-    plan: Plan = owner._attn_plan
-    values = materialised(values)
-    where = plan.prefix or "the root"
-    exact = all(s.decision.fidelity == "exact" for s in owner._attn_sites)
-    full = len(owner._attn_variants) >= _MOST_VARIANTS
-    if (full and exact) or len(owner._attn_failures) >= _MOST_FAILURES:
-        return None
-    if _get_current_dispatch_mode() is not None or torch._C._get_tracing_state():
-        return None
-    try:
-        with as_before(owner):
-            variant, report = specialise(owner, base_of(owner), values, plan)
-            if not report.rewritten and plan.config.exact() != plan.config:
-                # what keeps no cache, or drops weights, runs the ordinary attention
-                plan = replace(plan, config=plan.config.exact())
-                variant, report = specialise(owner, base_of(owner), values, plan)
-    except CaptureError as refusal:
-        problem = f"{refusal.code}: {refusal.text}"
-    else:
-        problem = "" if report.rewritten else _why(report)
-        sites = [s for s in report.sites if s.decision.accepted]
-        if list(map(_swapped, sites)) != list(map(_swapped, owner._attn_sites)):
-            problem = problem or "it needs other tensors than the module has"
-    if problem:
-        owner.__dict__["_attn_failures"] += (problem,)
-        done = "runs the original code" if exact else "cannot be analysed"
-        log.warning("%s: a call unlike the example %s: %s", where, done, problem)
-        return None
-    log.info("%s: a call unlike the example was analysed", where)
-    if full:  # no original could run in its place: the oldest is analysed again if it returns
-        del owner._attn_variants[0]
-    owner._attn_variants.append(variant)
-    return variant
-
-
-def _why(report: Report) -> str:
-    """Why nothing of a call was rewritten."""
-    kept = (str(reason) for site in report.sites for reason in site.decision.reasons)
-    missed = (f"{m.code}: {m.text}" for m in report.missed)
-    return next(iter((*kept, *missed)), "no attention was found in it")
-
-
-def _swapped(site: AttentionSite) -> Any:
-    """What a site puts into its module and takes out of it; how it starts, in which dtype and
-    where do not matter: a model moves.
-    """
-    new = [
-        (t.path, t.shape, t.trained) if isinstance(t, NewTensor) else t
-        for t in site.decision.tensors
-    ]
-    return new, site.decision.taken

@@ -20,7 +20,7 @@ import linecache
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -356,6 +356,11 @@ def rewritten(model: nn.Module) -> Iterator[tuple[str, nn.Module, AttentionSite]
                 yield path, module, site
 
 
+def is_exact(sites: Iterable[AttentionSite]) -> bool:
+    """Is it the original's function, up to rounding?"""
+    return all(site.decision.fidelity == "exact" for site in sites)
+
+
 def base_of(module: nn.Module) -> type[nn.Module]:
     """The user's class of a module, rewritten or not."""
     return getattr(type(module), "_attn_base", type(module))
@@ -366,7 +371,7 @@ def base_of(module: nn.Module) -> type[nn.Module]:
 
 def unlike(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
     """A variant for a call that none covers, analysed now; None: the original code runs."""
-    exact = all(s.decision.fidelity == "exact" for s in owner.__dict__["_attn_sites"])
+    exact = is_exact(owner.__dict__["_attn_sites"])
     traced, dynamo = torch.compiler.is_compiling(), torch.compiler.is_dynamo_compiling()
     # the original code computes the same, and a graph that has to be whole stays so
     found = None if traced and (exact or not dynamo) else _analysed(owner, values)
@@ -385,6 +390,6 @@ def _analysed(owner: nn.Module, values: tuple[Any, ...]) -> Variant | None:
     """While torch.compile traces, a graph ends here: what is analysed has to be there. The next
     call is traced with the variant.
     """
-    from attn_compiler.install import extend
+    from attn_compiler.extend import extend
 
     return extend(owner, values)

@@ -1,8 +1,7 @@
 """The example run of `rewrite`: which modules attend, and what they were given.
 
 Modules are known by their calls: the stack of running modules when a softmax or a fused attention
-    is called. Nothing of
-the run stays in the model: what it holds and random numbers are put back.
+is called. Nothing of the run stays in the model: what it holds and random numbers are put back.
 """
 
 from __future__ import annotations
@@ -66,12 +65,25 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ex
     """Run the model twice: once to find the modules, once to copy their arguments."""
     names = {id(module): path for path, module in model.named_modules()}
     stacks = _Stacks(names)
-    with untouched(model), calls_through(stacks.call), stacks:
+    with untouched(model), piecewise(), calls_through(stacks.call), stacks:
         model(*copied(args), **copied(kwargs))
     calls = _Calls(names, frozenset(path for stack in stacks.found.values() for path in stack))
-    with untouched(model), calls_through(calls.call):
+    with untouched(model), piecewise(), calls_through(calls.call):
         model(*copied(args), **copied(kwargs))
     return Example(stacks.found, calls.found)
+
+
+@contextmanager
+def piecewise() -> Iterator[None]:
+    """Run PyTorch's encoders module by module, as in training. In inference one native call is a
+    whole layer, and padded sequences are packed before it.
+    """
+    native = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(native)
 
 
 class _Stacks(TorchFunctionMode):
