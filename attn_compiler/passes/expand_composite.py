@@ -12,15 +12,11 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
 from attn_compiler.ir.trace import Region, RegionError, trace_region
-
-# key in the meta of a node that stands for a whole layer or block
-WHOLE = "whole"
 
 
 @dataclass
@@ -38,22 +34,18 @@ class Expansion:
     inserted: list[fx.Node]
 
     def rewritten(self, dead: Set[fx.Node]) -> bool:
-        """Was an attention inside replaced, by the operator or with all that is around it?
+        """Was an attention inside replaced, alone or with all that is around it: does anything
+        that is left read what neither the call nor its arguments made?
 
         Args:
             dead: nodes that nothing needs any more.
         """
         if self.users and all(replacement in dead for _, replacement in self.users):
             return True
-        target = torch.ops.attn_compiler.attention.default
-        before = [
-            argument
-            for node in self.inserted
-            if not node._erased
-            for argument in node.all_input_nodes
-        ]
+        own = {*self.inserted, *self.original.all_input_nodes}
+        left = (node for node in self.inserted if not node._erased)
         unread = any(not piece.users for _, piece in self.users)
-        return unread or any(_made_by(argument, target) for argument in before)
+        return unread or any(not own.issuperset(node.all_input_nodes) for node in left)
 
     def undo(self) -> None:
         for piece, replacement in self.users:
@@ -63,13 +55,6 @@ class Expansion:
     def replaced(self) -> set[fx.Node]:
         """The user's nodes that nothing reads any more."""
         return {self.original, *(user for user, _ in self.users)}
-
-
-def _made_by(node: fx.Node, target: Any) -> bool:
-    """Is this a view of a result of `target`, or of what replaced a whole layer?"""
-    while node.target is not target and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.target is target or WHOLE in node.meta
 
 
 def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:

@@ -21,7 +21,6 @@ from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import Emitter
-from attn_compiler.passes.expand_composite import WHOLE
 from attn_compiler.passes.replace_layer import check_unwritten
 from attn_compiler.passes.rewrite_site import finish, keys_and_values, operands
 from attn_compiler.variants.base import NewModule
@@ -92,7 +91,6 @@ def _hear(region: Region, functional: FunctionalRegion, ear: fx.Node, piece: Pie
     question = finish(emitter, core, emitter.opaque(ears.asked, (ear, q, v), {}, like))
     end = region.end
     chosen = emitter.opaque(ears.choose, (ear, end, question), {}, ops.value(end))
-    chosen.meta[WHOLE] = True  # what a fused function was expanded to has to stay
     end.replace_all_uses_with(chosen, lambda user: user is not chosen)
     late = Emitter(region, functional, piece.end.next)
     inputs = tuple(made.x for made in layer.made[:-1])

@@ -17,14 +17,12 @@ from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.provenance import location
 from attn_compiler.ir.trace import Region
 from attn_compiler.passes.emit import MODAL, Emitter
-from attn_compiler.passes.expand_composite import WHOLE
 from attn_compiler.passes.rewrite_site import live_nodes, unread
 from attn_compiler.variants.base import Replacement
 
 
 def mark(call: fx.Node, replacement: Replacement) -> None:
     """Say what this call is."""
-    call.meta[WHOLE] = True
     if replacement.training:
         call.meta[MODAL] = True
 
