@@ -46,7 +46,10 @@ _CORES: tuple[tuple[int, int, int, int, int, int, int, float | None], ...] = (
     (1, 3, 3, 1536, 1536, 64, 0, 0.2),
 )
 # batch, beams, keys, heads, head dim
-_STEPS = ((1, 1, 2048, 4, 64), (1, 1, 512, 8, 64), (2, 1, 1024, 6, 64), (1, 4, 2048, 4, 64))
+_STEPS = (
+    (1, 1, 2048, 4, 64), (1, 1, 512, 8, 64), (2, 1, 1024, 6, 64), (1, 4, 2048, 4, 64),
+    (8, 4, 1500, 6, 64), (8, 4, 512, 16, 64),
+)  # fmt: skip
 
 
 def calibrate(hardware: str | Hardware | None = None) -> Hardware:

@@ -87,6 +87,9 @@ _SIMD = (("avx512f", 64.0), ("avx2", 32.0), ("asimd", 16.0), ("neon", 16.0))
 # how much faster 16-bit products are; nominal rates are higher, real kernels do not get there
 _HALVES = (("amx_bf16", 4.0), ("avx512_bf16", 2.0), ("bf16", 2.0))
 
+# bytes a second that one core reads; what few cores reach together, and each further one adds
+_OF_A_CORE, _OF_A_CHIP, _OF_A_SHARE = 15e9, 50e9, 2.5e9
+
 
 def _cpu_here() -> Hardware:
     """This machine, from what Linux says of it; elsewhere the table's row with its own cores."""
@@ -134,5 +137,5 @@ def of_cpuinfo(text: str, cores: int) -> Hardware:
         exps=flops / 64,
         l2=min(cache, 2.0**21 * cores),
         l2_rate=16.0 * cores,
-        dram_rate=min(5e9 * cores, 100e9),
+        dram_rate=min(_OF_A_CORE * cores, _OF_A_CHIP + _OF_A_SHARE * cores),
     )

@@ -7,8 +7,7 @@
 
 Random weights. Each way of `fits` runs in a process of its own; peaks are the growth of the largest
 resident set. In `speed` every round runs each way once, so that a busy moment hits all of them; a
-prediction by the cost model stands beside the measurement, with the two rates of this machine
-measured just before.
+prediction by the cost model, fitted to this machine just before, stands beside the measurement.
 
     python examples/benchmarks/el_cpu.py [--json] [--only fits speed] [--budget 1024]
 """
@@ -129,21 +128,13 @@ def fits(given: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------- speed
 
 
-def rates() -> Any:
-    """This machine as the cost model takes it, with its two rates measured."""
-    from attn_compiler.cost.hardware import resolve
+@torch.no_grad()
+def fitted() -> Any:
+    """This machine as the cost model takes it, as `attn_compiler.calibrate` measures it."""
+    from attn_compiler.calibrating import on_a_cpu
+    from attn_compiler.cost.at_hand import plain
 
-    machine = resolve(None, "cpu")
-    big, square = torch.randn(2**26), torch.randn(1024, 1024)
-    reading = min(seconds(big.sum) for _ in range(5))
-    product = min(seconds(lambda: square @ square) for _ in range(5))
-    flops = 2 * 1024**3 / product
-    # the model reads at 0.9 of a memory's rate
-    return replace(
-        machine,
-        dram_rate=4 * big.numel() / reading / 0.9,
-        sustained=flops / (machine.processors * machine.clock * machine.flops32),
-    )
+    return on_a_cpu(plain(torch.device("cpu")), seconds)
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -307,7 +298,7 @@ def main(given: Sequence[str] | None = None) -> int:
     if "fits" in options.only:
         found["fits"] = fits(options)
     if "speed" in options.only:
-        machine = rates()
+        machine = fitted()
         one = [argparse.Namespace(**(vars(options) | {"dtype": d})) for d in options.dtype]
         found["speed"] = [compare(name, g, machine) for g in one for name in options.settings]
     print(json.dumps(found, indent=1)) if options.json else show(found, options)
