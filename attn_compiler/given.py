@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from attn_compiler.errors import AttnCompilerError, BadOption
 from attn_compiler.variants import Flash
@@ -157,7 +158,8 @@ def _failure(given: Given, error: BaseException) -> CouldNot:
         with torch.no_grad():
             given.model(*given.args, **given.kwargs)
     except (Exception, SystemExit) as own:
-        return _failed("the model fails on its example, also without a compiler,", own)
+        what = "the model fails on its example, also without a compiler,"
+        return _failed(what, own, _innermost(given.model, own))
     found = _FRAME.findall(str(error).partition("from user code:")[2])
     users = [frame for frame in found if not frame[0].startswith(_INSIDE)]
     file, number, line = (users or found or [("", "", "")])[-1]
@@ -171,7 +173,15 @@ def _failure(given: Given, error: BaseException) -> CouldNot:
     )
 
 
-def _failed(what: str, error: BaseException) -> CouldNot:
+def _innermost(model: Any, error: BaseException) -> str:
+    """The submodule that was running: its path and class."""
+    names = {id(m): p for p, m in model.named_modules()} if isinstance(model, nn.Module) else {}
+    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    inner = [module for module in frames if names.get(id(module))]
+    return f"in {names[id(inner[-1])]}, a {type(inner[-1]).__name__}" if inner else ""
+
+
+def _failed(what: str, error: BaseException, inside: str = "") -> CouldNot:
     if isinstance(error, SyntaxError):
         return _not_python(what, error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -180,7 +190,11 @@ def _failed(what: str, error: BaseException) -> CouldNot:
     return CouldNot(
         what,
         where=f"{Path(last[0].filename).name}:{last[0].lineno}" if last else "",
-        why=[*(f.line for f in last if f.line), f"{type(error).__name__}: {_first(error)}"],
+        why=[
+            *(f.line for f in last if f.line),
+            *filter(None, [inside]),
+            f"{type(error).__name__}: {_first(error)}",
+        ],
         do="mend that line, then try again; --debug shows the whole traceback",
     )
 

@@ -100,6 +100,7 @@ def test_a_page_that_cannot_be_written(capsys: Run, tmp_path: Path) -> None:
     ("function", "line", "said"),
     [
         ("broken", "y: Tensor = self.last(self.first(x))", "also without a compiler"),
+        ("broken", "y: Tensor = self.last(self.first(x))", "in last, a Linear"),
         ("untraceable", "offset = int(", "torch.compile cannot trace it"),
         ("fails", "raise FileNotFoundError", "no weights here"),
         ("leaves", "raise SystemExit", "usage: given.py NAME"),
