@@ -262,11 +262,13 @@ def filled(spec: SPION, length: int, *, path: str = "", rows_of_tile: int = 64) 
         rows_of_tile: rows that one matrix instruction of the device fills.
 
     Raises:
-        BadOption: no block fits the given pattern.
+        BadOption: the block, or every block, does not fit the given pattern.
     """
     block, pattern = spec.block, spec.pattern_at(path)
     if block == "auto":
         block = block_side(length, rows_of_tile) if pattern is None else _fit(pattern, length)
+    elif pattern is not None:
+        _check_fit(pattern, length, block, f"blocks of {block} tokens were asked for")
     alpha = quantile(length) if spec.alpha == "auto" else spec.alpha
     side = math.ceil(length / block)
     density = spec.density
@@ -279,14 +281,18 @@ def _fit(pattern: Pattern, length: int) -> int:
     block = 1
     while math.ceil(length / block) > pattern.side:
         block *= 2
+    _check_fit(pattern, length, block, "a block has a power of two of rows")
+    return block
+
+
+def _check_fit(pattern: Pattern, length: int, block: int, why: str) -> None:
     if math.ceil(length / block) != pattern.side:
         raise BadOption(
             f"a pattern of {pattern.side} blocks a side does not fit {length} tokens",
             where="option pattern",
-            why=["a block has a power of two of rows"],
+            why=[why],
             do="give a pattern made for this length, or block",
         )
-    return block
 
 
 def quantile(length: int) -> float:

@@ -124,6 +124,8 @@ def test_a_given_pattern_says_its_block() -> None:
     assert filled(SPION(pattern={"a": eye}), 1000, path="b").block == 16
     with pytest.raises(BadOption, match="does not fit"):
         filled(SPION(pattern=torch.eye(7, dtype=torch.bool)), 1000)
+    with pytest.raises(BadOption, match="blocks of 8 tokens were asked for"):
+        filled(SPION(pattern=torch.ones(3, 3, dtype=torch.bool), block=8), 64)
 
 
 def test_density_above_which_dense_wins() -> None:
