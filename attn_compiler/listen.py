@@ -118,7 +118,9 @@ def _watching(
 ) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if type(value) in _CHECKED and not name.startswith("__") and not trace.busy:
+        # a module that the forward makes itself, as `layers[:2]` is, has no path
+        known = self in paths and type(value) in _CHECKED and not name.startswith("__")
+        if known and not trace.busy:
             at = paths[self], name
             # what the forward has set itself is no assumption about its start
             if at not in trace.stores and type(value) in SIMPLE:
@@ -128,7 +130,7 @@ def _watching(
         return value
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if not name.startswith("__"):
+        if self in paths and not name.startswith("__"):
             trace.store((paths[self], name), value, {})
         kind.__setattr__(self, name, value)
 
@@ -136,7 +138,8 @@ def _watching(
         raise CaptureError("owner.not_pure", f"it deletes {name}")
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
-        trace.store((paths[self], name), tensor, {"persistent": persistent})
+        if self in paths:
+            trace.store((paths[self], name), tensor, {"persistent": persistent})
         kind.register_buffer(self, name, tensor, persistent)
 
     body = {

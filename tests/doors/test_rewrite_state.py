@@ -174,8 +174,21 @@ class Weights(Attention):
         return self.weights @ v
 
 
+class Sliced(Attention):
+    """A slice of a list of modules is a module that was not there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for turn in self.maps[:2]:
+            q, k = turn(q), turn(k)
+        return super().attend(q, k, v)
+
+
 REWRITTEN = (
-    KeepsKeys, Counts, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable,
+    KeepsKeys, Counts, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable, Sliced,
 )  # fmt: skip
 REFUSED = {
     History: "owner.not_pure",
