@@ -31,6 +31,7 @@ class Listener(Protocol):
     """A trace."""
 
     grad_read: bool
+    made: dict[int, nn.Module]
     reads: dict[tuple[str, str], Any]
     forms: dict[tuple[str, str], str]
     stores: dict[tuple[str, str], tuple[Any, Any]]
@@ -64,8 +65,9 @@ def calls_through(handle: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None
 @contextmanager
 def patched(trace: Listener) -> Iterator[None]:
     """Send this thread's module calls, grad mode questions and custom functions through the
-    trace.
+    trace, and the modules that it makes.
     """
+    init = nn.Module.__init__
     enabled, thread = torch.is_grad_enabled, threading.get_ident()
     apply = torch.autograd.Function.__dict__["apply"]
 
@@ -81,12 +83,19 @@ def patched(trace: Listener) -> Iterator[None]:
             "owner.autograd_function", f"it applies the autograd function {cls.__name__}"
         )
 
+    def module_init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if threading.get_ident() == thread and not trace.busy:
+            trace.made[id(self)] = self
+
     with calls_through(trace.call_module):
+        nn.Module.__init__ = module_init  # type: ignore[method-assign]
         torch.is_grad_enabled = is_grad_enabled
         torch.autograd.Function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
+            nn.Module.__init__ = init  # type: ignore[method-assign]
             torch.is_grad_enabled = enabled
             torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
@@ -118,7 +127,9 @@ def _watching(
 ) -> type[nn.Module]:
     def __getattribute__(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        if type(value) in _CHECKED and not name.startswith("__") and not trace.busy:
+        # a module that the forward makes itself, as `layers[:2]` is, has no path
+        known = self in paths and type(value) in _CHECKED and not name.startswith("__")
+        if known and not trace.busy:
             at = paths[self], name
             # what the forward has set itself is no assumption about its start
             if at not in trace.stores and type(value) in SIMPLE:
@@ -128,7 +139,7 @@ def _watching(
         return value
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if not name.startswith("__"):
+        if self in paths and not name.startswith("__"):
             trace.store((paths[self], name), value, {})
         kind.__setattr__(self, name, value)
 
@@ -136,7 +147,8 @@ def _watching(
         raise CaptureError("owner.not_pure", f"it deletes {name}")
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
-        trace.store((paths[self], name), tensor, {"persistent": persistent})
+        if self in paths:
+            trace.store((paths[self], name), tensor, {"persistent": persistent})
         kind.register_buffer(self, name, tensor, persistent)
 
     body = {

@@ -34,6 +34,8 @@ from attn_compiler.writer import Writer, attribute_of, holds_tensor
 _LAYOUT = frozenset({"is_contiguous", "stride", "storage_offset", "data_ptr", "is_set_to"})
 # where the sign of a number decides: without an answer the size of the result is unknown
 _SLICES = frozenset({"__getitem__", "__setitem__", "narrow", "slice", "select", "split", "chunk"})
+# of a tensor's place in a derivative, which its fake does not have
+_AUTOGRAD = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf"})
 
 
 class Recorder(PreDispatchTorchFunctionMode):
@@ -49,6 +51,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         forms: the outlines of lists, tuples and dicts there, as `reads`.
         stores: what the traced code has set there, with its `_key`.
         kinds: classes of the modules that are traced through, by path.
+        made: modules that the traced code has made, by identity.
         layout_read: did the code ask how a tensor lies in memory?
         grad_read: did it ask whether gradients are enabled?
     """
@@ -77,6 +80,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.forms: dict[tuple[str, str], str] = {}
         self.stores: dict[tuple[str, str], tuple[Any, Any]] = {}
         self.kinds: dict[str, type[nn.Module]] = {}
+        self.made: dict[int, nn.Module] = {}
         self.layout_read = False
         self.grad_read = False
         self.leaves: list[str] = []
@@ -276,12 +280,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.layout_read |= name in _LAYOUT
         if name == "__set__":
             raise CaptureError("owner.not_pure", "it sets an attribute of a tensor")
-        if name == "__get__" and attribute_of(func) in (
-            "requires_grad",
-            "grad",
-            "grad_fn",
-            "is_leaf",
-        ):
+        if name == "__get__" and attribute_of(func) in _AUTOGRAD:
             raise CaptureError("owner.not_pure", f"it reads {attribute_of(func)} of a tensor")
         if _ambient() != self._ambient:
             raise CaptureError("owner.autocast", "it changes the autocast mode")
@@ -301,7 +300,8 @@ class Recorder(PreDispatchTorchFunctionMode):
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` does while the trace runs."""
         path = self._modules.get(id(module))
-        if self._busy:
+        own = id(module) in self.made and is_bare(module) and plain_module(module)
+        if self._busy or own:  # nn.Softmax(dim=-1)(scores) is softmax(scores, -1)
             return module.forward(*args, **kwargs)
         if path is None:
             text = f"it calls a {type(module).__name__} that is not its submodule"

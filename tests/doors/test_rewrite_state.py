@@ -174,8 +174,29 @@ class Weights(Attention):
         return self.weights @ v
 
 
+class Sliced(Attention):
+    """A slice of a list of modules is a module that was not there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for turn in self.maps[:2]:
+            q, k = turn(q), turn(k)
+        return super().attend(q, k, v)
+
+
+class Passing(Attention):
+    """A module that is made for one call."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.Softmax(dim=-1)(q @ k.mT) @ v
+
+
 REWRITTEN = (
-    KeepsKeys, Counts, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable,
+    KeepsKeys, Counts, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable, Sliced,
+    Passing,
 )  # fmt: skip
 REFUSED = {
     History: "owner.not_pure",
