@@ -58,19 +58,6 @@ def _linear(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
     return Product(node, where, (given, left), (weight, right), (reduced,))
 
 
-@rule(VALUES, "baddbmm")
-def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    found = product(puller, node, args["batch1"], args["batch2"], where)
-    if found is None:
-        return None
-    alpha, beta = args.get("alpha", 1), args.get("beta", 1)
-    scaled = found if alpha == 1 else call("mul", found, puller.expr(alpha, ()))
-    if beta == 0:
-        return scaled
-    added = puller.operand(args["self"], node, where)
-    return call("add", added if beta == 1 else call("mul", added, puller.expr(beta, ())), scaled)
-
-
 @rule(VALUES, "tensordot", "inner")
 def _tensordot(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     """Sums over pairs of dimensions; `inner` over the last of both."""
