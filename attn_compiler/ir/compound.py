@@ -46,7 +46,7 @@ def spelling(node: fx.Node) -> Spelling | None:
 
     def run(env: Mapping[fx.Node, Any]) -> Tensor:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        return laid_out(function(*args, **kwargs), ops.value(node))
+        return _in_place_of(ops.value(node), function(*args, **kwargs))
 
     return Spelling(tuple(dict.fromkeys(node.all_input_nodes)), run)
 
@@ -69,11 +69,14 @@ def _is_stored(node: Any) -> bool:
     return not isinstance(node, fx.Node) or node.op in ("placeholder", "get_attr")
 
 
-def laid_out(result: Tensor, like: Tensor) -> Tensor:
-    """With the order of strides that readers of the original may rely on."""
-    if [str(s) for s in result.stride()] == [str(s) for s in like.stride()]:
+def _in_place_of(original: Tensor, result: Tensor) -> Tensor:
+    """In the dtype, which autocast chooses by the operation, and with the order of strides that
+    readers rely on.
+    """
+    result = result.to(original.dtype)
+    if [str(s) for s in result.stride()] == [str(s) for s in original.stride()]:
         return result
-    order = sorted(range(like.dim()), key=lambda d: (-hint(like.stride(d)), d))
+    order = sorted(range(result.dim()), key=lambda d: (-hint(original.stride(d)), d))
     inverse = [order.index(d) for d in range(len(order))]
     return result.permute(order).contiguous().permute(inverse)
 
@@ -180,7 +183,7 @@ def _gated(node: fx.Node) -> Spelling | None:
             made = torch.matmul(env[p], env[values]) * env[gate]
         else:
             made = torch.matmul(env[p], env[values] * env[gate].transpose(-1, -2))
-        return laid_out(made, ops.value(node))
+        return _in_place_of(ops.value(node), made)
 
     return Spelling(tuple(dict.fromkeys((p, gate, values))), run)
 
@@ -188,7 +191,7 @@ def _gated(node: fx.Node) -> Spelling | None:
 def _is_gate(gate: Any, weights: Any) -> bool:
     if not isinstance(gate, Tensor) or not isinstance(weights, Tensor) or not weights.dim() > 1:
         return False
-    if gate.dim() > weights.dim() or gate.dtype != weights.dtype:
+    if gate.dim() > weights.dim():
         return False
     return gate.dim() == 0 or gate.shape[-1] == 1 or (gate.dim() > 1 and gate.shape[-2] == 1)
 

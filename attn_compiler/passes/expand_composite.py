@@ -136,7 +136,7 @@ def _connect(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Nod
 
 def _result(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Node]) -> fx.Node:
     (result,) = outputs
-    if result is None or result is not inserted[-1]:
+    if result is None or result not in inserted:
         raise RegionError("region.composite_user", "a product gives one of its arguments")
     # its views, through which it may be written, share this storage
     result.meta["example_value" if "example_value" in node.meta else "val"] = ops.value(node)
