@@ -84,18 +84,21 @@ def _in_place_of(original: Tensor, result: Tensor) -> Tensor:
 # ---------------------------------------------------------------- sums of products
 
 
-def _added(input: Tensor, left: Tensor, right: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    product = torch.matmul(left, right)
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    product = torch.matmul(mat1, mat2)
     product = product if alpha == 1 else product * alpha
     if beta == 0:  # whatever it holds, also NaN
         return product
     return (input if beta == 1 else input * beta) + product
 
 
-def _addbmm(input: Tensor, left: Tensor, right: Tensor, **factors: Any) -> Tensor:
+def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **factors: Any) -> Tensor:
+    return _addmm(input, batch1, batch2, **factors)
+
+
+def _addbmm(input: Tensor, batch1: Tensor, batch2: Tensor, **factors: Any) -> Tensor:
     # one product over the batch as well
-    rows, columns = left.transpose(0, 1).flatten(1), right.flatten(0, 1)
-    return _added(input, rows, columns, **factors)
+    return _addmm(input, batch1.transpose(0, 1).flatten(1), batch2.flatten(0, 1), **factors)
 
 
 def _vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
@@ -151,8 +154,8 @@ def _contract(
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "einsum": _einsum,
-    "addmm": _added,
-    "baddbmm": _added,
+    "addmm": _addmm,
+    "baddbmm": _baddbmm,
     "addbmm": _addbmm,
     "vecdot": _vecdot,
     "linalg_vecdot": _vecdot,

@@ -49,7 +49,8 @@ def scores_added_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # what baddbmm gives is written through a view
     b, h, t, d = q.shape
     q3, k3 = (x.reshape(b * h, t, d) for x in (q, k))
-    scores = torch.baddbmm(torch.zeros(1, 1, 1, dtype=q.dtype), q3, k3.mT, alpha=SCALE)
+    nothing = torch.zeros(1, 1, 1, dtype=q.dtype)
+    scores = nothing.baddbmm(batch2=k3.mT, batch1=q3, beta=2, alpha=SCALE)
     scores.view(b, h, t, t).masked_fill_(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
     return scores.view(b, h, t, t).softmax(-1) @ v
 
