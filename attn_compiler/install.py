@@ -100,12 +100,19 @@ class _Search:
         if best is not None and self._gain(best[1], anchor):
             self.levels[type(self.model.get_submodule(anchor))] = best[0]
             self._install(best[1])
-        elif best is not None and all(best[1].report is not r for r in self.reports):
-            self.reports.append(best[1].report)
+        elif best is not None:
+            self._refuse(best[1].report)
         elif refusal is not None:
             log.info("%s: %s: %s", anchor, refusal.code, refusal.text)
             missed = Missed("", refusal.code, refusal.text, anchor)
             self.reports.append(Report(missed=(missed,)))
+
+    def _refuse(self, report: Report) -> None:
+        """Say why of what no other report tells of: a wider module holds several attentions."""
+        told = {site.path for earlier in self.reports for site in earlier.sites}
+        sites = tuple(site for site in report.sites if site.path not in told)
+        if sites or not report.sites:
+            self.reports.append(replace(report, sites=sites))
 
     def _gain(self, attempt: _Attempt, anchor: str) -> int:
         """How many attentions in or around this module it rewrites; others find their own owner."""
@@ -192,6 +199,8 @@ class _Search:
             problem = verify_owner(owner, call, exact) if self.verify else None
         except UnsupportedCall as error:
             problem = "; ".join(error.why) or str(error)
+        except Exception as error:  # runs the user's code, without what was taken
+            problem = f"it does not run: {type(error).__name__}: {error}"
         if problem is not None:
             restore(owner)
             self.refused.add(path)
@@ -201,10 +210,10 @@ class _Search:
         self.reports.append(report)
 
     def whole(self, report: Report, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
-        """Does the model still run, where modules have lost parameters? Its own code may read
-        what only an owner was thought to.
+        """Does the model still run, where another function took a place? Its own code may read
+        parameters that only an owner was thought to, or call the module in two ways.
         """
-        if not any(site.decision.taken for site in report.sites):
+        if is_exact(site for site in report.sites if site.decision.accepted):
             return report
         try:
             with untouched(self.model), piecewise():

@@ -122,29 +122,36 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return kind.__mro__[1] if "_attn_watched" in kind.__dict__ else kind
 
 
+def _read(trace: Listener, at: tuple[str | None, str], value: Any) -> None:
+    path, name = at
+    # what the forward has set itself is no assumption about its start
+    if path is None or (path, name) in trace.stores:
+        return
+    if type(value) in SIMPLE:
+        trace.reads[path, name] = value
+    elif name not in _FRAME:
+        trace.forms.setdefault((path, name), outline(value))
+
+
 def _watching(
     kind: type[nn.Module], paths: dict[nn.Module, str], trace: Listener
 ) -> type[nn.Module]:
+    # what the forward makes itself, as self.layers[1:], is not in `paths`: it holds nothing yet
     def __getattribute__(self: Any, name: str) -> Any:
         value = kind.__getattribute__(self, name)
-        # a module that the forward makes itself, as `layers[:2]` is, has no path
-        known = self in paths and type(value) in _CHECKED and not name.startswith("__")
-        if known and not trace.busy:
-            at = paths[self], name
-            # what the forward has set itself is no assumption about its start
-            if at not in trace.stores and type(value) in SIMPLE:
-                trace.reads[at] = value
-            elif at not in trace.stores and name not in _FRAME:
-                trace.forms.setdefault(at, outline(value))
+        if type(value) in _CHECKED and not name.startswith("__") and not trace.busy:
+            _read(trace, (paths.get(self), name), value)
         return value
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        if self in paths and not name.startswith("__"):
+        if not name.startswith("__") and self in paths:
             trace.store((paths[self], name), value, {})
         kind.__setattr__(self, name, value)
 
     def __delattr__(self: Any, name: str) -> None:
-        raise CaptureError("owner.not_pure", f"it deletes {name}")
+        if self in paths:
+            raise CaptureError("owner.not_pure", f"it deletes {name}")
+        kind.__delattr__(self, name)
 
     def register_buffer(self: Any, name: str, tensor: Any, persistent: bool = True) -> None:
         if self in paths:

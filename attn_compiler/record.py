@@ -335,7 +335,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         )
         value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
-            raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}")
+            raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}", path)
         self.writer.results(value, node)
         return value
 

@@ -88,21 +88,26 @@ def specialise(
                 continue
         guide, variant = _best(owner, base, values, plan)
         if not guide.plan.closed:  # another module may be traced through there
-            _guides[base] = [*_guides.get(base, []), guide][-_MOST_GUIDES:]
+            kept = replace(guide, asked=plan.spine)
+            _guides[base] = [*_guides.get(base, []), kept][-_MOST_GUIDES:]
         return variant, guide.report
 
 
 def _best(
     owner: nn.Module, base: type[nn.Module], values: tuple[Any, ...], plan: Plan
 ) -> tuple[_Guide, Variant]:
-    """Submodules that cannot be traced through, as they keep something, stay calls."""
+    """Submodules that cannot be traced through, as they keep something, stay calls; those whose
+    calls give what no graph holds are traced through.
+    """
     try:
         return _of_any_size(owner, base, values, plan)
     except CaptureError as refusal:
-        if not refusal.inside or refusal.inside in plan.spine | plan.closed:
+        path = frozenset({refusal.inside})
+        if not refusal.inside or path <= plan.spine | plan.closed:
             raise
-        opened = replace(plan, closed=plan.closed | {refusal.inside})
-        found = _best(owner, base, values, opened)
+        if refusal.code == "owner.value":
+            return _best(owner, base, values, replace(plan, spine=plan.spine | path))
+        found = _best(owner, base, values, replace(plan, closed=plan.closed | path))
         if not found[0].report.rewritten:
             raise  # the attention lies in it
         return found
@@ -133,7 +138,7 @@ def _of_any_size(
 @dataclass(frozen=True)
 class _Guide:
     """A finished specialisation that others of the same kind may follow; `training` is the mode
-    that its graph is for, None for both.
+    that its graph is for, None for both, and `asked` the spine that its plan began with.
     """
 
     base: type[nn.Module]
@@ -145,6 +150,7 @@ class _Guide:
     report: Report
     bypassed: tuple[str, ...]
     training: bool | None
+    asked: frozenset[str] = frozenset()
 
 
 def _taken(report: Report) -> list[str]:
@@ -199,8 +205,9 @@ def _follow(
     Raises:
         Mismatch: it does something else.
     """
-    if plan.spine != guide.plan.spine or plan.config != guide.plan.config:
+    if plan.spine != guide.asked or plan.config != guide.plan.config:
         raise Mismatch
+    plan = replace(plan, spine=guide.plan.spine)
     if guide.training not in (None, owner.training):
         raise Mismatch
     symbols = guide.recorder.symbols.follow(fx.Graph())

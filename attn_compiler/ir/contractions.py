@@ -60,6 +60,7 @@ def _linear(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
 
 @rule(VALUES, "baddbmm")
 def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    """As nn.MultiheadAttention adds its mask; one that a model spells is two operations by now."""
     found = product(puller, node, args["batch1"], args["batch2"], where)
     if found is None:
         return None

@@ -306,32 +306,32 @@ def _product_mask(
     for factor, fill in (term.args, term.args[::-1]):
         if not (isinstance(fill, Const) and _is_fill(fill, dtype)) or math.isinf(fill.value):
             continue
-        forbidden = _truth(factor, is_bool)
+        forbidden = truth_of(factor, is_bool)
         if forbidden is not None:
             fills.add(float(fill.value))
             return call("not", forbidden)
     return None
 
 
-def _truth(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
+def truth_of(expression: Expr, is_bool: Callable[[Expr], bool]) -> Expr | None:
     """P, if the expression is 1 where P holds and 0 elsewhere."""
     if isinstance(expression, Call):
         if expression.op in _BOOLEAN:
             return expression
         if expression.op in ("float", "int"):
-            return _truth(expression.args[0], is_bool)
+            return truth_of(expression.args[0], is_bool)
         if expression.op == "where" and expression.args[1:] in (_ONE_ZERO, _ZERO_ONE):
             condition = expression.args[0]
             return condition if expression.args[1:] == _ONE_ZERO else call("not", condition)
         if expression.op == "mul":
-            left, right = (_truth(side, is_bool) for side in expression.args)
+            left, right = (truth_of(side, is_bool) for side in expression.args)
             return None if left is None or right is None else call("and", left, right)
         if (
             expression.op == "sub"
             and isinstance(expression.args[0], Const)
             and expression.args[0].value == 1
         ):
-            inner = _truth(expression.args[1], is_bool)
+            inner = truth_of(expression.args[1], is_bool)
             return None if inner is None else call("not", inner)
         return None
     return expression if is_bool(expression) else None

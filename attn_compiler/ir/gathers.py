@@ -126,6 +126,9 @@ def _picked(
         return None
     if any(not ax.equal(n[0], lengths[0][0]) for n in lengths):
         return None
+    triangle = _triangle(puller, used, sizes, where)
+    if triangle is not None:
+        return triangle
     for dimension, index in used:
         axis = puller.new_axis(lengths[0][0])
         counted = puller.affine(puller.expr(index, (along(axis),)))
@@ -144,6 +147,34 @@ def _picked(
                 hit = call("and", hit, call("eq", to_expr(where[other]), at))
         return hit if all(not isinstance(n, Leaf) for n in walk(hit)) else None
     return None
+
+
+def _triangle(
+    puller: Puller,
+    used: list[tuple[int, fx.Node]],
+    sizes: tuple[ax.Size, ...],
+    where: Coordinates,
+) -> Expr | None:
+    """Whether a place is among those of triu_indices or tril_indices."""
+    named: dict[ax.Size, int] = {}
+    nodes = set()
+    for dimension, index in used:
+        count = along(puller.new_axis(shape(index)[0]))
+        node, at = puller.peel(index, (count,))
+        if op(node) not in ("triu_indices", "tril_indices") or at[1] != count:
+            return None
+        named[at[0].const if isinstance(at[0], Index) and not at[0].terms else -1] = dimension
+        nodes.add(node)
+    if len(nodes) != 1 or named.keys() != {0, 1}:
+        return None
+    args = arguments(node)
+    for which, name in enumerate(("row", "col")):
+        size = val(args[name]) if isinstance(args[name], fx.Node) else args[name]
+        if not ax.equal(sizes[named[which]], ax.size_of(size)):
+            return None
+    row, column = (to_expr(where[named[n]]) for n in (0, 1))
+    diagonal = call("add", row, puller.expr(args["offset"], ()))
+    return call("ge" if op(node) == "triu_indices" else "le", column, diagonal)
 
 
 @rule(VALUES, "diff")

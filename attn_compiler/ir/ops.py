@@ -94,8 +94,11 @@ _RANDOM = frozenset(
     }
 )  # fmt: skip
 _PURE_MODULES = frozenset(
-    {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator"}
-)
+    {
+        "torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "torch._C._linalg",
+        "_operator",
+    }
+)  # fmt: skip
 _MODULES: dict[type[nn.Module], str] = {
     nn.Softmax: "softmax",
     nn.Linear: "linear",

@@ -52,9 +52,11 @@ def module(node: fx.Node) -> tuple[str, str]:
 
 def clean(path: str) -> str:
     """Dynamo's spelling of a module path, L['self'].layers[0].attn, as layers.0.attn. The local is
-    `fn` where the forward of the root is torch's own, as that of nn.Sequential is.
+    `fn` where the forward of the root is torch's own, as that of nn.Sequential is. Where a class
+    has its own `__getattr__`, Dynamo goes by L['self'].__dict__['_modules']['layers'].
     """
-    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", path)
+    table = r"(?:_modules|__dict__\[['\"]_modules['\"]\])"
+    path = re.sub(rf"\.{table}\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     path = re.sub(r"^L\.self\.?|^L\.[a-z_]+\.self\.?|^self\.", "", path)
     return re.sub(r"^L\.(fn(\.|$))?", "", path).strip(".")

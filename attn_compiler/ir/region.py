@@ -194,7 +194,8 @@ def functionalise(
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace.
     """
-    keep = [n for n in region.nodes if isinstance(ops.value(n), torch.Tensor) and not is_batched(n)]
+    made = (*region.nodes, *(n for n in region.inputs if n in region.mutated))
+    keep = [n for n in made if isinstance(ops.value(n), torch.Tensor) and not is_batched(n)]
     key = None if memo is None or region.mutated else _signature(region, state)
     module = memo.get(key) if memo is not None and key is not None else None
     if module is None:

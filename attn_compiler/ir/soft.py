@@ -13,15 +13,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import Const, Expr, call
+from attn_compiler.ir.filling import truth_of
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinate,
     Coordinates,
+    Leaf,
     Puller,
     arguments,
     broadcast,
@@ -50,6 +53,8 @@ class Softmax:
         factor: number the logits are multiplied by first (2**x is exp(x * log 2)).
         unshifted: exponentials of the logits as they are, which may all be zero.
         moved: the logits were shifted in a way that a row without keys does not survive.
+        hidden: conditions under which the exponential is set to zero before the sum.
+        cut: whether gradients stop where it is, also those of a row without keys.
     """
 
     logits: fx.Node
@@ -62,6 +67,8 @@ class Softmax:
     factor: float = 1.0
     unshifted: bool = False
     moved: bool = False
+    hidden: list[Expr] = field(default_factory=list)
+    cut: bool = False
 
 
 def is_float_cast(node: fx.Node) -> bool:
@@ -217,22 +224,69 @@ def normalised(puller: Puller, weights: Place, divisor: Place) -> Softmax:
 
 
 def _normalised(puller: Puller, top: Place, bottom: Place) -> Softmax | None:
-    """The softmax of exp(x) at one place, and sum(exp(x)) + extra at another."""
-    (exponential, at), (total, total_at) = through_casts(puller, *top), bottom
-    if op(exponential) not in ("exp", "exp2"):
+    """The softmax of exp(x) at one place, and sum(exp(x)) + extra at another; a softmax is an
+    exponential, too, once it is normalised again.
+    """
+    summed, (total, total_at) = through_casts(puller, *top), bottom
+    (exponential, at), hidden, cut = _uncovered(puller, *summed)
+    again = op(exponential) in _SOFTMAX and bool(hidden)
+    if op(exponential) not in ("exp", "exp2") and not again:
         return None
     extra: Expr | None = None
     if op(total) == "add":
         total, total_at, extra = _with_extra(puller, total, total_at)
     if op(total) != "sum":
         return None
-    dims = reduced_dims(total)
-    if len(dims) != 1 or not _reduces(puller, total, total_at, exponential, at, dims[0]):
+    dims, args = reduced_dims(total), arguments(exponential)
+    if len(dims) != 1 or not _reduces(puller, total, total_at, *summed, dims[0]):
+        return None
+    if again and (extra is not None or args["dim"] % len(at) != dims[0]):
         return None
     factor = math.log(2) if op(exponential) == "exp2" else 1.0
     sink = None if extra is None else call("log", extra)
-    logits = arguments(exponential)["self"]
-    return Softmax(logits, at, dims[0], sink=sink, factor=factor, unshifted=True)
+    return Softmax(
+        args["self"],
+        at,
+        dims[0],
+        sink=sink,
+        factor=factor,
+        unshifted=not again,
+        hidden=hidden,
+        cut=cut,
+    )
+
+
+def _uncovered(puller: Puller, node: fx.Node, where: Coordinates) -> tuple[Place, list[Expr], bool]:
+    """Through where(keep, x, 0) and x * keep: x, when it is hidden, and whether by a choice."""
+    hidden: list[Expr] = []
+    cut = False
+    while True:
+        args, kept = arguments(node), None
+        if op(node) in ("where", "masked_fill"):
+            kept = _zeroing(puller, node, args, where)
+            cut |= kept is not None
+        elif op(node) == "mul":
+            kept = _times_truth(puller, node, args, where)
+        if kept is None:
+            return (node, where), hidden, cut
+        hidden.append(kept[0])
+        node, where = through_casts(puller, kept[1], broadcast(where, shape(kept[1])))
+
+
+def _times_truth(
+    puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates
+) -> tuple[Expr, fx.Node] | None:
+    """x * keep, where keep is one or zero: the condition of being set to zero, and x."""
+    for inner, factor in ((args["self"], args["other"]), (args["other"], args["self"])):
+        if is_tensor(inner) and is_tensor(factor) and shape(inner) == shape(node):
+            keep = truth_of(puller.operand(factor, node, where), _is_bool)
+            if keep is not None:
+                return call("not", keep), inner
+    return None
+
+
+def _is_bool(expression: Expr) -> bool:
+    return isinstance(expression, Leaf) and val(expression.node).dtype is torch.bool
 
 
 def _reduces(

@@ -93,6 +93,8 @@ def _from_softmax(
     if soft.factor != 1:
         logits = call("mul", logits, soft.factor)
         sink = None if sink is None else call("mul", sink, soft.factor)
+    for condition in soft.hidden:
+        logits = call("where", condition, -math.inf, logits)
     refusals: list[NotAttention] = []
     for product in sorted(_scores(logits, key), key=lambda p: _foreign(p, key, values[1])):
         try:
@@ -131,6 +133,12 @@ def _from_scores(
         raise NotAttention(
             "attention.unshifted",
             "a row that is filled with one large negative number has no exponential but zero",
+            product.node,
+        )
+    if soft.cut and program.sink is None and program.empty in ("nan", "nan_added"):
+        raise NotAttention(
+            "attention.weights_changed",
+            "a row whose exponentials are all set to zero has other gradients than a softmax",
             product.node,
         )
     inner = between(product.node, end.node)

@@ -56,9 +56,18 @@ class Region:
 
 
 def trace_region(
-    region: Region, keep: list[fx.Node], state: Mapping[fx.Node, tuple[Any, ...]]
+    region: Region,
+    keep: list[fx.Node],
+    state: Mapping[fx.Node, tuple[Any, ...]],
+    spelled: Callable[[Mapping[fx.Node, Any]], Any] | None = None,
 ) -> fx.GraphModule:
     """Functional ATen that computes the values of the nodes `keep` from the region's inputs.
+
+    Args:
+        region: what is run.
+        keep: nodes of the region.
+        state: the ambient state that each node runs in, where it is not the default.
+        spelled: what computes the region's end in other words.
 
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace;
@@ -71,7 +80,7 @@ def trace_region(
         )
     try:
         apart = {node: scope for scope in _scopes(region) for node in scope.nodes}
-        return _trace(_executor(region, keep, state, apart), region.inputs)
+        return _trace(_executor(region, keep, state, apart, spelled), region.inputs)
     except Exception as error:  # the trace runs arbitrary user operations
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise RegionError("region.untraceable", f"{type(error).__name__}: {first[:160]}") from error
@@ -90,6 +99,7 @@ def _executor(
     keep: list[fx.Node],
     state: Mapping[fx.Node, tuple[Any, ...]],
     apart: Mapping[fx.Node, _Scope],
+    spelled: Callable[[Mapping[fx.Node, Any]], Any] | None,
 ) -> Callable[[dict[fx.Node, Any]], list[Any]]:
     def run(env: dict[fx.Node, Any]) -> list[Any]:
         for node in region.nodes:
@@ -103,7 +113,8 @@ def _executor(
                 env[node] = env[same]
                 continue
             with _autocast(state[node]) if node in state else nullcontext():
-                env[node] = execute(node, env)
+                other = spelled if node is region.end else None
+                env[node] = execute(node, env) if other is None else other(env)
         return [env[node] for node in keep]
 
     return run

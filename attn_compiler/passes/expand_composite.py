@@ -1,7 +1,8 @@
-"""Fused attention functions that hold projections as well are spelled out, so that one walk serves
-them all.
+"""Fused attention functions that hold projections as well, and products that hold more, are spelled
+out, so that one walk serves them all.
 
     F.multi_head_attention_forward(x, ...)   ->   its ATen operations, in the host graph
+    addmm(bias, q, k.T)                      ->   bias + q @ k.T
 
 If the attention inside is not rewritten, the user's call comes back as it was.
 """
@@ -12,10 +13,12 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
+from attn_compiler.ir.compound import Spelling, spelling
 from attn_compiler.ir.trace import Region, RegionError, trace_region
 
 
@@ -58,21 +61,25 @@ class Expansion:
 
 
 def expand_composites(graph: fx.Graph, state: dict[fx.Node, tuple[Any, ...]]) -> list[Expansion]:
-    """Expand every call of a fused function with projections."""
+    """Expand every call of a fused function with projections, and every compound product."""
     found: list[Expansion] = []
     for node in list(graph.nodes):
-        if ops.name(node) in ops.MHA and node.op == "call_function":
+        fused = ops.name(node) in ops.MHA and node.op == "call_function"
+        words = None if fused else spelling(node)
+        if fused or words is not None:
             try:
-                found.append(_expand(node, state))
+                found.append(_expand(node, state, words))
             except RegionError:
                 continue
     return found
 
 
-def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
-    inputs = tuple(dict.fromkeys(node.all_input_nodes))
+def _expand(
+    node: fx.Node, state: dict[fx.Node, tuple[Any, ...]], words: Spelling | None
+) -> Expansion:
+    inputs = tuple(dict.fromkeys(node.all_input_nodes)) if words is None else words.inputs
     region = Region(end=node, nodes=(node,), inputs=inputs, mutated=frozenset())
-    module = trace_region(region, [node], state)
+    module = trace_region(region, [node], state, None if words is None else words.run)
     if any(n.op == "get_attr" for n in module.graph.nodes):
         raise RegionError("region.constant", "a constant stands inside a fused attention")
     graph = node.graph
@@ -103,11 +110,23 @@ def _expand(node: fx.Node, state: dict[fx.Node, tuple[Any, ...]]) -> Expansion:
 
 
 def _connect(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Node]) -> Expansion:
-    pairs = [(user, _piece(user, outputs)) for user in node.users]
+    if isinstance(ops.value(node), torch.Tensor):
+        pairs = [(node, _result(node, outputs, inserted))]
+    else:
+        pairs = [(user, _piece(user, outputs)) for user in node.users]
     for user, replacement in pairs:
         user.replace_all_uses_with(replacement)
     _erase_unused(inserted)
     return Expansion(node, pairs, [n for n in inserted if not n._erased])
+
+
+def _result(node: fx.Node, outputs: list[fx.Node | None], inserted: list[fx.Node]) -> fx.Node:
+    (result,) = outputs
+    if result is None or result not in inserted:
+        raise RegionError("region.composite_user", "a product gives one of its arguments")
+    # its views, through which it may be written, share this storage
+    result.meta["example_value" if "example_value" in node.meta else "val"] = ops.value(node)
+    return result
 
 
 def _piece(user: fx.Node, outputs: list[fx.Node | None]) -> fx.Node:

@@ -35,7 +35,8 @@ def find_candidates(graph: fx.Graph) -> Iterator[Candidate]:
         if called in ops.SDPA or called in ops.FLEX:
             yield Candidate(node, (node,))
         elif called in ops.SOFTMAX or (called in ops.EXPONENTIAL and _is_normalised(node)):
-            ends = tuple(_ends(node))
+            # what is multiplied and summed may also be the mask, for a sum of weights
+            ends = tuple(sorted(_ends(node), key=lambda end: not ops.is_contraction(end)))
             late = _quotients(ends) if called in ops.EXPONENTIAL else ()
             yield Candidate(node, tuple(dict.fromkeys((*ends, *late))))
 

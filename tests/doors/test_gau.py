@@ -370,3 +370,15 @@ def test_encoders_of_a_library() -> None:
     config = tf.ViTConfig(image_size=8, patch_size=4, **small, **one)
     vit = rewritten(tf.ViTModel(config).eval(), torch.randn(2, 3, 8, 8))
     assert vit(torch.randn(3, 3, 8, 8)).last_hidden_state.shape == (3, 5, 12)
+
+
+def test_a_table_that_is_read_outside_of_the_block_is_not_taken() -> None:
+    """Its encoder adds one table of biases, which belongs to no layer, to the scores of all."""
+    config = tf.MPNetConfig(
+        vocab_size=20, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=40, attn_implementation="eager",
+    )  # fmt: skip
+    model, ids = tf.MPNetModel(config).eval(), torch.randint(3, 20, (2, 9))
+    new = ac.rewrite(model, (ids,), to=ac.GAU())
+    assert not any(site.decision.accepted for site in ac.last_report().sites)
+    assert torch.equal(new(ids).last_hidden_state, model(ids).last_hidden_state)

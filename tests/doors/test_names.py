@@ -161,3 +161,30 @@ def test_names_that_are_alike_or_none() -> None:
     setattr(new, "scale-1", 0.25)
     setattr(model, "scale-1", 0.25)
     torch.testing.assert_close(new(*values), model(*values))
+
+
+class Block(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend([x])
+
+
+class LooksUp(nn.Module):
+    """Dynamo reads the submodules of such a module in its dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_paths_where_a_module_looks_up_attributes_itself() -> None:
+    compiled = torch.compile(LooksUp(), backend="attn_compiler", options={"then": "eager"})
+    compiled(*tensors(1))
+    assert [site.path for site in ac.last_report().sites] == ["blocks.0", "blocks.1"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import claims
@@ -45,6 +46,22 @@ class Counts(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.calls += 1
         return super().attend(q / self.calls, k, v)
+
+
+class Slices(Attention):
+    """A list of modules that the forward makes is nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        late = self.norms[1:]
+        late.name = "late"
+        del late.name
+        for norm in late:
+            q = norm(q)
+        return super().attend(q, k, v)
 
 
 class LazyMask(Attention):
@@ -174,19 +191,6 @@ class Weights(Attention):
         return self.weights @ v
 
 
-class Sliced(Attention):
-    """A slice of a list of modules is a module that was not there before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for turn in self.maps[:2]:
-            q, k = turn(q), turn(k)
-        return super().attend(q, k, v)
-
-
 class Passing(Attention):
     """A module that is made for one call."""
 
@@ -195,7 +199,7 @@ class Passing(Attention):
 
 
 REWRITTEN = (
-    KeepsKeys, Counts, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable, Sliced,
+    KeepsKeys, Counts, Slices, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable,
     Passing,
 )  # fmt: skip
 REFUSED = {
@@ -269,6 +273,41 @@ def test_two_layers_keep_their_own() -> None:
             x = torch.randn(2, rows, WIDTH)
             torch.testing.assert_close(new(x), model(x))
             assert_same_state(new, model)
+
+
+@dataclass
+class Modulation:
+    shift: Tensor
+    scale: Tensor
+
+
+class Modulates(nn.Module):
+    """What a diffusion block does with its time step, as an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, time: Tensor) -> tuple[Modulation, None]:
+        return Modulation(*self.lin(time)[:, None].chunk(2, -1)), None
+
+
+class Modulated(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = Modulates()
+
+    def forward(self, x: Tensor) -> Tensor:
+        by, _ = self.modulation(x[:, 0])
+        return super().forward(x * (1 + by.scale) + by.shift)
+
+
+def test_a_submodule_that_gives_an_object_is_traced_through() -> None:
+    model = nn.Sequential(Modulated(), Modulated()).eval()
+    new = ac.rewrite(model, (torch.randn(2, 7, WIDTH),))
+    assert claims.accepted(ac.last_report()) == 2, claims.decisions(ac.last_report())
+    for rows in (7, 5):
+        claims.same_numbers(model, new, (torch.randn(2, rows, WIDTH),), training=True, owner=new)
 
 
 def test_an_outer_compilation_keeps_the_same() -> None:

@@ -231,3 +231,22 @@ def test_a_backend_cannot_install_it(model: Model) -> None:
     compiled(draw())
     codes = {r.code for s in ac.last_report().sites for r in s.decision.reasons}
     assert codes == {"needs_rewrite"}
+
+
+class BothWays(nn.Module):
+    """One module that a pass calls for a sequence by itself, and for two sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        alone, _ = self.inner(x, x, x, need_weights=False)
+        return self.inner(alone[:, :5], x, x, need_weights=False)[0]
+
+
+def test_a_module_that_is_also_called_for_two_sequences_is_left_alone() -> None:
+    model, x = BothWays(), torch.randn(2, 16, 8)
+    new = ac.rewrite(model, (x,), to=ac.SPION(pattern=torch.eye(4, dtype=torch.bool), block=4))
+    assert not any(site.decision.accepted for site in ac.last_report().sites)
+    torch.testing.assert_close(new(x), model(x), rtol=0.0, atol=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import claims
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,31 @@ def test_a_mask_written_through_a_view_is_not_dropped() -> None:
     out, report = compiled(attend, *args)
     assert only(report).mask == "causal" and only(report).decision.accepted
     torch.testing.assert_close(out, attend(*args))
+
+
+def _added(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    q, k, v = (x[0, 0] * 2 for x in (q, k, v))
+    return torch.addmm(q, torch.addmm(gate[0, 0], q, k.T).softmax(-1), v)
+
+
+def _gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * gate) @ v
+
+
+def _three(q: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    return torch.einsum("bhts,bhsd,bhx->bthd", (q @ k.mT).softmax(-1), v, gate[..., 0])
+
+
+@pytest.mark.parametrize("attend", [_added, _gated, _three])
+def test_compound_products_keep_dtype_and_strides(attend: Callable[..., Tensor]) -> None:
+    args = (*qkv(S, S), torch.rand(B, H, 1, 1))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out, report = compiled(attend, *args)
+            wanted = attend(*args)
+        assert only(report).decision.accepted
+        found = claims.gap("out", out, wanted, attend(*claims.double(args)))
+        assert found.ok and out.stride() == wanted.stride(), found
 
 
 def test_an_item_assigned_is_not_dropped() -> None:

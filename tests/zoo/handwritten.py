@@ -1,6 +1,7 @@
 """Attention as people write it: all rows, by name.
 
 cores      product, scale, sum over the values, heads
+products   products that hold more than a product
 softmax    in one call or by hand, shifted, with an extra column
 masks      how a condition is made and how it reaches the scores
 vmap       conditions written for one element
@@ -26,6 +27,7 @@ from zoo import (
     written_library,
     written_masks,
     written_modules,
+    written_products,
     written_regions,
     written_scores,
     written_softmax,
@@ -36,6 +38,7 @@ from zoo.library import BACKEND, compiled
 
 PARTS = (
     written_cores,
+    written_products,
     written_softmax,
     written_masks,
     written_vmap,

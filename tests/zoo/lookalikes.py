@@ -187,6 +187,12 @@ def unshifted_where_filled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def cut_without_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    # the row is NaN, but no gradient of it reaches the scores
+    e = dots(q, k).exp().masked_fill(mask, 0)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.softmax(-1) @ (k.softmax(-2).mT @ v)
 
@@ -338,6 +344,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     *(core(f, SHIFT) for f in (maximum_of_a_part, maximum_of_another_row, norms_of_columns)),
     *(core(f, SHIFT, EMPTY_ROW) for f in (maximum_of_all_rows, quiet_without_keys)),
     core(unshifted_where_filled, "there is no shift", EMPTY_ROW),
+    core(cut_without_keys, "the gradient of a row without keys stops", EMPTY_ROW),
     *(
         core(f, "two softmaxes, none of scores")
         for f in (linear_attention, linear_attention_in_rows)

@@ -315,7 +315,7 @@ ENTRIES: tuple[Entry, ...] = (
         why="row after row is written: no expression over all rows",
     ),
     site("causal_counted", _attend(counted, filled), mask=None),
-    site("causal_by_indices", _attend(by_indices, filled), mask=None),
+    site("causal_by_indices", _attend(by_indices, filled), mask="causal"),
     site("causal_buffer", Buffer, mask=None),
     site("window", _rule(window), mask="causal & window(4)"),
     site("both_sides", _rule(both_sides), mask=None),

@@ -116,6 +116,13 @@ class WriteAfter(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
+def filled_at_indices(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = dots(q, k)
+    rows, columns = torch.triu_indices(q.shape[2], k.shape[2], offset=1)
+    s[..., rows, columns] = float("-inf")
+    return finish(s, v)
+
+
 class WriteBetween(nn.Module):
     """The values are written into between the softmax and the sum over them."""
 
@@ -184,6 +191,7 @@ def _bhtd(rows: int, keys: int) -> Any:
 
 
 ENTRIES: tuple[Entry, ...] = (
+    Entry("filled_at_indices", lambda: Site(filled_at_indices), hidden(), mask="causal"),
     Entry("checkpointed", Checkpointed, hidden(), mask="causal"),
     Entry("branch", Branch, hidden(), mask=None, sites=2),
     Entry("autocast", Autocast, hidden(), mask="causal"),

@@ -243,6 +243,16 @@ def _assigned(q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor)
     return finish(s.masked_fill(~torch.ones(t, 5 + t).tril(5).bool(), INF), cache_v[:, :, : 5 + t])
 
 
+def _assigned_at(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, position: Tensor
+) -> Tensor:
+    # a setitem gives nothing back: what is read is the argument that it wrote
+    cache_k[:, :, position] = k
+    cache_v[:, :, position] = v
+    allowed = torch.arange(cache_k.shape[2])[None, :] <= position[:, None]
+    return F.scaled_dot_product_attention(q, cache_k, cache_v, attn_mask=allowed)
+
+
 class WithCache(nn.Module):
     """Also returns the caches that `attend` wrote into."""
 
@@ -316,6 +326,13 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "static_cache_prefill",
         lambda: WithCache(_static),
+        hidden(*_CACHES, constant(torch.arange(3, 8)), rows=5),
+        mask=None,
+        training=False,
+    ),
+    Entry(
+        "assigned_at_cache",
+        lambda: WithCache(_assigned_at),
         hidden(*_CACHES, constant(torch.arange(3, 8)), rows=5),
         mask=None,
         training=False,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.entry import B, D, Entry, H, T, normal, site
+from zoo.entry import B, D, Entry, H, T, constant, normal, site
 
 SCALE = 1 / math.sqrt(D)
 
@@ -166,6 +166,30 @@ def minus_a_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return (q @ k.mT * SCALE - F.relu(bias)).softmax(-1) @ v
 
 
+def masked_after_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT * SCALE
+    e = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+    e = e * torch.ones(q.shape[2], k.shape[2]).tril()
+    return torch.einsum("bhqk,bhkd->bhqd", e / e.sum(-1, keepdim=True), v)
+
+
+def chosen_after_exp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    e = torch.where(keep, (q @ k.mT * SCALE).exp(), 0.0)
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def padded_after_exp(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    # the first item has no key at all
+    e = keep[:, None, None].float() * (q @ k.mT * SCALE).exp()
+    return (e / (e.sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT * SCALE).softmax(-1) * torch.ones(q.shape[2], k.shape[2]).tril()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
 _SAME = (
     stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax, powers_of_two,
     softmin, over_a_positive_axis, in_float32, cast_before, everything_in_float32,
@@ -177,6 +201,16 @@ _SAME = (
 ENTRIES: tuple[Entry, ...] = (
     *(site(f.__name__, f) for f in _SAME),
     site("causal_quiet", causal_quiet, mask="causal"),
+    *(
+        site(f.__name__, f, mask="causal")
+        for f in (masked_after_exp, chosen_after_exp, normalised_again)
+    ),
+    site(
+        "padded_after_exp",
+        padded_after_exp,
+        constant(torch.arange(T) < torch.tensor([[0], [6]])),
+        mask="padding(",
+    ),
     site("minus_a_bias", minus_a_bias, normal(B, H, T, T)),
     site("softmax_module", SoftmaxModule, training=False),
     site("divided_at_the_end", divided_at_the_end),
