@@ -29,11 +29,11 @@ class Attention(nn.Module):
 
 
 class Gated(nn.Module):
-    """A gate on the weights: no attention that can be rewritten."""
+    """The weights gate themselves: no attention that can be rewritten."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights = (x @ x.mT).softmax(-1)
-        weights = weights * x.mean(-1, keepdim=True).sigmoid()
+        weights = weights * (2 * weights).sigmoid()
         return weights @ x
 
 

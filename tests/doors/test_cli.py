@@ -50,7 +50,7 @@ def test_explain_shows_sites_and_near_misses(capsys: Run) -> None:
     assert "s = 0.5 · q·kᵀ" in printed
     assert "causal: key k is seen by row q where k ≤ q" in printed
     assert "attention.weights_changed" in printed
-    gate = "weights = weights * x.mean(-1, keepdim=True).sigmoid()"
+    gate = "weights = weights * (2 * weights).sigmoid()"
     assert f"mul at given.py:{_line(gate)}:" in printed and gate in " ".join(printed.split())
     assert max(map(len, printed.splitlines())) <= 100
 
