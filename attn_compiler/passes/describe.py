@@ -123,7 +123,10 @@ def _named(text: str, names: list[str], used: list[int]) -> str:
 
 def _starts(core: Core, functional: FunctionalRegion) -> dict[str, fx.Node]:
     """The host nodes that q, k and v begin at."""
-    host = {node: h for h, node in reversed(list(functional.of_host.items()))}
+    # what is written into holds what was written: what it was before says nothing
+    written = {h for leaf, h in functional.read.items() if "overwritten" in leaf.meta}
+    own = [(h, node) for h, node in functional.of_host.items() if h not in written]
+    host = {node: h for h, node in reversed(own)}
     found: dict[str, fx.Node] = {}
     for name, operand in (("q", core.q), ("k", core.k), ("v", core.v)):
         nodes = [node for node, _ in operand.chain]
