@@ -264,7 +264,7 @@ def test_a_map_of_blocks_pays_on_a_cpu_until_it_is_dense() -> None:
 
 
 def test_states_pay_on_a_cpu_where_beams_share_them() -> None:
-    small = replace(ac.Hardware.named("cpu"), l2=2e6, dram_rate=1e10)
+    small = replace(ac.Hardware.named("cpu"), l2=2e6, dram_rate=1.5e10)
 
     def keep(beams: int, heads: int, query: int = 1) -> bool:
         shape = ac.Shape(1, query, 4096, heads, 64, width=64 * heads, beams=beams, causal=query > 1)
