@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from attn_compiler.ir import ops
 from attn_compiler.ir.axes import hint
 from attn_compiler.ir.contractions import einsum_labels
+from attn_compiler.ir.trace import Decompositions
 
 # between a softmax and the gate on it
 _NEAR = 4
@@ -161,6 +162,8 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "linalg_vecdot": _vecdot,
     "cosine_similarity": _cosine,
 }
+# where they come out of another function
+DECOMPOSITIONS: Decompositions = {torch.ops.aten.baddbmm.default: _baddbmm}
 
 # ---------------------------------------------------------------- gates
 

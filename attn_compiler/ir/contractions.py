@@ -30,12 +30,6 @@ Args = dict[str, Any]
 def _matmul(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
     left, right = args["self"], args.get("other", args.get("mat2"))
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)
-    return product(puller, node, left, right, where)
-
-
-def product(
-    puller: Puller, node: fx.Node, left: fx.Node, right: fx.Node, where: Coordinates
-) -> Expr | None:
     size_l, size_r = shape(left), shape(right)
     if len(size_l) < 2 or len(size_r) < 2:
         return None
@@ -56,20 +50,6 @@ def _linear(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Ex
     left = (*where[:-1], along(reduced))
     right = (where[-1], along(reduced))
     return Product(node, where, (given, left), (weight, right), (reduced,))
-
-
-@rule(VALUES, "baddbmm")
-def _baddbmm(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    """As nn.MultiheadAttention adds its mask; one that a model spells is two operations by now."""
-    found = product(puller, node, args["batch1"], args["batch2"], where)
-    if found is None:
-        return None
-    alpha, beta = args.get("alpha", 1), args.get("beta", 1)
-    scaled = found if alpha == 1 else call("mul", found, puller.expr(alpha, ()))
-    if beta == 0:
-        return scaled
-    added = puller.operand(args["self"], node, where)
-    return call("add", added if beta == 1 else call("mul", added, puller.expr(beta, ())), scaled)
 
 
 @rule(VALUES, "tensordot", "inner")

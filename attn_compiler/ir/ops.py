@@ -24,7 +24,7 @@ MHA = frozenset({"multi_head_attention_forward"})
 NATIVE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
 FLEX = frozenset({"flex_attention"})
 CONTRACTION = frozenset(
-    {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "tensordot", "inner"}
+    {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "tensordot", "inner"}
 )
 # a region never reaches behind these: they make the activations and parameters it starts from
 BOUNDARY = frozenset(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
+
+Decompositions = Mapping[torch._ops.OpOverload, Callable[..., Any]]
 
 NO_GRAD = ("no_grad",)
 # what gives its argument back where there is nothing to do
@@ -60,6 +63,7 @@ def trace_region(
     keep: list[fx.Node],
     state: Mapping[fx.Node, tuple[Any, ...]],
     spelled: Callable[[Mapping[fx.Node, Any]], Any] | None = None,
+    decompositions: Decompositions = MappingProxyType({}),
 ) -> fx.GraphModule:
     """Functional ATen that computes the values of the nodes `keep` from the region's inputs.
 
@@ -68,6 +72,7 @@ def trace_region(
         keep: nodes of the region.
         state: the ambient state that each node runs in, where it is not the default.
         spelled: what computes the region's end in other words.
+        decompositions: what stands for an ATen operation that would come out.
 
     Raises:
         RegionError: `region.untraceable`, an operation in it does not survive the trace;
@@ -80,7 +85,8 @@ def trace_region(
         )
     try:
         apart = {node: scope for scope in _scopes(region) for node in scope.nodes}
-        return _trace(_executor(region, keep, state, apart, spelled), region.inputs)
+        run = _executor(region, keep, state, apart, spelled)
+        return _trace(run, region.inputs, decompositions=decompositions)
     except Exception as error:  # the trace runs arbitrary user operations
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise RegionError("region.untraceable", f"{type(error).__name__}: {first[:160]}") from error
@@ -151,6 +157,7 @@ def _trace(
     run: Callable[[dict[fx.Node, Any]], list[Any]],
     inputs: Sequence[fx.Node],
     pre_dispatch: bool = True,
+    decompositions: Decompositions = MappingProxyType({}),
 ) -> fx.GraphModule:
     """What `run` makes of the values of `inputs`, one placeholder for each of their leaves."""
     # private but stable since 2.6: the pair that torch.export itself traces with
@@ -165,7 +172,7 @@ def _trace(
     mode = FunctionalTensorMode(pre_dispatch=pre_dispatch, export=True)
     functional = dispatch_functionalize(on_leaves, mode)
     with fake_mode(fakes), torch.no_grad():
-        return make_fx(functional, pre_dispatch=pre_dispatch)(*fakes)
+        return make_fx(functional, dict(decompositions), pre_dispatch=pre_dispatch)(*fakes)
 
 
 def fake_mode(fakes: Iterable[Any]) -> FakeTensorMode:

@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir import ops
-from attn_compiler.ir.compound import Spelling, spelling
+from attn_compiler.ir.compound import DECOMPOSITIONS, Spelling, spelling
 from attn_compiler.ir.trace import Region, RegionError, trace_region
 
 
@@ -79,7 +79,8 @@ def _expand(
 ) -> Expansion:
     inputs = tuple(dict.fromkeys(node.all_input_nodes)) if words is None else words.inputs
     region = Region(end=node, nodes=(node,), inputs=inputs, mutated=frozenset())
-    module = trace_region(region, [node], state, None if words is None else words.run)
+    run = None if words is None else words.run
+    module = trace_region(region, [node], state, run, DECOMPOSITIONS)
     if any(n.op == "get_attr" for n in module.graph.nodes):
         raise RegionError("region.constant", "a constant stands inside a fused attention")
     graph = node.graph
