@@ -24,6 +24,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch.utils import _pytree as pytree
 
@@ -296,7 +297,7 @@ class _Values:
 
     def _call(self, run: Callable[[Any, Any], Any], node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.env.__getitem__)
-        with self.symbols.mode:
+        with enable_python_dispatcher(), self.symbols.mode:
             return run(args, kwargs)
 
     # ------------------------------------------------------------ modules

@@ -34,9 +34,18 @@ IMPLEMENTATIONS: dict[str, Implementation] = {"cuda": Implementation(gpu.forward
 
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Kernels re-enter the dispatcher and must see the dtypes they chose."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(device, enabled=False) if under_autocast(device) else nullcontext()
+
+
+def under_autocast(device: str) -> bool:
+    """Is autocast on for this type of device; there are types that have none."""
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result
+def _knows_autocast(device: str) -> bool:
+    # torch 2.11's Dynamo does not trace it
+    return torch.amp.is_autocast_available(device)
 
 
 def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels import expert_forms as forms
 from attn_compiler.kernels.derivatives import derive
-from attn_compiler.kernels.devices import full_precision
+from attn_compiler.kernels.devices import full_precision, under_autocast
 from attn_compiler.kernels.expert_forms import Routed
 from attn_compiler.kernels.frame import accumulator, empty_heads, in_heads_layout
 from attn_compiler.kernels.schema import LIBRARY
@@ -81,9 +81,7 @@ def _problem(
 def in_one_dtype(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and weights as autocast hands them to other projections."""
     device = x.device.type
-    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
-        return x, w
-    if not torch.is_autocast_enabled(device):
+    if x.dtype is torch.float64 or not under_autocast(device):
         return x, w
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), w.to(dtype)

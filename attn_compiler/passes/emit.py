@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from attn_compiler.errors import require
 from attn_compiler.ir import axes as ax
@@ -72,7 +73,7 @@ class Emitter:
         with self.graph.inserting_before(self.at):
             node = self.graph.call_function(target, args, kwargs)
         values = fx.map_arg((args, kwargs), ops.value)
-        with self.mode, torch.no_grad():
+        with enable_python_dispatcher(), self.mode, torch.no_grad():
             self._known(node, target(*values[0], **values[1]))
         return node
 
