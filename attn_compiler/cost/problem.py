@@ -52,7 +52,6 @@ class Problem:
         left, right, shift: the band of visible keys (above).
         score_bytes: bytes read per score, as for a bias or a mask of T x S.
         extra: the score does more than a mask by position: it reads, caps or drops.
-        whole: the keys of a row must be seen by one program: no split.
     """
 
     batch: int
@@ -69,7 +68,6 @@ class Problem:
     shift: int = 0
     score_bytes: float = 0.0
     extra: bool = False
-    whole: bool = False
 
     @property
     def group(self) -> int:

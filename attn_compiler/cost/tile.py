@@ -89,5 +89,5 @@ def _launched(
     heads = _heads(problem)
     programs = -(-problem.rows * heads // tile.block_m) * problem.batch * problem.heads // heads
     for splits in _SPLITS:
-        if splits == 1 or not (problem.whole or programs >= _BUSY * hardware.processors):
+        if splits == 1 or programs < _BUSY * hardware.processors:
             yield replace(tile, heads=heads, splits=splits)

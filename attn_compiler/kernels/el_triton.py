@@ -83,8 +83,6 @@ def refusal(given: Inputs) -> str:
     missing = flash_triton.untold(program)
     if missing:
         return f"no Triton for {', '.join(missing)}"
-    if program.empty in ("uniform", "absorbed") and program.sink is None:
-        return "a row without keys takes all of them"
     return ""
 
 
@@ -178,7 +176,6 @@ def joined(frame: Frame, parts: Parts, into: tuple[Tensor, Tensor, Tensor]) -> L
         "SPLITS": splits,
         "D": width,
         "BLOCK": block,
-        "NAN": Program.parse(frame.given.program).empty in ("nan", "nan_added"),
         "num_warps": 4,
     }
     module = load("el", _source(frame, WideTile(), False, False))

@@ -26,7 +26,7 @@ from attn_compiler.kernels.launch import (
     with_descriptors,
 )
 from attn_compiler.kernels.template import load
-from attn_compiler.kernels.triton_source import combine_source, forward_source
+from attn_compiler.kernels.triton_source import combine_source, forward_source, of_empty_rows
 from attn_compiler.kernels.triton_text import UNPRINTABLE
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -48,8 +48,6 @@ def refusal(given: Inputs) -> str:
     missing = untold(program)
     if missing:
         return f"no Triton for {', '.join(missing)}"
-    if program.empty in ("uniform", "absorbed") and given.drop.rate:
-        return "dropout of a row without keys"
     return ""
 
 
@@ -110,7 +108,7 @@ def _combine(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, given: In
         "DV": width,
         "BLOCK_DV": power(width),
         "BLOCK_SPLITS": power(part.shape[0]),
-        "NAN": Program.parse(given.program).empty in ("nan", "nan_added"),
+        "EMPTY": of_empty_rows(Program.parse(given.program)),
         "num_warps": 4,
     }
     kernel = load("combine", combine_source()).combine

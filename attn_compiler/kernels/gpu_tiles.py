@@ -131,8 +131,6 @@ def problem_of(given: Inputs) -> Problem:
         shift=shift,
         score_bytes=_bytes_of_a_score(given),
         extra=bool(given.reads) or program.score != DOT or given.drop.rate > 0,
-        # the mean over all keys is made in one place
-        whole=program.sink is None and program.empty in ("uniform", "absorbed"),
     )
 
 
@@ -184,7 +182,7 @@ def _default(given: Inputs, family: str, hardware: Hardware | None) -> Tile:
 def _splits(given: Inputs, busy: int, keys: int, programs: int) -> int:
     """How many programs share the keys; one where the device is busy anyway."""
     tiles = -(-given.k.shape[2] // keys)
-    if problem_of(given).whole or busy >= 0.8 * programs or tiles <= _LEAST_TILES:
+    if busy >= 0.8 * programs or tiles <= _LEAST_TILES:
         return 1
     return max(1, min(2 * programs // busy, tiles // _LEAST_TILES, 64))
 

@@ -107,7 +107,6 @@ def forward_source(structure: Structure) -> str:
     full, cut = lines.fork(), lines.fork()
     full_keep = keep(full, program.score, masks["full"])
     cut_keep = keep(cut, program.score, masks["cut"])
-    names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
     return render(
         "forward",
         packed=structure.packed,
@@ -117,9 +116,15 @@ def forward_source(structure: Structure) -> str:
         full_keep=full_keep,
         cut_lines=cut.body,
         cut_keep=cut_keep,
-        empty=names.get(program.empty, "zero") if program.sink is None else "zero",
+        empty=of_empty_rows(program),
         **structure.common(),
     )
+
+
+def of_empty_rows(program: Program) -> str:
+    """What the kernels make of rows without keys: "mean", "nan" or "zero"."""
+    names = {"uniform": "mean", "absorbed": "mean", "nan": "nan", "nan_added": "nan"}
+    return names.get(program.empty, "zero") if program.sink is None else "zero"
 
 
 @cache
@@ -151,6 +156,7 @@ def el_source(structure: Structure, *, held: int, shifted: bool, split_query: bo
         row_lines=lines.outer,
         lines=lines.body,
         keep=kept,
+        empty=of_empty_rows(program),
         **structure.common(),
     )
 

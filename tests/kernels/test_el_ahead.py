@@ -24,6 +24,11 @@ DECODE = Shape(H=16, G=16, T=1, S=1024, d=64, dv=64)
 # T5: a table of biases by head and distance; ALiBi: a slope for each head
 T5 = (text("dot + t0[0, h, q, k]"), [(1, DECODE.H, 1, DECODE.S)])
 ALIBI = (text("dot + t0[h] * float(k)", "t1[b, k] > 0.0"), [(DECODE.H,), (8, DECODE.S)])
+# as its eager attention is masked
+ABSORBED = (
+    text("dot + t0[0, h, q, k]", "t1[b, k] > 0.0", empty="absorbed"),
+    [*T5[1], (8, DECODE.S)],
+)
 PLAIN: tuple[str, list[tuple[int, ...]]] = (text(), [])
 
 
@@ -43,6 +48,7 @@ CASES = [
     *((width, torch.bfloat16, PLAIN) for width in (512, 768, 1024, 1600, 2048, 4096)),
     (1024, torch.float16, T5),
     (1024, torch.bfloat16, ALIBI),
+    (1024, torch.bfloat16, ABSORBED),
     (1024, torch.float32, PLAIN),
     (4096, torch.float32, T5),
 ]

@@ -22,6 +22,7 @@ from attn_compiler.cost.hardware import Hardware
 from attn_compiler.cost.limits import shared_bytes
 from attn_compiler.cost.problem import TileConfig
 from attn_compiler.kernels import flash_triton, flash_triton_backward, gpu_tiles
+from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.launch import Launch, Tile
 
@@ -161,9 +162,22 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
         assert compile_for("sm_90", launch).spilled == 0
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_rows_that_may_have_no_key(target: str, width: int, rate: float) -> None:
+    case, shape = CASES["keys absorbed"], Shape(H=8, G=8, T=LENGTH, S=LENGTH)
+    drop = Drop(torch.zeros(1, dtype=torch.int64), rate)
+    given = replace(inputs(case.program, width), reads=case.reads(shape), drop=drop)
+    check(target, forward(given, picked(target, given)))
+
+
+@pytest.mark.parametrize("empty", ["any", "absorbed"])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_a_short_query(target: str) -> None:
-    given = inputs(text(mask="k <= q + (S - T)"), 128, rows=1, group=4)
+def test_a_short_query(target: str, empty: str) -> None:
+    mask = "(k <= q + (S - T)) & (t0[b, k] > 0.0)"
+    given = inputs(text(mask=mask, empty=empty), 128, rows=1, group=4)
+    given = replace(given, reads=[torch.empty(2, LENGTH)])
     tile = picked(target, given)
     assert tile.heads == 4 and tile.splits > 1
     check(target, forward(given, tile))

@@ -48,11 +48,10 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 def valid(row: Row) -> bool:
     """Is there such a kernel? What is not in the row yet may be anything."""
     mean = row.get("empty") in ("uniform", "absorbed")
-    if mean and (row.get("rate") or row.get("splits", 1) > 1 or row.get("lists")):
-        return False
     if row.get("lists") and (
         row.get("mask", "blocks") not in ("padding", "documents", "blocks")
         or row.get("empty") == "nan"
+        or mean
     ):
         return False
     if row.get("descriptors") and (row.get("dims") == (13, 32) or row.get("layout") == "turned"):
