@@ -315,7 +315,11 @@ def accepted(report: Any) -> int:
     """How many sites were rewritten.
 
     Raises:
-        AssertionError: the compiler met an error of its own.
+        AssertionError: the compiler met an error of its own, or what it put in place of an
+            attention is not in the graph any more: nothing reads it, the original runs.
     """
     assert "internal.error" not in refusals(report), decisions(report)
-    return sum(bool(s.decision.accepted) for s in report.sites)
+    found = sum(bool(s.decision.accepted) for s in report.sites)
+    called = report.graph_after.count("torch.ops.attn_compiler.")
+    assert called >= found, f"{called} operators for\n{decisions(report)}"
+    return found
