@@ -91,6 +91,7 @@ def expect(entry: Entry, report: Any, *, dynamic: bool = False) -> None:
         assert "" in entry.refused or set(refusals) <= set(entry.refused), told
         return
     assert not refusals, f"refused:\n{told}"
+    claims.accepted(report)
     assert len(report.sites) == entry.sites, (
         f"{len(report.sites)} sites instead of {entry.sites}:\n{told}"
     )
