@@ -1,0 +1,113 @@
+"""The variants' own kernels on a GPU: numbers and gradients against float64, in turns of dtypes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attention_cases
+import el_cases
+import gau_cases
+import pytest
+import selective_cases
+import torch
+from attention_cases import SCALE, Shape, double, within_budget
+from gau_cases import Case as GauCase
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from attn_compiler.ir.score import Program
+from attn_compiler.kernels import el, gau, gau_triton, masking_triton
+from attn_compiler.kernels.gau import gau_attention
+from attn_compiler.kernels.selective import reference, selective_attention
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def in_turn(names: Iterable[str]) -> list[tuple[str, torch.dtype]]:
+    """Each name with one dtype: compilation is most of the time."""
+    return list(zip(names, itertools.cycle(DTYPES), strict=False))
+
+
+def there(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function on the GPU, with tensors that come from the CPU and go back to it."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.cuda, (args, kwargs))
+        return pytree.tree_map_only(Tensor, Tensor.cpu, function(*args, **kwargs))
+
+    return run
+
+
+def heard(monkeypatch: pytest.MonkeyPatch, home: Any, name: str) -> list[str]:
+    """The calls of a function, which goes on as it was."""
+    calls: list[str] = []
+    plain = getattr(home, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(home, name, run)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_turn(attention_cases.CASES), ids=str)
+def test_el(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = attention_cases.CASES[name], heard(monkeypatch, el.el_triton, "forward")
+    shape = (Shape(T=1, H=8, G=8, S=513, d=64, dv=64), Shape(T=3, H=6, G=2, S=1041, d=32, dv=24))
+    s, width = list(zip(shape, (512, 768), strict=True))[DTYPES.index(dtype) % 2]
+    given = el_cases.arguments(s, width, dtype, beams=2)
+    reads, kwargs = case.reads(s), {"program": case.program, "scale": SCALE}
+    out, _ = there(el.forward)(*given, reads, list(case.ints), **kwargs)
+    wide = [double(t) for t in given], [double(r) for r in reads]
+    exact, _ = el.reference(*wide[0], wide[1], list(case.ints), **kwargs)
+    theirs = el_cases.plain(given, reads, case.ints, Program.parse(case.program))
+    size = float(exact.nan_to_num(0.0).abs().max())
+    within_budget(name, out, theirs, exact, 8 * torch.finfo(dtype).eps * size)
+    assert calls
+
+
+PAPER = GauCase(length=700, s=128, e=256, chunk=128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    "case",
+    [
+        PAPER,
+        PAPER.but(causal=False, padded=True),
+        PAPER.but(packed=True, inside=True, s=64),
+        PAPER.but(gated=False, biased=False, e=100, padded=True),
+    ],
+    ids=["causal", "padded", "documents", "bare"],
+)
+def test_gau(case: GauCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = heard(monkeypatch, gau_triton, "forward")
+    drawn = case.drawn(dtype)
+    ours = gau_cases.with_gradients(case, drawn, there(gau_attention))
+    assert calls
+    monkeypatch.setattr(gau, "runs_triton", lambda given: False)
+    plain = gau_cases.with_gradients(case, drawn)
+    exact = gau_cases.with_gradients(
+        case, {n: x.double() if x is not None and x.is_floating_point() else x
+               for n, x in drawn.items()},
+    )  # fmt: skip
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        error, allowed = (a.double() - c).norm(), (b.double() - c).norm()
+        assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * c.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turn(n for n in selective_cases.CASES if n != "dropout"), ids=str
+)
+def test_selective(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, calls = selective_cases.CASES[name], heard(monkeypatch, masking_triton.Scan, "launch")
+    ours = selective_cases.with_gradients(case, there(selective_attention), dtype)
+    usual = selective_cases.with_gradients(case, selective_cases.eager, dtype)
+    exact = selective_cases.with_gradients(case, reference, dtype, wide=True)
+    selective_cases.judged(case, ours, usual, exact)
+    assert calls
