@@ -4,7 +4,9 @@
 
 So every block of every pass draws the same, however the matrix is cut, on any device. Rows and
 columns are hashed in 64 bits (splitmix64; Steele, Lea and Flood 2014), one element costs two 32-bit
-multiplications (murmur3's finaliser with the constants that Wellons found in 2018).
+multiplications (murmur3's finaliser with the constants that Wellons found in 2018). Philox, which
+PyTorch draws from, takes about twenty for an element, four of which lie together: more than a tile
+of scores, and a backward pass that runs over other tiles, can bear.
 """
 
 from __future__ import annotations
