@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels import expert_forms as forms
+from attn_compiler.kernels import experts_triton, gpu
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision, under_autocast
 from attn_compiler.kernels.expert_forms import Routed
@@ -129,11 +130,23 @@ def _call(merge: bool, given: Sequence[Tensor], experts: int) -> Routed:
     return Routed(flat, w, index.flatten(0, 1), gate.flatten(0, 1), experts, merge)
 
 
+def runs_triton(call: Routed) -> bool:
+    """Do the generated kernels compute this call?"""
+    device = call.a.device
+    if device.type != "cuda" or experts_triton.refusal(call):
+        return False
+    return bool(gpu.family(device))
+
+
+def _forward(call: Routed) -> Tensor:
+    return experts_triton.forward(call) if runs_triton(call) else forms.forward(call)
+
+
 def _project(x: Tensor, w: Tensor, index: Tensor, gate: Tensor, *, experts: int) -> Tensor:
     """expert_project, without derivatives."""
     call = _call(False, (x, w, index, gate), experts)
     with full_precision(x.device.type):
-        out = forms.forward(call).to(x.dtype)
+        out = _forward(call).to(x.dtype)
     return out.view(*index.shape[:3], w.shape[2]).transpose(1, 2)
 
 
@@ -141,7 +154,7 @@ def _merge(o: Tensor, w: Tensor, index: Tensor, gate: Tensor, *, experts: int) -
     """expert_merge, without derivatives."""
     call = _call(True, (o, w, index, gate), experts)
     with full_precision(o.device.type):
-        out = forms.forward(call).to(o.dtype)
+        out = _forward(call).to(o.dtype)
     return out.view(*index.shape[:2], w.shape[2])
 
 
@@ -162,8 +175,9 @@ def _backward(
 ) -> list[Tensor]:
     rows, w, _, gate = given
     above = grad.reshape(call.rows, w.shape[2]).to(rows.dtype)
+    kernels = experts_triton if runs_triton(call) else forms
     with full_precision(rows.device.type):
-        found = forms.backward(call, above, (needs[0], needs[1], needs[3]))
+        found = kernels.backward(call, above, (needs[0], needs[1], needs[3]))
     d_rows, d_w, d_gate = found
     result = []
     if d_rows is not None:
