@@ -14,7 +14,8 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "variants", "variants backward",
-    "decode", "el", "summaries", "blocks", "numerics", "launch",
+    "decode", "el", "summaries", "blocks", "expert project", "expert merge", "switchhead",
+    "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -25,6 +26,8 @@ _NUMERICS = ("triton", "gluon", "cudnn", "flash")
 _SPLITS = (1, 4, 16, 32, 64)
 # how many of the tiles that the cost model likes best are measured beside ours
 _TILES = 4
+# experts that a token takes of each head
+EXPERTS_ACTIVE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def cases() -> tuple[Case, ...]:
         *_states(),
         Case("summaries", "full", Sizes(1, 16, 16, 4, 1024, 64), SUMMARIES, 2, 32),
         *_maps(),
+        *_experts(),
         *_numerics(),
         *(
             Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, early, 12)
@@ -98,7 +102,8 @@ LAUNCH = (
 def _dense() -> Iterator[Case]:
     shapes = list(product((64, 128, 256), ("full", "causal")))
     for length, (dim, rule) in product((4096, 8192), shapes):
-        early = 3 if length == 4096 else 1 if dim == 128 else 2
+        late = length == 4096 or (dim, rule) == (256, "full")
+        early = 3 if late else 1 if dim == 128 else 2
         yield Case("forward", rule, square(length, dim), _FORWARD, early, 14)
     for length, (dim, rule) in product((4096, 8192), shapes):
         late = length == 4096 or (dim, rule) == (64, "full")
@@ -136,8 +141,22 @@ def _states() -> Iterator[Case]:
 def _maps() -> Iterator[Case]:
     for density in (1.0, 0.1, 0.3, 0.6):
         ways = ("triton", "dense", "flex")
-        early = 1 if density in (1.0, 0.1) else 2
+        early = 1 if density in (1.0, 0.1) else 2 if density == 0.6 else 3
         yield Case("blocks", "blocks", square(8192, 128), ways, early, 10, density)
+
+
+def _experts() -> Iterator[Case]:
+    """Products of 1024, 256 and 8192 rows for an expert, G of them a head; whole causal blocks."""
+    ways = ("triton", "kernel", "masked", "cublas", "grouped mm")
+    for early, (length, experts) in ((2, (8192, 16)), (3, (4096, 32)), (3, (16384, 4))):
+        for section in ("expert project", "expert merge"):
+            sizes = Sizes(1, 4, experts, length, length, 128)
+            yield Case(section, "full", sizes, ways, early, 6)  # type: ignore[arg-type]
+    for early, length in ((2, 8192), (3, 1024), (3, 32768)):
+        sizes = Sizes(32768 // length, 16, 16, length, length, 64)
+        yield Case(
+            "switchhead", "causal", sizes, ("switchhead", "own", "cudnn", "flash"), early, 10
+        )
 
 
 def _numerics() -> Iterator[Case]:
@@ -162,6 +181,8 @@ def shrunk(case: Case) -> Case:
         # one long cache, or several shorter ones
         length = 300 if s.B > 1 else 500
         return replace(case, sizes=Sizes(min(s.B, 2), group, 1, 1, length, 16))
+    if case.section.startswith("expert"):
+        return replace(case, sizes=Sizes(1, 2, 5, s.T // 4096 + 50, 53, 16))
     if case.section in ("el", "summaries"):
         return replace(case, sizes=Sizes(2, 2, 2, s.T, 53, 16))
     # a map has blocks of its own size; others want some tiles and a ragged edge

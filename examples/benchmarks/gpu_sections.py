@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from gpu_cases import Case
 from gpu_el import step
+from gpu_experts import block, products
 from gpu_summaries import summaries
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
 from gpu_ways import Call, makers
@@ -210,9 +211,16 @@ def _graph(machine: Machine, call: Callable[[], Tensor]) -> Way:
     return Way(graph.replay, compared=False)
 
 
-def _states(case: Case, machine: Machine, rounds: int, note: Note, lost: Mapping[str, str]) -> Row:
-    """A step over hidden states, and over keys and values."""
-    numbers, made = step(case, machine)
+def _made(
+    make: Callable[[Case, Machine], tuple[dict[str, Any], Mapping[str, Callable[[], Way]]]],
+    case: Case,
+    machine: Machine,
+    rounds: int,
+    note: Note,
+    lost: Mapping[str, str],
+) -> Row:
+    """What makes its own numbers and ways."""
+    numbers, made = make(case, machine)
     ways = measure(machine, _kept(made, lost), rounds, machine.seconds, note)
     return {**numbers, "ways": ways}
 
@@ -226,7 +234,10 @@ def _summaries(
 
 
 _SECTIONS: dict[str, Callable[..., Row]] = {
-    "el": _states,
+    "el": partial(_made, step),
+    "expert project": partial(_made, products),
+    "expert merge": partial(_made, products),
+    "switchhead": partial(_made, block),
     "summaries": _summaries,
     "ceilings": _ceilings,
     "numerics": _numerics,

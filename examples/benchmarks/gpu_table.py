@@ -20,7 +20,9 @@ Row = dict[str, Any]
 _NAMES = {
     "triton": "Triton", "gluon": "Gluon", "cudnn": "cuDNN", "flash": "flash (SDPA)",
     "flex": "FlexAttention", "dense": "our own dense kernel", "queries": "dq alone",
-    "keys_and_values": "dk and dv alone",
+    "keys_and_values": "dk and dv alone", "cublas": "a plain product",
+    "grouped mm": "gathered rows, grouped product, index_add", "masked": "all experts",
+    "kernel": "the kernel alone", "switchhead": "SwitchHead", "own": "our own attention",
 }  # fmt: skip
 # what a section shows, and against what
 SECTIONS = {
@@ -34,6 +36,9 @@ SECTIONS = {
     "el": ("EL-attention, a step", "read bandwidth, own decode of keys and values"),
     "summaries": ("summaries at the largest batch", "generate(), dynamic cache; static, compiled"),
     "blocks": ("maps of blocks", "own dense kernel, FlexAttention"),
+    "expert project": ("projection by experts", "a plain product, PyTorch's grouped product"),
+    "expert merge": ("merge by experts", "a plain product, PyTorch's grouped product"),
+    "switchhead": ("a block of SwitchHead", "a dense block with our attention, cuDNN, flash"),
     "numerics": ("error in bfloat16 against float64", "SDPA"),
     "launch": ("seconds of the host per call", "SDPA"),
 }
@@ -81,6 +86,11 @@ def title(row: Row) -> str:
         what, length = "EL-attention", f"{s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
     if row["section"] == "summaries":
         return f"summaries, {s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
+    if row["section"].startswith("expert"):
+        return (
+            f"{row['section']}, {s['H']} heads d {s['d']}, {s['G']} experts each, {s['T']} tokens, "
+            f"{row.get('routes', 0):.0f} rows an expert"
+        )
     if row["rule"] == "blocks":
         what = f"blocks of 128, {row['share']:.0%} kept"
     return f"{what}, B {s['B']}, {heads}, d {s['d']}, {length}"
@@ -180,6 +190,35 @@ def _steps(row: Row, ceiling: float) -> tuple[str, str]:
     return parts[0], "; ".join(parts[1:])
 
 
+def _rated(row: Row, ceiling: float) -> tuple[str, str]:
+    """Operations a second of each way, of ours as a share of a plain product's, and how many times
+    faster ours is than what is composed.
+    """
+    parts = []
+    for way in row["ways"]:
+        rates = _rates(row, way, 1e12, "flops")
+        text = f"{spread(rates, 0)} TFLOP/s" if rates else _absent(row, way)
+        parts.append(f"{_name(way)}: {text}")
+        if way in ("triton", "kernel") and (found := ratios(row, "cublas", way)):
+            parts[-1] += f", {spread(found)}x of a plain product"
+        elif way in ("masked", "grouped mm") and (found := ratios(row, way, "triton")):
+            parts[-1] += f", Triton is {spread(found)}x"
+    return "; ".join(parts[:2]), "; ".join(parts[2:])
+
+
+def _whole(row: Row, ceiling: float) -> tuple[str, str]:
+    """Milliseconds of each way, how many times faster ours is, and what the planner says."""
+    parts = []
+    for way in row["ways"]:
+        found = [1e3 * seconds for seconds in measured(row, way)]
+        parts.append(f"{_name(way)}: {spread(found)} ms" if found else f"{_name(way)}: failed")
+        if way != "switchhead" and (faster := ratios(row, way, "switchhead")):
+            parts[-1] += f", SwitchHead is {spread(faster)}x"
+    if "declined" in row:
+        parts[0] += ", declined by the planner" if row["declined"] else ", taken by the planner"
+    return parts[0], "; ".join(parts[1:])
+
+
 def _samples(row: Row, ceiling: float) -> tuple[str, str]:
     """Samples a second of each way at its batch, and how many times as many ours makes."""
     parts, mine = [], _per_second(row, "el")
@@ -250,7 +289,7 @@ def _launches(row: Row, ceiling: float) -> tuple[str, str]:
 _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
     "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth, "el": _steps,
-    "summaries": _samples,
+    "summaries": _samples, "expert project": _rated, "expert merge": _rated, "switchhead": _whole,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 
