@@ -42,10 +42,13 @@ def under_autocast(device: str) -> bool:
     return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result
 def _knows_autocast(device: str) -> bool:
     # torch 2.11's Dynamo does not trace it
     return torch.amp.is_autocast_available(device)
+
+
+# what torch.compiler.assume_constant_result does, after it has imported Dynamo, and sympy with it
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ class Scores:
     Attributes:
         program: the text of an `ir.score` program, over `reads` and `ints`.
         scale: of the dot products; c ** -0.5 if None.
-        offsets: [H, n, c], projected positions. scale * q offsets^T [B, H, T, n] is one more read,
+        offsets: [H, n, c], projected distances. scale * q offsets^T [B, H, T, n] is one more read,
             the last: see `relative_positions`.
         dropout: of the weights of attention, drawn anew in every call.
     """
@@ -269,21 +269,22 @@ def turned(x: Tensor, positions: Tensor, speeds: Tensor) -> Tensor:
     return torch.cat([pairs, x[..., 2 * n :]], -1)
 
 
-def relative_positions(w_p: Tensor, keys: int) -> Tensor:
-    """Projected sinusoids of the distances 1 - S to S - 1, Transformer-XL's: [H, 2 S - 1, c].
+def relative_positions(w_p: Tensor, queries: int, keys: int, start: int | Tensor = 0) -> Tensor:
+    """Projected sinusoids of the distances from each query to each key: [H, T + S - 1, c].
 
-    With them as `Scores.offsets`, read number i, the score of a query that sees T - S earlier keys
-    is dot + t<i>[b, h, q, q - k + 2 * S - T - 1]. Source: Transformer-XL (arXiv 1901.02860) less
-    its two biases, which SwitchHead leaves out.
+    With them as `Scores.offsets`, read number i, a score is dot + t<i>[b, h, q, q - k + S - 1].
+    Source: Transformer-XL (arXiv 1901.02860) less its two biases, which SwitchHead leaves out.
 
     Args:
-        w_p: [H, D, c], D even.
-        keys: S.
+        w_p: [H, D, c].
+        queries, keys: T and S.
+        start: the place of the first query among the keys.
     """
     width = w_p.shape[1]
     dtype = torch.promote_types(w_p.dtype, torch.float32)
-    distances = torch.arange(1 - keys, keys, device=w_p.device, dtype=dtype).unsqueeze(-1)
+    distances = torch.arange(1 - keys, queries, device=w_p.device) + start
     exponents = torch.arange(0, width, 2, device=w_p.device, dtype=dtype) / width
-    angles = distances * 10000.0**-exponents
-    table = torch.cat([angles.sin(), angles.cos()], -1)
+    angles = distances.to(dtype).unsqueeze(-1) * 10000.0**-exponents
+    # an odd width has one cosine less
+    table = torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
     return torch.einsum("nd,hdc->hnc", table.to(w_p.dtype), w_p)

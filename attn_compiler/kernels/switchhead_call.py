@@ -4,8 +4,8 @@
     k, v, start = write(cache, ((x_k, x_v), weights), options, index)        for a cache
     y = read(x_q, k, v, start, reads, ints, w_q, w_k, ...)
 
-Queries and keys are turned by their index, which is that in the cache where there is one. Only
-differences of positions matter, so tokens of padding in front do no harm.
+Positions are those in the cache where there is one. Only their differences matter, so tokens of
+padding in front do no harm.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from attn_compiler.kernels.switchhead import (
     destination,
     drawn,
     keys_values,
+    relative_positions,
     rotary,
     turned,
 )
@@ -62,19 +63,33 @@ class _Options:
         return self.turned is not None or bool(self.speeds)
 
     @property
+    def places(self) -> bool:
+        """Does the layer ask where its tokens stand?"""
+        return self.turns or "w_p" in self.names
+
+    @property
     def mixture(self) -> Mixture:
         return Mixture(
             self.heads, self.experts, self.k, tuple(self.experts_on), self.shared,
             self.expert_dropout,
         )  # fmt: skip
 
-    def scores(self, reads: Sequence[Tensor], ints: Sequence[int]) -> Scores:
-        return Scores(self.program, reads, ints, dropout=self.dropout)
+    def scores(
+        self,
+        reads: Sequence[Tensor],
+        ints: Sequence[int],
+        w_p: Tensor | None,
+        sizes: tuple[int, int, Start],
+    ) -> Scores:
+        """`sizes`: rows, keys, and the place of the first row among the keys."""
+        offsets = None if w_p is None else relative_positions(w_p, *sizes)
+        return Scores(self.program, reads, ints, offsets=offsets, dropout=self.dropout)
 
-    def weights(self, given: Sequence[Tensor]) -> tuple[Weights, Tensor | None]:
-        """And the bias of the outputs, where there is one."""
+    def weights(self, given: Sequence[Tensor]) -> tuple[Weights, Tensor | None, Tensor | None]:
+        """And the bias of the outputs and the projection of distances, where there are such."""
         named = dict(zip(self.names, given, strict=True))
-        return Weights(*(named.get(n) for n in Weights.__slots__)), named.get("b_o")  # type: ignore[arg-type]
+        own = Weights(*(named.get(n) for n in Weights.__slots__))  # type: ignore[arg-type]
+        return own, named.get("b_o"), named.get("w_p")
 
     def seed(self, like: Tensor) -> Tensor | None:
         return drawn(like) if self.expert_dropout else None
@@ -105,18 +120,18 @@ def layer(
     Args:
         x_q, x_k, x_v: [B, T, D] and twice [B, S, D]; one tensor may stand for several.
         reads, ints: of the program.
-        weights: see `Weights`, and `b_o` [D].
+        weights: see `Weights`, `b_o` [D] and `w_p` [H, D, c], see `relative_positions`.
         options: see `_Options`.
     """
     chosen = _Options(**options)
-    own, bias = chosen.weights(weights)
+    own, bias, w_p = chosen.weights(weights)
     seed, mixture = chosen.seed(x_q), chosen.mixture
     turn = chosen.rotate(0, x_k.shape[1], x_k)
     written = keys_values(x_k, own, mixture, x_v=x_v, rotate=turn, seed=seed)
     # one choice serves both sides of a layer that has one router and one input
     routes = written.routes if mixture.shared and x_q is x_k else None
     routes = routes or destination(x_q, own, mixture, seed)
-    scores = chosen.scores(reads, ints)
+    scores = chosen.scores(reads, ints, w_p, (x_q.shape[1], x_k.shape[1], 0))
     y = attend(x_q, written, own, mixture, scores, rotate=turn, routes=routes)
     return y if bias is None else y + bias
 
@@ -142,9 +157,9 @@ def write(
     """
     (x_k, x_v), given = made
     chosen = _Options(**options)
-    own, _ = chosen.weights(given)
+    own, _, _ = chosen.weights(given)
     start: Start = 0
-    if chosen.turns:
+    if chosen.places:
         start = cache.get_seq_length(index)
         # a cache may count in a tensor of its own
         start = start.clone() if isinstance(start, Tensor) else start
@@ -174,8 +189,9 @@ def read(
         reads, ints, weights, options: as of `layer`.
     """
     chosen = _Options(**options)
-    own, bias = chosen.weights(weights)
-    mixture, scores = chosen.mixture, chosen.scores(reads, ints)
+    own, bias, w_p = chosen.weights(weights)
+    mixture = chosen.mixture
+    scores = chosen.scores(reads, ints, w_p, (x_q.shape[1], keys.shape[2], start))
     routes = destination(x_q, own, mixture, chosen.seed(x_q))
     turn = chosen.rotate(start, x_q.shape[1], x_q)
     written = Written(keys.to(x_q.dtype), values.to(x_q.dtype))

@@ -54,6 +54,10 @@ class SwitchHead(VariantSpec):
         init: "fresh", or "convert" from the heads of the layer that is replaced: groups of them
             share a map, and each becomes an expert; with as many maps as heads, every expert is a
             copy of its head, and the function stays. It takes calibration.
+        positions: what the layer itself knows of them, in self-attention: "rope" turns half of the
+            channels, "transformer_xl" adds products of queries and projected distances, "none" is
+            none. "auto" is "rope" where the layer that is replaced turns, else "none". What the
+            model adds elsewhere stays.
         feed_forward: "sigma_moe" replaces the feed-forward net too (SwitchAll).
 
     Raises:
@@ -68,6 +72,7 @@ class SwitchHead(VariantSpec):
     shared_selection: bool = False
     expert_dropout: float = 0.0
     init: Literal["fresh", "convert"] = "fresh"
+    positions: Literal["auto", "none", "rope", "transformer_xl"] = "auto"
     feed_forward: Literal["sigma_moe"] | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +97,10 @@ class SwitchHead(VariantSpec):
         heads_alone = self.init == "fresh" or self.experts_on == ("v", "o")
         why = "heads become experts on values and outputs"
         demand(self, "experts_on", heads_alone, 'leave it ("v", "o") with init="convert"', why)
+        demand_one_of(self, "positions", "auto", "none", "rope", "transformer_xl")
+        kept = self.init == "fresh" or self.positions == "auto"
+        why = "trained heads keep the positions that they were trained with"
+        demand(self, "positions", kept, 'leave it "auto" with init="convert"', why)
         demand_one_of(self, "feed_forward", None, "sigma_moe")
         alone = self.init == "fresh" or self.feed_forward is None
         why = "the experts of a feed-forward net start afresh"
@@ -117,6 +126,7 @@ def cost(
         shared=spec.shared_selection,
         strategy=strategy,
         share=parts.visited(work, causal),
+        positions=spec.positions == "transformer_xl",
     )
     return parts.filled(found, H=spec.heads, E=spec.experts, k=spec.k, d=spec.head_dim)
 
@@ -320,4 +330,5 @@ def _routers(spec: SwitchHead) -> int:
 def _matrices(spec: SwitchHead, positions: bool) -> int:
     """Matrices D x d a head: plain ones, experts, and the positions' projection."""
     experts = len(spec.experts_on) * int(spec.experts)
-    return 4 - len(spec.experts_on) + experts + int(positions)
+    projected = positions or spec.positions == "transformer_xl"
+    return 4 - len(spec.experts_on) + experts + int(projected)

@@ -387,8 +387,8 @@ def test_relative_positions(rows: int) -> None:
     weights, x = drawn(mixture), normal(B, S, D)
     w_p = normal(2, width, C)
     scores = Scores(
-        "score: dot + t0[b, h, q, q - k + 2 * S - T - 1]; mask: k <= q + (S - T); empty: any",
-        offsets=relative_positions(w_p, S),
+        "score: dot + t0[b, h, q, q - k + S - 1]; mask: k <= q + (S - T); empty: any",
+        offsets=relative_positions(w_p, rows, S, S - rows),
     )
     found = switchhead_attention(x[:, S - rows :], x, weights, mixture, scores)
     expected = torch.empty(B, 2, rows, S, dtype=WIDE)

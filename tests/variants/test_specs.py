@@ -37,7 +37,7 @@ DEFAULTS: dict[type[VariantSpec], dict[str, Any]] = {
     SwitchHead: {
         "heads": "auto", "experts": "auto", "k": "auto", "head_dim": "auto",
         "experts_on": ("v", "o"), "shared_selection": False, "expert_dropout": 0.0,
-        "init": "fresh", "feed_forward": None,
+        "init": "fresh", "positions": "auto", "feed_forward": None,
     },
     GAU: {
         "chunk": "auto", "s": "auto", "expansion": "auto", "scale_mode": "rowcount",
@@ -144,6 +144,8 @@ WRONG: list[tuple[type[VariantSpec], dict[str, Any], str]] = [
     (SwitchHead, {"experts_on": ("v", "v")}, "experts_on"),
     (SwitchHead, {"experts_on": ("v", "x")}, "experts_on"),
     (SwitchHead, {"shared_selection": "yes"}, "shared_selection"),
+    (SwitchHead, {"positions": "alibi"}, "positions"),
+    (SwitchHead, {"positions": "rope", "init": "convert"}, "positions"),
     (SwitchHead, {"expert_dropout": 1.0}, "expert_dropout"),
     (SwitchHead, {"init": "copy"}, "init"),
     (SwitchHead, {"feed_forward": "moe"}, "feed_forward"),

@@ -210,6 +210,24 @@ def test_shared_selection_and_projections_without_experts_cost_less() -> None:
     assert sympy.expand(flops - output - router - value * (k * (D + 1) - D)) == 0
 
 
+def test_distances_are_projected_once_for_all_sequences() -> None:
+    placed = SwitchHead(positions="transformer_xl")
+    found = cost(placed, "prefill").flops.subs(S, T)
+    exact = tables.exact_macs(positions=True).subs(S, T)
+    again = 2 * (B - 1) * (2 * T - 1) * D * H * d
+    assert sympy.expand(found - 2 * B * exact + again) == 0
+    both = cost(placed, "training").flops - cost(SwitchHead(), "training").flops
+    one = cost(placed, "prefill").flops - cost(SwitchHead(), "prefill").flops
+    assert sympy.expand(both - 3 * one) == 0
+
+
+def test_parameters_of_projected_distances() -> None:
+    placed = filled(SwitchHead(positions="transformer_xl"), width=1024, heads=16, head_dim=64)
+    plain = replace(placed, positions="none")
+    assert parameters(placed, 1024) == parameters(plain, 1024, positions=True)
+    assert parameters(placed, 1024) <= attention_parameters(1024, 16, 64)
+
+
 def test_training_has_three_products_for_one_and_the_values_again() -> None:
     forward, both = (cost(SwitchHead(), work).flops.subs(S, 0) for work in ("prefill", "training"))
     again = 2 * B * T * H * k * d * (D + 1)

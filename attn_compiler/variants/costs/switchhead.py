@@ -13,7 +13,7 @@ from typing import Literal
 
 from sympy import Min
 
-from attn_compiler.cost.letters import B, Cost, D, E, H, K, Number, T, d, k, n
+from attn_compiler.cost.letters import B, Cost, D, E, H, K, Number, S, T, d, k, n
 from attn_compiler.variants.base import Work
 from attn_compiler.variants.costs.parts import Core, linear
 
@@ -30,6 +30,7 @@ def site(
     shared: bool = False,
     strategy: Strategy = "grouped",
     share: Number = 1,
+    positions: bool = False,
 ) -> Cost:
     """The site.
 
@@ -40,6 +41,7 @@ def site(
         strategy: "grouped" sorts routes by expert and computes those that were chosen, "masked"
             computes all E and gives the others a gate of 0.
         share: of the pairs that are visited.
+        positions: products of queries with projected distances, Transformer-XL's.
     """
     training = work == "training"
     rows = B * K * T if work == "decode" else B * T
@@ -52,8 +54,25 @@ def site(
         cost += _experts(rows, strategy, training, out=name == "o", few=work == "decode")
     if "o" not in experts_on:
         cost += linear(rows, H * d, D, training=training, keeps=False)
+    if positions:
+        cost += _distances(rows, training)
     core = Core(batch=B * K if work == "decode" else B, groups=H, v=d, share=share)
     return cost + core.cost(training) + (Cost() if training else core.cache())
+
+
+def _distances(rows: Number, training: bool) -> Cost:
+    """T + S - 1 distances, projected once for all sequences, and their products with queries."""
+    number = T + S - 1
+    products, scores = 2 * rows * number * H * d, n * rows * number * H
+    cost = linear(number, D, H * d, training=training)
+    if not training:
+        return cost + Cost(flops=products, read=scores, written=scores, launches=1)
+    # the gradient of each score is written by the core, in float32, and read twice
+    back = 4 * rows * number * H
+    return cost + Cost(
+        flops=3 * products, read=2 * scores + 2 * back, written=scores + back, launches=3,
+        saved=scores,
+    )  # fmt: skip
 
 
 def _sides(experts_on: tuple[str, ...], shared: bool) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from attn_compiler.ir.expr import Expr, Var, walk
+from attn_compiler.ir.expr import DOT, Expr, Var, parse, substitute, walk
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import switchhead_call
@@ -27,6 +27,9 @@ from attn_compiler.variants.base import (
     rows_of_length,
 )
 from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
+
+if TYPE_CHECKING:
+    from attn_compiler.ir.layer import Layer
 
 # how far the parameters may be from those that are replaced; the widths that are tried for it, the
 # best for kernels first
@@ -116,6 +119,7 @@ class Widths:
         """Weights for each channel of a head, and those of routers."""
         heads, experts = int(spec.heads), int(spec.experts)
         each = sum(getattr(self, n) * (experts if n in spec.experts_on else 1) for n in "qkvo")
+        each += self.q * (spec.positions == "transformer_xl")
         routers = sum(self.k if name == "w_s" else self.q for name in routers_of(spec))
         return heads * each, heads * experts * routers
 
@@ -175,7 +179,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
     else:
         widths = Widths(**facts["widths"])
-        asked = spec.plain() if isinstance(spec, Prepared) else spec
+        asked = spec.plain() if isinstance(spec, Prepared) else _placed(spec, facts["layer"])
         made, count = sized(asked, site, widths, facts["parameters"])
         tensors = _tensors(made, widths, piece)
         if isinstance(spec, Prepared) and spec.bias:
@@ -192,9 +196,9 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("experts_on", made.experts_on),
         ("shared", made.shared_selection),
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
-        ("program", str(site.program)),
+        ("program", _program(site, made, len(facts["core"].reads))),
         ("dropout", site.dropout),
-        ("turned", _TURNED if facts["layer"].turned and made.init == "fresh" else None),
+        ("turned", _TURNED if made.positions == "rope" else None),
         ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
     )
     return Replacement(
@@ -206,6 +210,24 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         bool(made.expert_dropout),
         CachedLayer(switchhead_call.write, switchhead_call.read, made.heads, made.head_dim),
     )
+
+
+def _placed(spec: SwitchHead, layer: Layer) -> SwitchHead:
+    """The spec with the positions that a layer gets."""
+    mine = layer.key is not None and layer.key.x is layer.query.x
+    if spec.positions == "auto" or not mine:
+        return replace(spec, positions="rope" if layer.turned else "none")
+    return spec
+
+
+def _program(site: AttentionSite, spec: SwitchHead, reads: int) -> str:
+    """What happens between the products; `reads`: how many tensors it reads already."""
+    program = site.program
+    if spec.positions == "transformer_xl":
+        distance = f"dot + t{reads}[b, h, q, q - k + S - 1]"
+        score = substitute(program.score, {DOT: parse(distance)})
+        program = replace(program, score=score)
+    return str(program)
 
 
 def bare(tensor: NewTensor) -> str:
@@ -223,6 +245,9 @@ def _tensors(spec: SwitchHead, widths: Widths, piece: Piece) -> tuple[NewTensor,
         shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
         deviation = (heads * inner if name == "o" else width) ** -0.5
         starts[f"w_{name}"] = Start(normal, (deviation,))
+    if spec.positions == "transformer_xl":
+        shapes["w_p"] = (heads, widths.q, inner)
+        starts["w_p"] = Start(normal, (widths.q**-0.5,))
     for name in routers_of(spec):
         shapes[name] = (experts, widths.k if name == "w_s" else widths.q)
         starts[name] = Start(rows_of_length, (1.0,))
