@@ -47,6 +47,7 @@ _HOMES = {
     "set_budgets": "attn_compiler.train.selective",
     "spion_pattern": "attn_compiler.kernels.pattern",
     "spion_patterns": "attn_compiler.train.spion",
+    "watch_experts": "attn_compiler.train.switchhead",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,6 +1,7 @@
 """What the experts of a rewritten model do: how often each is chosen, and how evenly.
 
     expert_usage(model, batches)["layers.3"]["w_s"]   ->   shares [H, E], entropy [H]
+    with watch_experts(model, tell, every=100): train()      the same while it trains
 
 `report.with_usage(expert_usage(model, batches))` puts it into a report, its text and its page.
 An expert that is never chosen learns nothing; an entropy far below log E says that there are such.
@@ -11,7 +12,8 @@ Source: SwitchHead (arXiv 2312.07987v3), section 5, looks at the same shares.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +74,89 @@ class _Sum:
         return Usage(shares, entropy(shares), entropy(self.choice / self.tokens))
 
 
+Usages = dict[str, dict[str, Usage]]
+
+
+class _Watched:
+    """The routers of a model, and what they chose."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sums: dict[int, _Sum] = {}
+        self.places: dict[str, dict[str, int]] = {}
+        for _, owner, site in rewritten(model):
+            for tensor in site.decision.tensors:
+                name = "_".join(tensor.name.split("_")[:2])  # without a number
+                if name in ROUTERS:
+                    router = owner.get_parameter(tensor.path)
+                    heads = 1 if name == "w_sel" else int(site.decision.spec.heads)
+                    empty = torch.zeros(heads, len(router) // heads, device=router.device)
+                    self.sums[router.data_ptr()] = _Sum(empty.double(), empty.double())
+                    self.places.setdefault(site.path, {})[tensor.name] = router.data_ptr()
+
+    @torch.no_grad()
+    def observe(self, router: Tensor, routes: Routes) -> None:
+        if router.data_ptr() in self.sums:
+            self.sums[router.data_ptr()].add(routes)
+
+    def found(self) -> Usages:
+        """What each router chose that chose anything.
+
+        Raises:
+            BadOption: none did.
+        """
+        if not any(found.tokens for found in self.sums.values()):
+            raise BadOption(
+                "no router chose anything" if self.sums else "the model has no routers",
+                where="option batches" if self.sums else "",
+                do="rewrite the model to SwitchHead, and give batches as pairs (args, kwargs)",
+            )
+        return {
+            path: {
+                name: self.sums[at].usage() for name, at in routers.items() if self.sums[at].tokens
+            }
+            for path, routers in self.places.items()
+        }
+
+
+@contextmanager
+def watch_experts(
+    model: nn.Module, tell: Callable[[Usages], Any], *, every: int = 1
+) -> Iterator[None]:
+    """While the context lasts, tell what the routers of a model chose, as it is run and trained.
+
+    Args:
+        model: rewritten to SwitchHead; not compiled by `torch.compile`.
+        tell: is given what `expert_usage` returns, of the calls since it was told last.
+        every: calls of the model.
+
+    Raises:
+        BadOption: the model has no router; `every` is no number above 0.
+    """
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise BadOption(f"every is {every!r}", where="option every", do="give a number of calls")
+    watched, calls = _Watched(model), 0
+    if not watched.sums:
+        watched.found()
+
+    def called(*_: Any) -> None:
+        nonlocal watched, calls
+        calls += 1
+        if calls % every == 0:
+            usages = watched.found()
+            watched = _Watched(model)
+            tell(usages)
+
+    hook = model.register_forward_hook(called)
+    try:
+        with observed(lambda router, routes: watched.observe(router, routes)):
+            yield
+    finally:
+        hook.remove()
+
+
 def expert_usage(
     model: nn.Module, batches: Iterable[tuple[Sequence[Any], Mapping[str, Any] | None]]
-) -> dict[str, dict[str, Usage]]:
+) -> Usages:
     """Run a model on data, in evaluation mode and without gradients, and look at its routers.
 
     Args:
@@ -90,37 +172,12 @@ def expert_usage(
     Raises:
         BadOption: the model has no router, or no batch ran through one.
     """
-    sums: dict[int, _Sum] = {}
-    places: dict[str, dict[str, int]] = {}
-    for _, owner, site in rewritten(model):
-        for tensor in site.decision.tensors:
-            name = "_".join(tensor.name.split("_")[:2])  # without a number
-            if name in ROUTERS:
-                router = owner.get_parameter(tensor.path)
-                heads = 1 if name == "w_sel" else int(site.decision.spec.heads)
-                empty = torch.zeros(heads, len(router) // heads, device=router.device)
-                sums[router.data_ptr()] = _Sum(empty.double(), empty.double())
-                places.setdefault(site.path, {})[tensor.name] = router.data_ptr()
-
-    def observe(router: Tensor, routes: Routes) -> None:
-        if router.data_ptr() in sums:
-            sums[router.data_ptr()].add(routes)
-
-    mode = model.training
+    watched, mode = _Watched(model), model.training
     model.eval()
     try:
-        with torch.no_grad(), observed(observe):
+        with torch.no_grad(), observed(watched.observe):
             for args, kwargs in batches:
                 model(*args, **dict(kwargs or {}))
     finally:
         model.train(mode)
-    if not any(found.tokens for found in sums.values()):
-        raise BadOption(
-            "no router chose anything" if sums else "the model has no routers",
-            where="option batches" if sums else "",
-            do="rewrite the model to SwitchHead, and give batches as pairs (args, kwargs)",
-        )
-    return {
-        path: {name: sums[at].usage() for name, at in routers.items() if sums[at].tokens}
-        for path, routers in places.items()
-    }
+    return watched.found()

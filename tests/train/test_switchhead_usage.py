@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,31 @@ def test_a_router_that_has_collapsed_is_seen() -> None:
     assert usage.shares[:, 0].eq(1).all() and usage.entropy.eq(0).all()
     assert "0% of an even choice" in str(usage)
     assert float(usage.chance.max()) < math.log(3)
+
+
+def test_it_is_told_while_a_model_trains() -> None:
+    torch.manual_seed(0)
+    spec = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
+    model = ac.rewrite(Stack(Separate), (draw(),), to=spec).train()
+    told: list[dict[str, dict[str, Any]]] = []
+    with ac.watch_experts(model, told.append, every=2):
+        for seed in range(5):
+            model(draw(seed)).square().sum().backward()
+    assert len(told) == 2 and all(p.grad is not None for p in model.parameters())
+    for number, usages in enumerate(told):
+        alone = ac.expert_usage(model, [((draw(2 * number + i),), {}) for i in range(2)])
+        for path in ("layers.0", "layers.1"):
+            for router in ("w_s", "w_d"):
+                mine, theirs = usages[path][router], alone[path][router]
+                torch.testing.assert_close(mine.shares, theirs.shares)
+                torch.testing.assert_close(mine.chance, theirs.chance)
+    model(draw())
+    model(draw())
+    assert len(told) == 2 and not model._forward_hooks
+    with pytest.raises(ac.BadOption, match="every is 0"), ac.watch_experts(model, print, every=0):
+        pass
+    with pytest.raises(ac.BadOption, match="no routers"), ac.watch_experts(Separate(), print):
+        pass
 
 
 def test_there_is_nothing_to_see() -> None:
