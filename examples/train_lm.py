@@ -36,6 +36,7 @@ import line_plot
 import torch
 from budget_search import Parity, at_parity
 from byte_lm import ByteModel, Corpus, Sizes, bits, corpus
+from lm_work import work
 from torch import Tensor, nn
 
 import attn_compiler as ac
@@ -257,12 +258,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
     result = {"command": words, "options": options, "text": text.words} | machine(given)
     result |= {"summary": found, "runs": [asdict(run) for run in runs], "refused": refused}
+    counted = [v for v in variants if v in ("dense", "switchhead", "switchall")]
+    result["work"] = {variant: works(given, variant) for variant in counted}
     result |= {"parity": [asdict(parity) for parity in parities], "memory": factors(parities)}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "train_lm.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     drawn_curves(given, runs)
     drawn_parities(given, parities)
     return 1 if refused else 0
+
+
+def works(given: argparse.Namespace, variant: str) -> dict[str, Any]:
+    """Operations and bytes of a batch."""
+    model = build(given, variant, 0)
+    spec = None if variant == "dense" else ac.last_report().sites[0].decision.spec
+    tokens = torch.zeros(given.batch, given.length, dtype=torch.long, device=given.device)
+    sizes = Sizes(given.width, given.heads, given.layers, given.length)
+    with precision(given):
+        return work(model, tokens, sizes, spec)
 
 
 def everything(

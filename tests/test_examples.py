@@ -108,6 +108,19 @@ def test_trainer_compares_and_says_what_it_cannot(tmp_path: Path) -> None:
     assert losses[-1] == found["runs"][0]["loss"]
 
 
+def test_operations_of_the_trained_models_are_those_of_the_formulas() -> None:
+    train_lm = _load(EXAMPLES / "train_lm.py")
+    sizes = ["--width", "64", "--heads", "8", "--layers", "2", "--length", "31", "--batch", "3"]
+    given, kept = train_lm._parser().parse_args(sizes), {}
+    for variant in ("dense", "switchhead", "switchall"):
+        found = train_lm.works(given, variant)
+        assert found["operations"]["formula"] == found["operations"]["counted"]
+        kept[variant] = found["kept"]
+    for variant in ("switchhead", "switchall"):
+        assert kept[variant]["counted"] < kept["dense"]["counted"]
+    assert kept["switchhead"]["formula"] < kept["dense"]["formula"]
+
+
 def test_budgets_at_the_loss_of_another_model() -> None:
     _load(EXAMPLES / "train_lm.py")
     byte_lm, search = sys.modules["byte_lm"], sys.modules["budget_search"]
