@@ -145,7 +145,10 @@ def _given(parser: Any) -> None:
 
 def _hardware(parser: Any) -> None:
     parser.add_argument(
-        "--hardware", metavar="NAME", help="a device by name: h200, l4, cpu; it need not be there"
+        "--hardware",
+        metavar="NAME",
+        help="a device by name: h200, l4, cpu; it need not be there. Or the path of a .json file: "
+        "what Hardware.to_json() wrote, with your own numbers",
     )
 
 

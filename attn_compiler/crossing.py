@@ -1,6 +1,6 @@
 """Where the answer turns from "keep it as it is" to "it pays", found by asking the planner.
 
-SwitchHead at 1024 channels, h200   ->   "pays from about 1,536 tokens"
+SwitchHead at 1024 channels, h200   ->   "pays from about 6,144 tokens"
 
     lengths 64, 96, 128, 192, ...     shares of blocks, budgets of tokens in 64 equal steps
 

@@ -27,14 +27,14 @@ from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
 from attn_compiler.crossing import crossing
 from attn_compiler.errors import BadOption
-from attn_compiler.variants import Flash, core_of, costed, ordinary
+from attn_compiler.variants import Flash, core_of, costed, ordinary, without_kernels
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
 _SHOWN, _WIDTH = 5, 100
 # forward and backward of a training, in forwards: seven products for two
 _WITH_BACKWARD = 3.5
-# how much of an ordinary product's rate is left where rows are gathered for each expert, where
-# chunks are small, where states are as wide as the model: assumed, to be measured
+# how much of an ordinary product's rate is left where each expert has few columns, where chunks are
+# small, where states are as wide as the model: assumed, to be measured
 _EFFICIENCY = {
     "SwitchHead": 0.7, "GAU": 0.8, "ELAttention": 0.8, "SPION": 0.8, "Selective": 0.9,
     "LinearAttention": 0.5,
@@ -99,7 +99,8 @@ class Plan:
         ]
         lines = [*textwrap.wrap(head, _WIDTH, break_on_hyphens=False), *table]
         lines += [self.crossing] if self.crossing else []
-        lines += [f"assumed: {self.assumed}"] if self.assumed else []
+        if self.assumed:
+            lines += textwrap.wrap(f"assumed: {self.assumed}", _WIDTH)
         return "\n".join(lines)
 
 
@@ -145,7 +146,7 @@ def plan(
     turn, cost = "", ordinary(shape, Scope.CORE)
     if isinstance(spec, VariantSpec) and not isinstance(spec, Flash):
         turn = crossing(spec, shape, lambda s, sizes: not planned(s, sizes, machine, dtype).keep)
-        cost = costed(spec, shape)[1]
+        cost = costed(spec, shape, gpu=machine.kind != "cpu")[1]
     return replace(found, roofline=drawn, crossing=turn, formulas=cost.texts())
 
 
@@ -281,7 +282,7 @@ def _variant(
     spec: VariantSpec, shape: Shape, hardware: Hardware, dtype: torch.dtype, exact: Plan
 ) -> Plan:
     """A variant against ordinary attention at its scope, both with the core as fast as it gets."""
-    spec, cost, scope, extra = costed(spec, shape)
+    spec, cost, scope, extra = costed(spec, shape, gpu=hardware.kind != "cpu")
     numbers = _numbers(cost, shape, dtype, **extra)
     dense = _numbers(ordinary(shape, scope), shape, dtype)
     name, theirs = type(spec).__name__, _time(dense, hardware, dtype)
@@ -307,7 +308,7 @@ def _variant(
         _plan(name, spec, ours, numbers, hardware),
         keep=ours.seconds >= theirs.seconds,
         alternatives=(kept,),
-        assumed=_assumed(name, hardware),
+        assumed=_assumed(spec, shape, hardware),
     )
 
 
@@ -355,11 +356,13 @@ def _on_a_cpu(
     return _scaled(found, _WITH_BACKWARD if shape.training else 1.0)
 
 
-def _assumed(name: str, hardware: Hardware) -> str:
+def _assumed(spec: VariantSpec, shape: Shape, hardware: Hardware) -> str:
     """What of a prediction nobody has measured."""
-    if hardware.kind != "cpu":
-        return f"{name} computes at {_EFFICIENCY[name]:.0%} of the rate of an ordinary product"
-    return "" if hardware.mark == "measured" else "the constants of this CPU: see calibrate()"
+    if hardware.kind == "cpu":
+        return "" if hardware.mark == "measured" else "the constants of this CPU: see calibrate()"
+    name, missing = type(spec).__name__, without_kernels(spec, shape.work)
+    text = f"{name} computes at {_EFFICIENCY[name]:.0%} of the rate of an ordinary product"
+    return text + (f"; a kernel for its {missing}, which is not there" if missing else "")
 
 
 def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) -> Cost:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from attn_compiler.cost.calibration import BOUNDS, NAMES, Calibration, default
@@ -148,20 +149,29 @@ class Hardware:
 
 
 def resolve(hardware: str | Hardware | None, device: Any = None) -> Hardware:
-    """What an option `hardware` means: a value as it is, a name's row, None the device's.
+    """What an option `hardware` means: a value as it is, a name's row, the path of a `.json` file
+    what `Hardware.to_json` wrote there, None the device's.
 
     Raises:
-        BadOption: an unknown name, device or type.
+        BadOption: an unknown name, device or type, or a file that cannot be read.
     """
     if hardware is None:
         return Hardware.from_device(device)
     if isinstance(hardware, str):
-        return Hardware.named(hardware)
+        return _in_file(hardware) if hardware.endswith(".json") else Hardware.named(hardware)
     if isinstance(hardware, Hardware):
         return hardware
     raise BadOption(
         f"hardware is a {type(hardware).__name__}", do="give a name, a Hardware or None"
     )
+
+
+def _in_file(path: str) -> Hardware:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadOption(f'no hardware in "{path}"', why=[str(error)]) from None
+    return Hardware.from_json(text)
 
 
 def known() -> tuple[str, ...]:

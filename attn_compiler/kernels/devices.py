@@ -39,16 +39,16 @@ def full_precision(device: str) -> AbstractContextManager[object]:
 
 def under_autocast(device: str) -> bool:
     """Is autocast on for this type of device; there are types that have none."""
-    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
-def _knows_autocast(device: str) -> bool:
-    # torch 2.11's Dynamo does not trace it
-    return torch.amp.is_autocast_available(device)
-
-
-# what torch.compiler.assume_constant_result does, after it has imported Dynamo, and sympy with it
-_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# asked once: torch 2.11's Dynamo does not trace the question, and a decorator that hides it from
+# Dynamo imports Dynamo
+_WITH_AUTOCAST = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "privateuseone")
+    if torch.amp.is_autocast_available(name)
+)
 
 
 def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from attn_compiler.kernels.template import load, render
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # E / k above which routes are sorted: a sorted product was assumed to run at 70 % of a plain one
-_WORTH_SORTING = 1.5
+WORTH_SORTING = 1.5
 _NO_DOTS = (None, None)
 
 
@@ -54,7 +54,7 @@ def refusal(call: Routed) -> str:
     if not all(x.numel() for x in (call.a, call.w, call.index)):
         return "there is nothing to multiply"
     # some are certainly left out: their weights need not even be read
-    if call.experts <= _WORTH_SORTING * k and tokens * k >= call.experts:
+    if call.experts <= WORTH_SORTING * k and tokens * k >= call.experts:
         return f"{k} of {call.experts} experts are chosen"
     if torch.are_deterministic_algorithms_enabled():
         return "sums have to have an order"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, linear_attention, selective, spion, switchhead
-from attn_compiler.variants.base import Scope, Shape, VariantSpec
+from attn_compiler.variants.base import Scope, Shape, VariantSpec, Work
 from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
@@ -39,6 +39,7 @@ __all__ = [
     "is_measured",
     "needs_data",
     "ordinary",
+    "without_kernels",
 ]
 
 
@@ -64,6 +65,16 @@ def _is_cross(shape: Shape) -> bool:
     return not shape.causal and shape.query != shape.key
 
 
+def without_kernels(spec: VariantSpec, work: Work) -> str:
+    """Which passes are counted as kernels of a GPU that are not there: PyTorch's operators run
+    them. Empty for none.
+    """
+    if not isinstance(spec, gau.GAU) or work == "decode":
+        return ""
+    passes = ["forward"] if spec.chunk is None else []
+    return " and ".join([*passes, *(["backward"] if work == "training" else [])])
+
+
 def core_of(spec: VariantSpec, shape: Shape, letters: dict[str, float]) -> Shape | None:
     """The core that a variant runs, as sizes of exact attention; None if it runs none.
 
@@ -85,8 +96,15 @@ def core_of(spec: VariantSpec, shape: Shape, letters: dict[str, float]) -> Shape
     return shape if isinstance(spec, el.ELAttention) else None
 
 
-def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, dict[str, float]]:
-    """The spec with numbers, its formula, its scope, and letters that are its own."""
+def costed(
+    spec: VariantSpec, shape: Shape, *, gpu: bool = False
+) -> tuple[VariantSpec, Cost, Scope, dict[str, float]]:
+    """The spec with numbers, its formula, its scope, and letters that are its own.
+
+    Args:
+        gpu: as a GPU runs it: experts by `kernels.experts_triton`, or all of them for every row
+            (`kernels.expert_forms`), and Selective's F as a tensor (`kernels.selective_paths`).
+    """
     work, causal, width = shape.work, shape.causal, shape.channels
     cross = _is_cross(shape)
     if isinstance(spec, el.ELAttention):
@@ -97,7 +115,7 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
     if isinstance(spec, selective.Selective):
         # in a step the keys are those that are kept; a whole sequence sees them all
         kept = selective.kept_tokens(spec, shape.key) if work == "decode" else float(shape.key)
-        return spec, selective.cost(spec, work), Scope.CORE, {"S": kept}
+        return spec, selective.cost(spec, work, materialise=gpu), Scope.CORE, {"S": kept}
     if isinstance(spec, LinearAttention):
         window = min(spec.window, shape.key)
         return spec, linear_attention.cost(spec, work), Scope.CORE, {"C": float(window)}
@@ -114,11 +132,17 @@ def costed(spec: VariantSpec, shape: Shape) -> tuple[VariantSpec, Cost, Scope, d
             head_dim=shape.head_dim,
             kv_heads=shape.groups,
         )
-        own = switchhead.cost(made, work, causal=causal)
+        strategy: Literal["grouped", "masked", "sorted"] = "grouped"
+        if gpu:
+            from attn_compiler.kernels import experts_triton
+
+            sparse = int(made.experts) > experts_triton.WORTH_SORTING * int(made.k)
+            strategy = "sorted" if sparse else "masked"
+        own = switchhead.cost(made, work, causal=causal, strategy=strategy)
         if spec.feed_forward is None:
             return made, own, Scope.SITE, {}
         sizes = switchhead.net_sizes(width, 8 * width**2)
-        return made, own + switchhead.net_cost(sizes, work), Scope.BLOCK, {}
+        return made, own + switchhead.net_cost(sizes, work, strategy), Scope.BLOCK, {}
     if isinstance(spec, gau.GAU):
         unit = gau.filled(
             spec, width=width, replaced=12 * width**2, length=shape.key, causal=causal

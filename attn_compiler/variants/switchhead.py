@@ -112,7 +112,7 @@ def cost(
     work: Work,
     *,
     causal: bool = False,
-    strategy: Literal["grouped", "masked"] = "grouped",
+    strategy: Literal["grouped", "masked", "sorted"] = "grouped",
 ) -> Cost:
     """What one layer of self-attention with its projections costs, in the letters of
     `cost.letters`: H heads d wide, E experts, k active. Numbers that the spec gives stand in their
@@ -131,11 +131,15 @@ def cost(
     return parts.filled(found, H=spec.heads, E=spec.experts, k=spec.k, d=spec.head_dim)
 
 
-def net_cost(sizes: NetSizes, work: Work) -> Cost:
+def net_cost(
+    sizes: NetSizes, work: Work, strategy: Literal["grouped", "masked", "sorted"] = "grouped"
+) -> Cost:
     """What the feed-forward net of SwitchAll costs, in the letters of `cost.letters`."""
     from attn_compiler.variants.costs import switchhead
 
-    return switchhead.net(work, experts=sizes.experts, k=sizes.k, hidden=sizes.hidden)
+    return switchhead.net(
+        work, experts=sizes.experts, k=sizes.k, hidden=sizes.hidden, strategy=strategy
+    )
 
 
 def filled(

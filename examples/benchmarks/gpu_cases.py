@@ -5,7 +5,7 @@ next_case(cases, 40.0)   ->   the most important case that needs no more than 40
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
@@ -13,19 +13,22 @@ from typing import Literal
 from gpu_rules import BLOCK, RULES, Rule, Sizes
 
 Section = Literal[
-    "ceilings", "forward", "backward", "tiles", "variants", "variants backward",
-    "decode", "el", "summaries", "blocks", "expert project", "expert merge", "switchhead",
-    "numerics", "launch",
+    "ceilings", "forward", "backward", "tiles", "tiles backward", "variants",
+    "variants backward", "decode", "el", "summaries", "blocks", "expert project", "expert merge",
+    "switchhead", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
 _TOKENS = 16384
 _FORWARD = ("triton", "gluon", "cudnn", "flash", "flex")
-_BACKWARD = ("triton", "queries", "keys_and_values", "cudnn", "flash", "flex")
 _NUMERICS = ("triton", "gluon", "cudnn", "flash")
 _SPLITS = (1, 4, 16, 32, 64)
-# how many of the tiles that the cost model likes best are measured beside ours
-_TILES = 4
+# kernels whose tiles are measured: a name without a number is the picked tile of a backward's
+_ALONE = ("queries", "keys_and_values")
+KERNELS = ("tile", *_ALONE)
+_BACKWARD = ("triton", *_ALONE, "cudnn", "flash", "flex")
+# more than the cost model knows tiles, and parts of the keys, for any call
+_TILES = 64
 # experts that a token takes of each head
 EXPERTS_ACTIVE = 2
 
@@ -67,6 +70,15 @@ class Case:
         return RULES[self.rule]
 
 
+def kinds(of: Iterable[Case]) -> list[Case]:
+    """One of the cases that need the same kernels, for each such kind: the smallest."""
+    found: dict[tuple[object, ...], Case] = {}
+    for case in sorted(of, key=lambda case: case.sizes.B * case.sizes.T * case.sizes.S):
+        s = case.sizes
+        found.setdefault((case.section, case.rule, s.d, s.H // s.G, s.T == 1), case)
+    return list(found.values())
+
+
 def square(length: int, dim: int) -> Sizes:
     """16384 tokens of one model."""
     return Sizes(max(1, _TOKENS // length), HEADS[dim], HEADS[dim], length, length, dim)
@@ -77,6 +89,7 @@ def cases() -> tuple[Case, ...]:
     return (
         Case("ceilings", "full", Sizes(1, 1, 1, 8192, 8192, 8192), CEILINGS, 1, 4),
         *_dense(),
+        *_tiles(),
         *_variants(),
         *_decode(),
         *_states(),
@@ -86,11 +99,34 @@ def cases() -> tuple[Case, ...]:
         *_numerics(),
         *(
             Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, early, 12)
-            for rule, early in (("softcap", 2), ("causal", 3))
+            for rule, early in (("softcap", 2), ("causal", 4))
         ),
     )
 
 
+# rule, head dim, heads of a group, then batch, heads, rows, keys
+_HELD_OUT = (
+    ("causal", 128, 4, (
+        (1, 8, 1040, 1040), (4, 32, 2000, 2000), (1, 32, 3088, 3088), (2, 16, 5008, 5008),
+        (1, 16, 12016, 12016), (24, 16, 528, 528),
+    )),
+    ("causal", 64, 1, (
+        (1, 12, 1040, 1040), (8, 12, 2000, 2000), (2, 20, 3088, 3088), (2, 8, 6000, 6000),
+        (1, 12, 12016, 12016), (32, 12, 272, 272),
+    )),
+    ("full", 128, 1, (
+        (1, 6, 1040, 1040), (3, 16, 1504, 1504), (2, 12, 3088, 3088), (1, 10, 7008, 7008),
+        (4, 16, 432, 4016), (1, 24, 5008, 272),
+    )),
+    ("causal", 256, 1, (
+        (1, 8, 1040, 1040), (6, 8, 1504, 1504), (2, 8, 3088, 3088), (1, 4, 7008, 7008),
+        (1, 16, 4112, 4112), (16, 8, 400, 400),
+    )),
+    ("full", 128, 4, (
+        (1, 32, 1, 4000), (2, 32, 1, 24000), (8, 16, 1, 6000), (32, 32, 1, 3008), (96, 8, 1, 1040),
+        (4, 8, 1, 100000),
+    )),
+)  # fmt: skip
 SUMMARIES = ("el", "dynamic", "static, compiled")
 CEILINGS = ("sum", "largest", "copy", "product")
 LAUNCH = (
@@ -103,15 +139,29 @@ def _dense() -> Iterator[Case]:
     shapes = list(product((64, 128, 256), ("full", "causal")))
     for length, (dim, rule) in product((4096, 8192), shapes):
         late = length == 4096 or (dim, rule) == (256, "full")
-        early = 3 if late else 1 if dim == 128 else 2
+        early = (4 if length == 4096 else 3) if late else 1 if dim == 128 else 2
         yield Case("forward", rule, square(length, dim), _FORWARD, early, 14)
     for length, (dim, rule) in product((4096, 8192), shapes):
         late = length == 4096 or (dim, rule) == (64, "full")
-        early = 4 if late else {64: 2, 128: 1, 256: 3}[dim]
+        early = 5 if late else {64: 2, 128: 1, 256: 4}[dim]
         yield Case("backward", rule, square(length, dim), _BACKWARD, early, 20)
-    for dim, rule in shapes:
-        ways = ("triton", *(f"tile {n}" for n in range(_TILES)))
-        yield Case("tiles", rule, square(8192, dim), ways, 3 if dim == 128 else 4, 16)
+
+
+def _tiles() -> Iterator[Case]:
+    """Every tile that the cost model may choose, for shapes that its constants are not fitted to.
+
+    Lengths are multiples of 16 and groups of heads alike, so that few kernels serve many shapes;
+    most lengths are multiples of no tile.
+    """
+    numbers = {kind: tuple(f"{kind} {n}" for n in range(_TILES)) for kind in KERNELS}
+    own = ("triton", *numbers["tile"])
+    each = ("triton", *_ALONE, *numbers["queries"], *numbers["keys_and_values"], "cudnn", "flash")
+    for rule, dim, group, shapes in _HELD_OUT:
+        for batch, heads, rows, keys in shapes:
+            sizes, short = Sizes(batch, heads, heads // group, rows, keys, dim), rows == 1
+            yield Case("tiles", rule, sizes, own if short else (*own, "cudnn", "flash"), 3, 4)
+            if not short:
+                yield Case("tiles backward", rule, sizes, each, 5, 6)
 
 
 def _variants() -> Iterator[Case]:
@@ -162,7 +212,7 @@ def _experts() -> Iterator[Case]:
 def _numerics() -> Iterator[Case]:
     for dim, rule in product((128, 64, 256), ("full", "causal")):
         sizes = Sizes(1, 8, 8, 4096, 4096, dim)
-        yield Case("numerics", rule, sizes, _NUMERICS, 1 if dim == 128 else 3, 6)
+        yield Case("numerics", rule, sizes, _NUMERICS, 1 if dim == 128 else 4, 6)
 
 
 def next_case(left: Sequence[Case], remaining: float) -> Case | None:
@@ -187,4 +237,5 @@ def shrunk(case: Case) -> Case:
         return replace(case, sizes=Sizes(2, 2, 2, s.T, 53, 16))
     # a map has blocks of its own size; others want some tiles and a ragged edge
     length = 2 * BLOCK if case.rule == "blocks" else 53 if s.T < 8192 else 67
-    return replace(case, sizes=Sizes(1, 2, 2, length, length, s.d // 4))
+    rows = min(s.T, length)
+    return replace(case, sizes=Sizes(1, 2, 2 // min(2, group), rows, length, s.d // 4))

@@ -25,13 +25,17 @@ def hardware_of(result: dict[str, Any]) -> Hardware:
 
 
 def measurements(result: dict[str, Any]) -> dict[Template, list[Measurement]]:
-    """What the cost model can learn from, by template; kernels that spill are left out."""
+    """What the cost model can learn from, by template; kernels that spill are left out, and scores
+    that do what it does not count.
+    """
     hardware = hardware_of(result)
     found: dict[Template, list[Measurement]] = {template: [] for template in TEMPLATES}
     for row in result["rows"]:
         if not row.get("problem"):
             continue
         problem = Problem(**row["problem"])
+        if problem.extra:
+            continue
         for way in row["ways"].values():
             template = way.get("template")
             if template not in found or not way.get("seconds") or way.get("spills") or wrong(way):

@@ -17,7 +17,7 @@ from gpu_el import step
 from gpu_experts import block, products
 from gpu_summaries import summaries
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
-from gpu_ways import Call, makers
+from gpu_ways import TILED, Call, makers
 from torch import Tensor
 
 from attn_compiler.ir.score import Program
@@ -26,8 +26,8 @@ from attn_compiler.kernels.library import attention
 
 # elements of the tensor that is read and copied for the bandwidth: a gigabyte
 _STREAMED = 2**28
-# runs of seconds need few rounds
-_FEW = 3
+# runs of seconds need few rounds, as do many tiles
+_FEW, _FEW_OF_TILES = 3, 5
 # heads of the first sequence that are computed in float64
 _JUDGED = 2
 Row = dict[str, Any]
@@ -73,6 +73,7 @@ def _compared(
     share = case.plan.share(s, call.reads)
     products = 2.5 if case.section.endswith("backward") else 1.0
     tensors = (call.q, call.k, call.v, call.grad)  # out has the shape of its gradient
+    rounds = min(rounds, _FEW_OF_TILES) if case.section in TILED else rounds
     return {
         "share": share,
         "flops": products * 4 * s.B * s.H * s.T * s.S * s.d * share,

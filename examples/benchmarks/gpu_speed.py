@@ -6,9 +6,10 @@
 
 Random data in bfloat16, all ways of a case alternated in one process. What fails is reported with
 its error and stops nothing else. The folder gets two files: the seconds of every round as JSON,
-with what they were measured on, and the table. TFLOP/s count 4 B H T S d for a forward (the part of
-it that the mask leaves; half where causal) and 2.5 times that for a backward. FlexAttention's lists
-of blocks are made before, ours are made in each call.
+with what they were measured on, and the table; with --only they keep what is there of the rest.
+TFLOP/s count 4 B H T S d for a forward (the part of it that the mask leaves; half where causal) and
+2.5 times that for a backward. FlexAttention's lists of blocks are made before, ours are made in
+each call.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, get_args
 # its own folder, also where PYTHONSAFEPATH keeps it off the path
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_compile
 import gpu_fit
 import gpu_table
 import torch
@@ -38,12 +40,15 @@ from gpu_cases import Case, Section, cases, next_case, shrunk
 from gpu_process import Task, gather
 from gpu_sections import run
 from gpu_timing import METHOD, DeviceLost, Machine, Note, failure
+from gpu_ways import TILED
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 ROUNDS = 11
 BUDGET = 330.0
 # seconds in which a way is compiled and measured, or it hangs
 _PATIENCE = 75.0
+# of which compiling the kernels of all tiles may take so many
+_COMPILING = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,12 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("gpu_speed needs a GPU, and there is none (--device cpu runs its code, tiny)")
         return 1
+    if given.compile is not None:
+        section, number, of = given.compile
+        machine = Machine.of(given.device)
+        chosen = _sized([case for case in cases() if case.section == section], machine)
+        gpu_compile.call_once(chosen, machine, int(number), int(of))
+        return 0
     if given.child is not None:
         return _child(given.child)
     result = measured(given)
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         name = result["gpu"].replace(" ", "-").replace("/", "-")
+        if given.only is not None:
+            result = _joined(given.out / f"{name}.json", result)
         (given.out / f"{name}.json").write_text(json.dumps(result, indent=1))
         (given.out / f"{name}.md").write_text(gpu_table.table([result]) + "\n")
     print(gpu_table.table([result]))
@@ -84,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     found.add_argument("--page", type=Path, default=PAGE)
     found.add_argument("--fit", type=Path, help="print the cost model's constants")
     found.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    found.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
     return found
 
 
@@ -109,6 +123,22 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
         "dropped": dropped,
         "lost": found.lost,
         "rows": [found.rows[name] for name in ways if name in found.rows],
+    }
+
+
+def _joined(path: Path, new: dict[str, Any]) -> dict[str, Any]:
+    """Some sections with the others of the same machine that are kept in a file already."""
+    old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    same = ("torch", "triton", "gpu", "driver", "dtype", "method", "rounds")
+    if any(old.get(key) != new[key] for key in same):
+        return new
+    rows = {row["name"]: row for row in (*old["rows"], *new["rows"])}
+    return {
+        **new,
+        "seconds": old["seconds"] + new["seconds"],
+        "dropped": [n for n in dict.fromkeys(old["dropped"] + new["dropped"]) if n not in rows],
+        "lost": old["lost"] | new["lost"],
+        "rows": [rows[case.name] for case in cases() if case.name in rows],
     }
 
 
@@ -163,6 +193,7 @@ def work_through(task: Task, machine: Machine, rounds: int) -> int:
     """Measure the cases of a task, the most important first; 3 if the device was lost."""
     end = time.monotonic() + task.seconds
     left = [case for case in cases() if case.name in task.names]
+    uncompiled = set(TILED) if machine.cuda else set()
     with task.notes.open("a", encoding="utf-8") as notes:
 
         def tell(**line: Any) -> None:
@@ -170,8 +201,13 @@ def work_through(task: Task, machine: Machine, rounds: int) -> int:
             notes.flush()
 
         while (case := next_case(left, end - time.monotonic())) is not None:
+            if case.section in uncompiled:
+                uncompiled.remove(case.section)
+                seconds = min(_COMPILING, end - time.monotonic())
+                gpu_compile.together(_compilers(case.section), seconds)
+                continue
             left.remove(case)
-            small = case if machine.cuda else shrunk(case)
+            (small,) = _sized([case], machine)
             tell(case=case.name)
             try:
                 row = _row(
@@ -185,6 +221,15 @@ def work_through(task: Task, machine: Machine, rounds: int) -> int:
             tell(row={**row, "name": case.name})
             print(f"{end - time.monotonic():6.0f} s left  {_told(case, row)}", flush=True)
     return 0
+
+
+def _sized(found: Sequence[Case], machine: Machine) -> list[Case]:
+    return [case if machine.cuda else shrunk(case) for case in found]
+
+
+def _compilers(section: str) -> list[list[str]]:
+    of = gpu_compile.PROCESSES
+    return [[sys.executable, __file__, "--compile", section, f"{n}", f"{of}"] for n in range(of)]
 
 
 def _row(

@@ -29,7 +29,8 @@ SECTIONS = {
     "ceilings": ("reading, copying, multiplying", "-"),
     "forward": ("forward, head dim 64, 128, 256, full and causal", "cuDNN, flash, FlexAttention"),
     "backward": ("backward", "cuDNN, flash, FlexAttention"),
-    "tiles": ("other tiles", "the picked tile"),
+    "tiles": ("the cost model's tile, other shapes", "every tile that it knows, cuDNN, flash"),
+    "tiles backward": ("its tiles of the backward", "every tile that it knows, cuDNN, flash"),
     "variants": ("soft-cap, ALiBi, documents, window", "FlexAttention"),
     "variants backward": ("backward of soft-cap, documents", "FlexAttention"),
     "decode": ("decode", "read bandwidth, FlexAttention"),
@@ -240,13 +241,42 @@ def _per_second(row: Row, way: str) -> list[float]:
 
 
 def _tiles(row: Row, ceiling: float) -> tuple[str, str]:
-    texts = []
-    for way, found in row["ways"].items():
-        tile = found.get("tile", {})
-        text = "x".join(str(tile.get(key, "?")) for key in ("rows", "keys", "warps", "stages"))
-        rates = _rates(row, way, 1e12, "flops")
-        texts.append(f"{text}: {spread(rates, 0) if rates else _absent(row, way)} TFLOP/s")
-    return texts[0], "; ".join(texts[1:])
+    """The picked tile; the fastest one, and what share of its speed the picked one reaches; of a
+    backward both kernels.
+    """
+    left, right = [], []
+    for kind, own in _PICKED.items():
+        ways = [way for way in row["ways"] if way == own or way.startswith(f"{kind} ")]
+        if not ways or len(ways) == 1 < len(row["ways"]):
+            continue
+        medians = {way: statistics.median(s) for way in ways if (s := measured(row, way))}
+        left.append(_tile(row, own))
+        if medians:
+            best = min(medians, key=lambda way: medians[way])
+            share = f"{medians[best] / medians[own]:.0%}" if own in medians else "nothing"
+            text = f"{_tile(row, best)} is the fastest of {len(medians)}"
+            right.append(f"{text}, the picked one reaches {share}")
+    others = [way for way in row["ways"] if way in ("cudnn", "flash")]
+    right += [f"{_name(way)}: {_speed(row, way)}" for way in others]
+    return "; ".join(left), "; ".join(right) or "-"
+
+
+# the way with the picked tile, by the kind of its others
+_PICKED = {"tile": "triton", "queries": "queries", "keys_and_values": "keys_and_values"}
+
+
+def _tile(row: Row, way: str) -> str:
+    """Rows, keys, warps, stages of a tile, and its speed."""
+    found, name = row["ways"].get(way, {}), way.partition(" ")[0]
+    tile = found.get("tile", {})
+    keys = ("rows", "keys", "warps", "stages", *(["splits"] if tile.get("splits", 1) > 1 else []))
+    text = "x".join(str(tile.get(key, "?")) for key in keys)
+    if name in ("queries", "keys_and_values"):
+        # a part of a backward: its operations are not those of the row
+        micros = [1e6 * s for s in measured(row, way)]
+        return f"{_name(name)}, {text}: {f'{spread(micros, 0)} µs' if micros else 'failed'}"
+    rates = _rates(row, way, 1e12, "flops")
+    return f"{text}: {f'{spread(rates, 0)} TFLOP/s' if rates else _absent(row, way)}"
 
 
 def _ceilings(row: Row, ceiling: float) -> tuple[str, str]:
@@ -288,8 +318,9 @@ def _launches(row: Row, ceiling: float) -> tuple[str, str]:
 
 _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
-    "ceilings": _ceilings, "tiles": _tiles, "decode": _bandwidth, "el": _steps,
-    "summaries": _samples, "expert project": _rated, "expert merge": _rated, "switchhead": _whole,
+    "ceilings": _ceilings, "tiles": _tiles, "tiles backward": _tiles, "decode": _bandwidth,
+    "el": _steps, "summaries": _samples, "expert project": _rated, "expert merge": _rated,
+    "switchhead": _whole,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_cases import Case
+from gpu_cases import KERNELS, Case
 from gpu_timing import Machine, NotHere, Way
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from attn_compiler.cost.hardware import Hardware
-from attn_compiler.cost.problem import Problem
+from attn_compiler.cost.problem import Problem, Template
 from attn_compiler.cost.search import choose
 from attn_compiler.kernels import flash_gluon, flash_triton, flash_triton_backward
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.gpu_tiles import backward_tiles, forward_tile
 from attn_compiler.kernels.launch import Launch, Tile
 
+TILED = ("tiles", "tiles backward")
+_ALONE: dict[str, Template] = {"queries": "queries", "keys_and_values": "keys_and_values"}
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """A case with its tensors, q, k, v in the layout of a model: heads beside features."""
 
@@ -88,9 +90,14 @@ Maker = Callable[[Call], Way]
 
 
 def makers(call: Call) -> dict[str, Callable[[], Way]]:
-    """Of every way that the case names."""
-    backward = call.case.section.endswith("backward")
-    return {name: partial(_maker(name, backward), call) for name in call.case.ways}
+    """Of every way that the case names; of its numbered tiles those that there are."""
+    backward, found = call.case.section.endswith("backward"), {}
+    tiles = {kind: others(call, kind) for kind in KERNELS if call.case.section in TILED}
+    for name in call.case.ways:
+        kind, _, number = name.partition(" ")
+        if not number or kind not in tiles or int(number) < len(tiles[kind]):
+            found[name] = partial(_maker(name, backward), call)
+    return found
 
 
 def _maker(name: str, backward: bool) -> Maker:
@@ -99,6 +106,8 @@ def _maker(name: str, backward: bool) -> Maker:
         return partial(_sdpa_backward if backward else _sdpa, name)
     if kind == "tile":
         return partial(_liked, int(number))
+    if kind in _ALONE:
+        return partial(_one_kernel, kind, int(number) if number else None)
     if kind == "splits":
         return partial(_split, int(number))
     return (_BACKWARD if backward else _FORWARD)[name]
@@ -147,21 +156,36 @@ def _takes(launch: Launch) -> dict[str, Any]:
     }
 
 
-def _liked(number: int, call: Call) -> Way:
-    """The tiles that the cost model likes best, without the picked one."""
-    if call.problem is None:
-        raise NotHere("the cost model knows bands only")
+def others(call: Call, kind: str = "tile") -> list[Tile]:
+    """All tiles that the cost model may choose for a call, the best first, without the picked one;
+    none where it knows nothing.
+
+    Args:
+        kind: of `gpu_cases.KERNELS`.
+    """
+    if call.problem is None or not call.machine.family:
+        return []
     # without a GPU that of the family which the machine stands for
     hardware = call.machine.hardware or Hardware.named("a100")
     own = picked(call)
+    template: Template = "forward"
+    if kind in _ALONE:
+        template, own = _ALONE[kind], _backward_tile(call, kind)
     tiles = [
         Tile(t.block_m, t.block_n, t.warps, t.stages, t.heads, t.splits, own.descriptors)
-        for t, _ in choose(hardware, call.problem)
+        for t, _ in choose(hardware, call.problem, template)
     ]
-    others = [tile for tile in tiles if tile != own]
-    if number >= len(others):
-        raise NotHere("the cost model knows no more tiles")
-    return _triton(call, others[number])
+    return [tile for tile in tiles if tile != own]
+
+
+def _backward_tile(call: Call, kind: str) -> Tile:
+    """The picked one of a kernel."""
+    by_key, by_row = backward_tiles(call.given, call.machine.family, call.machine.hardware)
+    return by_row if kind == "queries" else by_key
+
+
+def _liked(number: int, call: Call) -> Way:
+    return _triton(call, others(call)[number])
 
 
 def _split(number: int, call: Call) -> Way:
@@ -204,25 +228,38 @@ def _triton_backward(call: Call) -> Way:
     )
 
 
-def _one_kernel(number: int, call: Call) -> Way:
-    """A kernel of the backward by itself, after the one that prepares for it."""
-    given, saved, tiles = _before_backward(call)
-    results = tuple(torch.empty_like(x) for x in given.qkv)
+def _one_kernel(name: str, number: int | None, call: Call) -> Way:
+    """A kernel of the backward by itself, after the one that prepares for it.
+
+    Args:
+        number: of its tile, None for the picked one.
+    """
+    given, saved, (by_key, by_row) = _before_backward(call)
+    tile = _backward_tile(call, name) if number is None else others(call, name)[number]
+    tiles = (by_key, tile) if name == "queries" else (tile, by_row)
     launches = flash_triton_backward.prepare_backward(
-        Frame(given), call.grad, saved, {}, tiles, results
+        Frame(given), call.grad, saved, {}, tiles, _gradients(call)
     )
     launches[0].run()
-    name, tile = ("", "queries", "keys_and_values")[number], tiles[number % 2]
+    launch = launches[1 if name == "queries" else 2]
     facts = {"tile": asdict(tile), "template": name}
-    return Way(launches[number].run, facts, lambda: _takes(launches[number]), compared=False)
+    return Way(launch.run, facts, lambda: _takes(launch), compared=False)
 
 
+# of the last call alone: many ways share it
+@lru_cache(maxsize=1)
 def _before_backward(call: Call) -> tuple[Inputs, tuple[Tensor, Tensor], tuple[Tile, Tile]]:
     given = call.given
     if not call.machine.family:
         raise NotHere("Triton uses no matrix units here")
     saved = flash_triton.forward(Frame(given), picked(call))
     return given, saved, backward_tiles(given, call.machine.family, call.machine.hardware)
+
+
+@lru_cache(maxsize=1)
+def _gradients(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Where kernels by themselves write."""
+    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
 
 
 # ---------------------------------------------------------------- theirs
@@ -293,7 +330,5 @@ def _flex_backward(call: Call) -> Way:
 _FORWARD: dict[str, Maker] = {"triton": _triton, "gluon": _gluon, "dense": _dense, "flex": _flex}
 _BACKWARD: dict[str, Maker] = {
     "triton": _triton_backward,
-    "queries": partial(_one_kernel, 1),
-    "keys_and_values": partial(_one_kernel, 2),
     "flex": _flex_backward,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def test_the_table_of_a_result() -> None:
     text = gpu_table.table([result()])
     assert text.startswith("NVIDIA H200 (driver 1.2, torch 3.4, triton 5.6), bfloat16, 3 rounds. ")
     assert len(_lines(text, "forward, ")) == len(_lines(text, "backward, ")) == 12
-    assert _lines(text, "other tiles")[0][1] == "not measured"
+    assert _lines(text, "the cost model's tile")[0][1] == "not measured"
     assert "- not measured, out of time: tiles of some kind" in text
     what, ours, others = _lines(text, "variants, softcap")[0]
     assert what == "| variants, softcap, B 2, 16 heads, d 128, T = 8192"
@@ -126,6 +126,42 @@ def test_the_table_of_a_result() -> None:
     _, ours, _ = _lines(text, "launch, softcap")[0]
     assert ours.startswith("ours, no grad: 1000.0 (900.0 to 1100.0) µs")
     assert _lines(text, "blocks of 128, 50% kept")
+
+
+def test_a_picked_tile_beside_the_fastest() -> None:
+    case = next(case for case in cases() if case.section == "tiles")
+    tile = {"rows": 128, "keys": 64, "warps": 8, "stages": 3, "heads": 1, "splits": 1}
+    ways = {
+        "triton": {"seconds": [2e-3], "tile": tile},
+        "tile 0": {"seconds": [1e-3], "tile": tile | {"keys": 32, "splits": 4}},
+        "tile 1": {"seconds": [4e-3], "tile": tile | {"keys": 16}},
+        "tile 2": {"error": "RuntimeError: out of resources"},
+        "flash": {"seconds": [8e-3]},
+    }  # fmt: skip
+    row = _row(replace(case, ways=())) | {"ways": ways}
+    ((what, ours, theirs),) = _lines(gpu_table.table([{"rows": [row]}]), "tiles")
+    assert what == "| tiles, causal, B 1, 8 heads on 2, d 128, T = 1040"
+    assert ours == "128x64x8x3: 500 (500 to 500) TFLOP/s"
+    assert theirs == (
+        "128x32x8x3x4: 1000 (1000 to 1000) TFLOP/s is the fastest of 3, the picked one reaches 50%;"
+        " flash (SDPA): 125 (125 to 125) TFLOP/s |"
+    )
+    row["ways"] = {
+        "triton": {"seconds": [1.0]},
+        "queries": {"seconds": [2e-5], "tile": tile},
+        "queries 0": {"seconds": [1e-5], "tile": tile | {"keys": 32}},
+        "keys_and_values": {"error": "no"},
+        "keys_and_values 0": {"seconds": [1e-5], "tile": tile},
+    }
+    ((_, ours, theirs),) = _lines(gpu_table.table([{"rows": [row]}]), "tiles")
+    assert ours == "dq alone, 128x64x8x3: 20 (20 to 20) µs; dk and dv alone, ?x?x?x?: failed"
+    assert theirs == (
+        "dq alone, 128x32x8x3: 10 (10 to 10) µs is the fastest of 2, the picked one reaches 50%; "
+        "dk and dv alone, 128x64x8x3: 10 (10 to 10) µs is the fastest of 1, the picked one reaches "
+        "nothing |"
+    )
+    row["ways"] = {"triton": {"error": "no"}}
+    assert _lines(gpu_table.table([{"rows": [row]}]), "tiles")[0][1:] == ["?x?x?x?: failed", "- |"]
 
 
 def test_a_case_that_could_not_be_made_is_said() -> None:
@@ -171,4 +207,7 @@ def test_what_the_model_cannot_learn_from_is_left_out() -> None:
     ):
         row["ways"]["triton"] |= change
     assert len(gpu_fit.measurements(given)["forward"]) == 8
+    last = [row for row in given["rows"] if row["section"] == "forward"][-1]
+    last["problem"]["extra"] = True
+    assert len(gpu_fit.measurements(given)["forward"]) == 7
     assert gpu_fit.report({"gpu": "cpu", "rows": []}) == "not measured on a GPU: nothing to fit"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from attn_compiler.cost.at_hand import of_cpuinfo
 from attn_compiler.cost.hardware import Hardware, known, of_properties, resolve
 from attn_compiler.errors import BadOption
+from attn_compiler.planning import plan
+from attn_compiler.variants.base import Shape
 
 # 1e12 operations per second of 16-bit, 8-bit and tf32 products, as published, dense
 PEAKS = {
@@ -142,6 +145,24 @@ def test_resolve() -> None:
         resolve(3.0)  # type: ignore[arg-type]
     with pytest.raises(BadOption, match="meta device"):
         resolve(None, "meta")
+
+
+def test_a_file_with_own_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    mine = replace(Hardware.named("h200"), name="mine", dram_rate=2e12)
+    path.write_text(mine.to_json(), encoding="utf-8")
+    assert resolve(str(path)) == mine
+    shape = Shape(64, 1, 8192, 32, 128, kv_heads=8)
+    slow, fast = (plan("fastest", shape, hardware=h) for h in (str(path), "h200"))
+    assert slow.hardware == "mine" and slow.seconds > 2 * fast.seconds
+    with pytest.raises(BadOption, match=r"no hardware in .*other\.json"):
+        resolve(str(tmp_path / "other.json"))
+    path.write_bytes(b"\xff")
+    with pytest.raises(BadOption, match="no hardware in"):
+        resolve(str(path))
+    path.write_text(changed(clock=0), encoding="utf-8")
+    with pytest.raises(BadOption, match="clock is 0"):
+        resolve(str(path))
 
 
 def test_the_cpu_at_hand() -> None:

@@ -8,6 +8,8 @@ import pytest
 import sympy
 
 from attn_compiler.cost.letters import B, Cost, G, H, K, S, T, d, e
+from attn_compiler.planning import plan
+from attn_compiler.variants.base import Shape
 from attn_compiler.variants.flash import Flash
 from attn_compiler.variants.flash import cost as flash_cost
 from attn_compiler.variants.selective import (
@@ -63,6 +65,18 @@ def test_a_tensor_of_f_saves_operations_and_costs_bytes() -> None:
     plain = flash_cost(Flash(), "prefill", causal=True)
     assert same((kept.written - plain.written).subs(SQUARE), 4 * B * T**2 / 2)
     assert same((again.written - plain.written).subs(SQUARE), 4 * B * T**2 / (2 * 64))
+
+
+def test_a_plan_for_a_gpu_has_f_as_a_tensor() -> None:
+    """Attention's kernels read it there, each head for itself."""
+    shape = Shape(2, 1024, 1024, 8, 64)
+    found = plan(Selective(), shape, hardware="h200")
+    sizes = {"B": 2, "T": 1024, "S": 1024, "H": 8, "G": 8, "d": 64, "e": 64, "n": 2}
+    kept = cost(Selective(), "prefill", materialise=True).numbers(**sizes)
+    again = cost(Selective(), "prefill").numbers(**sizes)
+    assert found.flops == kept.flops < again.flops
+    assert found.bytes == kept.read + kept.written > 4 * 8 * 2 * 1024**2 / 2
+    assert plan(Selective(), shape, hardware="cpu").flops == again.flops
 
 
 def test_the_backward_brings_f_s_gradient_to_one_head() -> None:

@@ -59,7 +59,7 @@ def test_a_plan_is_of_the_whole_block() -> None:
     alone = plan(SwitchHead(), shape, hardware="h200")
     both = plan(SwitchHead(feed_forward="sigma_moe"), shape, hardware="h200")
     assert both.spec.feed_forward == "sigma_moe" and isinstance(both.spec.k, int)
-    net_alone = net_cost(net_sizes(1024, 8 * 1024**2), "prefill")
+    net_alone = net_cost(net_sizes(1024, 8 * 1024**2), "prefill", "sorted")
     extra = net_alone.numbers(B=1, T=2048, D=1024, n=2).flops
     assert both.flops == pytest.approx(alone.flops + extra)
     dense = both.alternatives[0]
