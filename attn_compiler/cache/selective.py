@@ -126,8 +126,8 @@ class SelectiveLayer(SummedLayer):
     # ---------------------------------------------------------------- what transformers asks
 
     def get_seq_length(self) -> int:
-        """Tokens that went by, kept or not."""
-        return self.seen
+        """Tokens that went by, kept or not; those that `update` has taken over count."""
+        return self.seen + (0 if self._taken is None else self._taken[0].shape[2])
 
     @property
     def nbytes(self) -> int:

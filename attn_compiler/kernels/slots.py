@@ -131,7 +131,7 @@ def step(
     seen, total = past + row, past + rows
     ints = [*rule.ints, *((seen, total, total) if rule.square else (row, rows, total))]
     write(slots, token, seen)
-    outs = tuple(_attend(slots, rule, ints, *x) for x in _queries(slots, token))
+    outs = tuple(attend(slots, rule, ints, *x) for x in _queries(slots, token))
     masks(slots, rule, ints, token, seen)
     return outs
 
@@ -235,9 +235,12 @@ def _queries(slots: Slots, token: Token) -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
-def _attend(
+def attend(
     slots: Slots, rule: Rule, ints: Sequence[int], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
+    """One row over the slots, keys and values k and v; nothing is written. `ints` are those of the
+    rule, then the row, the rows and the positions that it speaks of.
+    """
     program = in_slots(rule.program, len(rule.reads), len(rule.ints), True)
     reads = [*rule.reads, slots.positions, rule.weighed(slots.amount)]
     out: Tensor = attention(

@@ -14,8 +14,8 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "tiles backward", "variants",
-    "variants backward", "decode", "el", "summaries", "blocks", "expert project", "expert merge",
-    "switchhead", "numerics", "launch",
+    "variants backward", "selective", "selective training", "selective decode", "decode", "el",
+    "summaries", "blocks", "expert project", "expert merge", "switchhead", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -31,6 +31,8 @@ _BACKWARD = ("triton", *_ALONE, "cudnn", "flash", "flex")
 _TILES = 64
 # experts that a token takes of each head
 EXPERTS_ACTIVE = 2
+# parts of the S tokens of a selective cache
+BUDGETS = {"budget": 1, "half of it": 2, "a quarter": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def cases() -> tuple[Case, ...]:
         *_dense(),
         *_tiles(),
         *_variants(),
+        *_selective(),
         *_decode(),
         *_states(),
         Case("summaries", "full", Sizes(1, 16, 16, 4, 1024, 64), SUMMARIES, 2, 32),
@@ -188,6 +191,19 @@ def _states() -> Iterator[Case]:
         yield Case("el", "full", Sizes(batch, 16, 16, beams, length, 64), ways, early + 1, 6)
 
 
+def _selective() -> Iterator[Case]:
+    """Few heads, so that the one that selects costs most beside them, and many. The least budget
+    keeps 64 MiB of keys and values.
+    """
+    few, many = Sizes(8, 8, 8, 2048, 2048, 128), Sizes(2, 16, 16, 8192, 8192, 128)
+    ways = ("selective", "dense", "masks much")
+    for early, sizes in enumerate((few, many), start=3):
+        yield Case("selective", "causal", sizes, ways, early, 8)
+        yield Case("selective training", "causal", sizes, ways, early, 14)
+    budgets = (*BUDGETS, "whole step")
+    yield Case("selective decode", "full", Sizes(64, 32, 8, 1, 1024, 128), budgets, 3, 4)
+
+
 def _maps() -> Iterator[Case]:
     for density in (1.0, 0.1, 0.3, 0.6):
         ways = ("triton", "dense", "flex")
@@ -233,6 +249,8 @@ def shrunk(case: Case) -> Case:
         return replace(case, sizes=Sizes(min(s.B, 2), group, 1, 1, length, 16))
     if case.section.startswith("expert"):
         return replace(case, sizes=Sizes(1, 2, 5, s.T // 4096 + 50, 53, 16))
+    if case.section == "selective decode":
+        return replace(case, sizes=Sizes(2, group, 1, 1, 64, 16))
     if case.section in ("el", "summaries"):
         return replace(case, sizes=Sizes(2, 2, 2, s.T, 53, 16))
     # a map has blocks of its own size; others want some tiles and a ragged edge

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gpu_cases import Case
 from gpu_el import step
 from gpu_experts import block, products
+from gpu_selective import passes, steps
 from gpu_summaries import summaries
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
 from gpu_ways import TILED, Call, makers
@@ -234,7 +235,18 @@ def _summaries(
     return {"ways": measure(machine, made, min(rounds, _FEW), machine.seconds, note)}
 
 
+def _selective(
+    case: Case, machine: Machine, rounds: int, note: Note, lost: Mapping[str, str]
+) -> Row:
+    """Passes with F and without, or steps over caches of several budgets."""
+    made = (steps if case.section == "selective decode" else passes)(case, machine)
+    return {"ways": measure(machine, _kept(made, lost), rounds, machine.seconds, note)}
+
+
 _SECTIONS: dict[str, Callable[..., Row]] = {
+    "selective": _selective,
+    "selective training": _selective,
+    "selective decode": _selective,
     "el": partial(_made, step),
     "expert project": partial(_made, products),
     "expert merge": partial(_made, products),

@@ -33,6 +33,9 @@ SECTIONS = {
     "tiles backward": ("its tiles of the backward", "every tile that it knows, cuDNN, flash"),
     "variants": ("soft-cap, ALiBi, documents, window", "FlexAttention"),
     "variants backward": ("backward of soft-cap, documents", "FlexAttention"),
+    "selective": ("Selective attention, forward", "own dense kernel"),
+    "selective training": ("Selective attention, forward and backward", "own dense kernels"),
+    "selective decode": ("Selective attention, seconds for a kept token", "the largest budget"),
     "decode": ("decode", "read bandwidth, FlexAttention"),
     "el": ("EL-attention, a step", "read bandwidth, own decode of keys and values"),
     "summaries": ("summaries at the largest batch", "generate(), dynamic cache; static, compiled"),
@@ -83,6 +86,8 @@ def title(row: Row) -> str:
     length = f"T = {s['T']}" if s["T"] == s["S"] else f"{s['T']} of {s['S']} keys"
     heads = f"{s['H']} heads" if s["H"] == s["G"] else f"{s['H']} heads on {s['G']}"
     what = f"{row['section']}, {row['rule']}"
+    if row["section"] == "selective decode":
+        length = f"budgets to {s['S']}"
     if row["section"] == "el":
         what, length = "EL-attention", f"{s['T']} beams, {s['S']} tokens, width {s['H'] * s['d']}"
     if row["section"] == "summaries":
@@ -217,6 +222,33 @@ def _whole(row: Row, ceiling: float) -> tuple[str, str]:
             parts[-1] += f", SwitchHead is {spread(faster)}x"
     if "declined" in row:
         parts[0] += ", declined by the planner" if row["declined"] else ", taken by the planner"
+    return "; ".join(parts[:1]), "; ".join(parts[1:])
+
+
+def _overheads(row: Row, ceiling: float) -> tuple[str, str]:
+    """Milliseconds of each way, and how many times as long as our own dense kernels it takes."""
+    parts = []
+    for way in row["ways"]:
+        found = [1e3 * s for s in measured(row, way)]
+        text = (
+            f"{_name(way)}: {spread(found)} ms" if found else f"{_name(way)}: {_absent(row, way)}"
+        )
+        if way != "dense" and (times := ratios(row, way, "dense")):
+            text += f", takes {spread(times)}x as long"
+        parts.append(text)
+    return parts[0], "; ".join(parts[1:])
+
+
+def _budgets(row: Row, ceiling: float) -> tuple[str, str]:
+    """Bandwidth of each budget, and what a byte takes beside the largest budget."""
+    first, *others = row["ways"]
+    parts = [_bandwidth({**row, "ways": {first: row["ways"][first]}}, ceiling)[0]]
+    for way in others:
+        text = _bandwidth({**row, "ways": {way: row["ways"][way]}}, ceiling)[0]
+        share = row["ways"][first].get("bytes", 1.0) / row["ways"][way].get("bytes", 1.0)
+        if found := [share * times for times in ratios(row, way, first)]:
+            text += f", a byte takes {spread(found)}x as long"
+        parts.append(text)
     return parts[0], "; ".join(parts[1:])
 
 
@@ -320,7 +352,8 @@ _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
     "ceilings": _ceilings, "tiles": _tiles, "tiles backward": _tiles, "decode": _bandwidth,
     "el": _steps, "summaries": _samples, "expert project": _rated, "expert merge": _rated,
-    "switchhead": _whole,
+    "switchhead": _whole, "selective": _overheads, "selective training": _overheads,
+    "selective decode": _budgets,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 

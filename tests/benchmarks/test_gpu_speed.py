@@ -14,7 +14,7 @@ import gpu_speed
 import gpu_table
 import pytest
 import torch
-from gpu_cases import Case, cases, next_case, shrunk
+from gpu_cases import BUDGETS, Case, cases, next_case, shrunk
 from gpu_process import Task, gather
 from gpu_rules import RULES, Sizes
 from gpu_summaries import largest
@@ -47,6 +47,16 @@ def test_decoding_reads_more_than_any_cache_holds() -> None:
         if case.section == "decode":
             s = case.sizes
             assert 2 * 2 * s.B * s.G * s.S * s.d >= 2**28 and s.H > s.G
+
+
+def test_selective_cases_are_those_that_a_bound_is_given_for() -> None:
+    for case in cases():
+        s, size = case.sizes, 2
+        if case.section in ("selective", "selective training"):
+            assert s.H >= 8 and s.T >= 2048 and case.rule == "causal"
+        if case.section == "selective decode":
+            for part in BUDGETS.values():
+                assert 2 * size * s.B * s.G * (s.S // part) * s.d >= 2**26
 
 
 def test_the_budget_holds_what_matters_most() -> None:

@@ -120,6 +120,9 @@ def test_the_table_of_a_result() -> None:
     assert "splits 1: 1000 (909 to 1111) GB/s, 25% of reading" in others
     _, _, others = _lines(text, "numerics, causal, B 1, 8 heads, d 128")[0]
     assert "cuDNN out 3.3e-04, dq 2.0e-03; Triton at most 3.00x" in others
+    _, ours, others = _lines(text, "selective, causal, B 8")[0]
+    assert ours == "selective: 1.00 (0.90 to 1.10) ms, takes 0.50 (0.50 to 0.50)x as long"
+    assert others.startswith("our own dense kernel: 2.00 (1.80 to 2.20) ms; masks much: 3.00")
     _, ours, others = _lines(text, "summaries")[0]
     assert ours == "el: 64000.0 (58181.8 to 71111.1) samples/s, batch 64"
     assert "dynamic: 8000.0 (7272.7 to 8888.9) samples/s, batch 16, el makes 8.00" in others
@@ -162,6 +165,21 @@ def test_a_picked_tile_beside_the_fastest() -> None:
     )
     row["ways"] = {"triton": {"error": "no"}}
     assert _lines(gpu_table.table([{"rows": [row]}]), "tiles")[0][1:] == ["?x?x?x?: failed", "- |"]
+
+
+def test_budgets_are_compared_by_the_byte() -> None:
+    row = _row(next(case for case in cases() if case.section == "selective decode"))
+    for (name, way), part, late in zip(
+        row["ways"].items(), (1, 2, 4, 1), (1, 1, 1.5, 3), strict=True
+    ):
+        row["ways"][name] = {**way, "seconds": [1e-3 / part * late], "bytes": 2e9 / part}
+    what, ours, others = _lines(gpu_table.table([{"rows": [row]}]), "selective decode")[0]
+    assert what.endswith("32 heads on 8, d 128, budgets to 1024")
+    assert ours == "budget: 2000 (2000 to 2000) GB/s"
+    each = ("half of it", 1.0), ("a quarter", 1.5), ("whole step", 3.0)
+    for text, (name, times) in zip(others.split("; "), each, strict=True):
+        assert text.startswith(name)
+        assert f"a byte takes {times:.2f} ({times:.2f} to {times:.2f})x as long" in text
 
 
 def test_a_case_that_could_not_be_made_is_said() -> None:

@@ -296,7 +296,16 @@ def test_refusals() -> None:
         layer.crop(-1)
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.nbytes == 0
-    layer.update(given.k, given.v)
+
+
+def test_new_tokens_count_from_their_update_on() -> None:
+    """As in the library's layers: models ask between `update` and attending."""
+    given, layer = token(3), SelectiveLayer(2)
+    for seen in (3, 6):
+        layer.update(given.k, given.v)
+        assert layer.get_seq_length() == seen
+        layer.attend(given.q, LATE)
+        assert layer.get_seq_length() == seen
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import attention_cases
 import el_cases
 import gau_cases
 import pytest
-import selective_cases
 import torch
 from attention_cases import SCALE, Shape, double, within_budget
 from gau_cases import Case as GauCase
@@ -18,9 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels import el, gau, gau_triton, masking_triton
+from attn_compiler.kernels import el, gau, gau_triton
 from attn_compiler.kernels.gau import gau_attention
-from attn_compiler.kernels.selective import reference, selective_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -99,15 +97,3 @@ def test_gau(case: GauCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     for a, b, c in zip(ours, plain, exact, strict=True):
         error, allowed = (a.double() - c).norm(), (b.double() - c).norm()
         assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * c.norm()
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"), in_turn(n for n in selective_cases.CASES if n != "dropout"), ids=str
-)
-def test_selective(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, calls = selective_cases.CASES[name], heard(monkeypatch, masking_triton.Scan, "launch")
-    ours = selective_cases.with_gradients(case, there(selective_attention), dtype)
-    usual = selective_cases.with_gradients(case, selective_cases.eager, dtype)
-    exact = selective_cases.with_gradients(case, reference, dtype, wide=True)
-    selective_cases.judged(case, ours, usual, exact)
-    assert calls
