@@ -31,22 +31,34 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, fresh, gau_layer
 
 S, CHUNK, HEAD = 128, 256, 64
-FORM = GauForm(chunk=CHUNK, causal=True)
+CAUSAL = partial(scaled_dot_product_attention, is_causal=True)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward net."""
+    """Pre-norm attention and feed-forward net.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: of the model.
+        head: width of a head.
+        attend: causal attention over q, k, v [B, heads, T, head].
+    """
+
+    def __init__(
+        self,
+        width: int,
+        head: int = HEAD,
+        attend: Callable[..., Tensor] = CAUSAL,
+    ) -> None:
         super().__init__()
+        self.head, self.attend = head, attend
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, -1, HEAD)).unbind(2)
+        q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, -1, self.head)).unbind(2)
         heads = (t.transpose(1, 2) for t in (q, k, v))
-        mixed = scaled_dot_product_attention(*heads, is_causal=True)
+        mixed = self.attend(*heads)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(gelu(self.up(self.norms[1](x))))
 
@@ -54,10 +66,11 @@ class Block(nn.Module):
 class Pair(nn.Module):
     """Pre-norm, two units of the expanded width 2 D."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, s: int = S, chunk: int = CHUNK) -> None:
         super().__init__()
+        self.form = GauForm(chunk=chunk, causal=True)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        units = [fresh((width, 2 * width, S), chunk=CHUNK) for _ in range(2)]
+        units = [fresh((width, 2 * width, s), chunk=chunk) for _ in range(2)]
         names = GauParameters.__slots__
         self.units = nn.ModuleList(
             nn.ParameterDict({n: nn.Parameter(getattr(unit, n)) for n in names}) for unit in units
@@ -65,7 +78,7 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, unit in zip(self.norms, self.units, strict=True):
-            x = x + gau_layer(norm(x), GauParameters(**unit), FORM)
+            x = x + gau_layer(norm(x), GauParameters(**unit), self.form)
         return x
 
 

@@ -15,7 +15,8 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "tiles backward", "variants",
     "variants backward", "selective", "selective training", "selective decode", "decode", "el",
-    "summaries", "blocks", "expert project", "expert merge", "switchhead", "numerics", "launch",
+    "summaries", "blocks", "expert project", "expert merge", "switchhead", "gau", "gau block",
+    "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -99,6 +100,7 @@ def cases() -> tuple[Case, ...]:
         Case("summaries", "full", Sizes(1, 16, 16, 4, 1024, 64), SUMMARIES, 2, 32),
         *_maps(),
         *_experts(),
+        *_units(),
         *_numerics(),
         *(
             Case("launch", rule, Sizes(1, 4, 4, 64, 64, 64), LAUNCH, early, 12)
@@ -207,7 +209,7 @@ def _selective() -> Iterator[Case]:
 def _maps() -> Iterator[Case]:
     for density in (1.0, 0.1, 0.3, 0.6):
         ways = ("triton", "dense", "flex")
-        early = 1 if density in (1.0, 0.1) else 2 if density == 0.6 else 3
+        early = 1 if density in (1.0, 0.1) else 3
         yield Case("blocks", "blocks", square(8192, 128), ways, early, 10, density)
 
 
@@ -223,6 +225,19 @@ def _experts() -> Iterator[Case]:
         yield Case(
             "switchhead", "causal", sizes, ("switchhead", "own", "cudnn", "flash"), early, 10
         )
+
+
+def _units() -> Iterator[Case]:
+    """Gated attention units of width 1024 beside 16 or 8 heads: what mixes tokens, then whole
+    blocks over 65536 tokens, short enough for the dense one and so long that it cannot win.
+    """
+    ways = ("gau", "chunk kernel", "triton", "cudnn")
+    for dim, length in product((128, 64), (8192, 16384)):
+        sizes = Sizes(32768 // length, 1024 // dim, 1024 // dim, length, length, dim)
+        yield Case("gau", "causal", sizes, ways, 3, 6)
+    for length in (8192, 32768, 2048, 3072, 16384, 65536):
+        sizes = Sizes(65536 // length, 16, 16, length, length, 64)
+        yield Case("gau block", "causal", sizes, ("pair", "own", "cudnn"), 3, 10)
 
 
 def _numerics() -> Iterator[Case]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from gpu_cases import Case
 from gpu_el import step
 from gpu_experts import block, products
+from gpu_gau import blocks, mixing
 from gpu_selective import passes, steps
 from gpu_summaries import summaries
 from gpu_timing import Machine, Makers, Note, NotHere, Way, measure, tensors_of
@@ -251,6 +252,8 @@ _SECTIONS: dict[str, Callable[..., Row]] = {
     "expert project": partial(_made, products),
     "expert merge": partial(_made, products),
     "switchhead": partial(_made, block),
+    "gau": partial(_made, mixing),
+    "gau block": partial(_made, blocks),
     "summaries": _summaries,
     "ceilings": _ceilings,
     "numerics": _numerics,

@@ -43,6 +43,8 @@ SECTIONS = {
     "expert project": ("projection by experts", "a plain product, PyTorch's grouped product"),
     "expert merge": ("merge by experts", "a plain product, PyTorch's grouped product"),
     "switchhead": ("a block of SwitchHead", "a dense block with our attention, cuDNN, flash"),
+    "gau": ("two gated units, what mixes tokens", "own dense kernel, cuDNN"),
+    "gau block": ("two gated units, whole block", "dense block on own attention, on cuDNN"),
     "numerics": ("error in bfloat16 against float64", "SDPA"),
     "launch": ("seconds of the host per call", "SDPA"),
 }
@@ -272,6 +274,39 @@ def _per_second(row: Row, way: str) -> list[float]:
     return [batch / seconds for seconds in measured(row, way)]
 
 
+def _mixing(row: Row, ceiling: float) -> tuple[str, str]:
+    """How many times as fast two units are, and how many operations a second the kernel of a chunk
+    does for one of a dense kernel.
+    """
+    parts = [f"{_milliseconds(row, 'gau')}, chunk kernel {_speed(row, 'chunk kernel')}"]
+    for way in (way for way in row["ways"] if way not in ("gau", "chunk kernel")):
+        text = f"{_name(way)}: {_milliseconds(row, way)}"
+        if found := ratios(row, way, "gau"):
+            text += f", gau is {spread(found)}x as fast"
+        rates = (_rates(row, w, 1.0, "flops") for w in ("chunk kernel", way))
+        if found := [ours / theirs for ours, theirs in zip(*rates, strict=False)]:
+            text += f", chunk kernel {spread(found)}x the TFLOP/s"
+        parts.append(text)
+    return parts[0], "; ".join(parts[1:])
+
+
+def _blocks(row: Row, ceiling: float) -> tuple[str, str]:
+    parts = []
+    for way, found in row["ways"].items():
+        text = f"{_name(way)}: {_milliseconds(row, way)}"
+        if "memory" in found:
+            text += f", {found['memory'] / 2**20:,.0f} MiB"
+        if way != "pair" and (times := ratios(row, way, "pair")):
+            text += f", pair is {spread(times)}x as fast"
+        parts.append(text)
+    return parts[0], "; ".join(parts[1:])
+
+
+def _milliseconds(row: Row, way: str) -> str:
+    found = measured(row, way)
+    return f"{spread([1e3 * s for s in found], 3)} ms" if found else _absent(row, way)
+
+
 def _tiles(row: Row, ceiling: float) -> tuple[str, str]:
     """The picked tile; the fastest one, and what share of its speed the picked one reaches; of a
     backward both kernels.
@@ -354,6 +389,7 @@ _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     "el": _steps, "summaries": _samples, "expert project": _rated, "expert merge": _rated,
     "switchhead": _whole, "selective": _overheads, "selective training": _overheads,
     "selective decode": _budgets,
+    "gau": _mixing, "gau block": _blocks,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 

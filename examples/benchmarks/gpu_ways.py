@@ -30,7 +30,7 @@ from attn_compiler.kernels.launch import Launch, Tile
 
 TILED = ("tiles", "tiles backward")
 _ALONE: dict[str, Template] = {"queries": "queries", "keys_and_values": "keys_and_values"}
-_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +102,7 @@ def makers(call: Call) -> dict[str, Callable[[], Way]]:
 
 def _maker(name: str, backward: bool) -> Maker:
     kind, _, number = name.partition(" ")
-    if name in _SDPA:
+    if name in SDPA:
         return partial(_sdpa_backward if backward else _sdpa, name)
     if kind == "tile":
         return partial(_liked, int(number))
@@ -268,7 +268,7 @@ def _gradients(call: Call) -> tuple[Tensor, Tensor, Tensor]:
 def _sdpa_out(name: str, call: Call, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     shared = call.case.sizes.H != call.case.sizes.G
     causal = call.case.rule == "causal"
-    with sdpa_kernel(_SDPA[name]):
+    with sdpa_kernel(SDPA[name]):
         return F.scaled_dot_product_attention(
             *qkv, is_causal=causal, scale=call.scale, enable_gqa=shared
         )

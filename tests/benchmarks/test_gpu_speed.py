@@ -62,8 +62,10 @@ def test_selective_cases_are_those_that_a_bound_is_given_for() -> None:
 def test_the_budget_holds_what_matters_most() -> None:
     early = [case for case in cases() if case.importance <= 2]
     assert sum(case.guess for case in early) <= 1.05 * gpu_speed.BUDGET
-    sections = {case.section for case in early}
-    assert sections == set(gpu_table.SECTIONS) - {"tiles", "tiles backward"}
+    # for these there is `--only`
+    later = ("tiles", "selective", "gau")
+    sections = {section for section in gpu_table.SECTIONS if not section.startswith(later)}
+    assert {case.section for case in early} == sections
 
 
 def test_the_most_important_case_that_fits_comes_next() -> None:

@@ -49,6 +49,8 @@ def _row(case: Case) -> dict[str, Any]:
         way: {"seconds": [t * (1.0 + n) for t in (seconds, 1.1 * seconds, 0.9 * seconds)]}
         for n, way in enumerate(case.ways)
     }
+    for way in {"chunk kernel", "pair"} & set(ways):
+        ways[way] |= {"flops": 4e12, "memory": 3 * 2**20}
     row = {
         "name": case.name, "section": case.section, "rule": case.rule, "share": 0.5,
         "sizes": asdict(s), "flops": 1e12, "bytes": 2e9, "ways": ways,
@@ -126,6 +128,13 @@ def test_the_table_of_a_result() -> None:
     _, ours, others = _lines(text, "summaries")[0]
     assert ours == "el: 64000.0 (58181.8 to 71111.1) samples/s, batch 64"
     assert "dynamic: 8000.0 (7272.7 to 8888.9) samples/s, batch 16, el makes 8.00" in others
+    _, ours, others = _lines(text, "gau, causal, B 4, 8 heads, d 128, T = 8192")[0]
+    assert ours == "1.000 (0.900 to 1.100) ms, chunk kernel 2000 (1818 to 2222) TFLOP/s"
+    triton = "Triton: 3.000 (2.700 to 3.300) ms, gau is 3.00 (3.00 to 3.00)x as fast, chunk kernel "
+    assert others.startswith(f"{triton}6.00 (6.00 to 6.00)x the TFLOP/s; cuDNN: 4.000")
+    _, ours, others = _lines(text, "gau block, causal, B 8")[0]
+    assert ours == "pair: 1.000 (0.900 to 1.100) ms, 3 MiB"
+    assert others.startswith("our own attention: 2.000 (1.800 to 2.200) ms, pair is 2.00 (")
     _, ours, _ = _lines(text, "launch, softcap")[0]
     assert ours.startswith("ours, no grad: 1000.0 (900.0 to 1100.0) µs")
     assert _lines(text, "blocks of 128, 50% kept")

@@ -1,0 +1,153 @@
+"""Gated attention units on a GPU: what mixes tokens, and whole blocks, beside dense attention.
+
+    two units' attention in chunks            |    dense attention of the same width
+    x + unit(norm x), twice                   |    x + attention(norm x), x + net(norm x)
+
+Widths are H heads of d features. A unit has s = d, an expanded width of 2 H d, and chunks of 256
+tokens; in whole blocks s is 128. "chunk kernel" is the launch that computes a chunk and reads the
+state, by itself: operations a second are claimed for it. Operations of a unit for a token, causal:
+C (s + e) inside of its chunk, 2 s e to read the state, 2 s e to add to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from gau_cpu import CHUNK, Block, Pair
+from gpu_cases import Case
+from gpu_timing import Machine, NotHere, Way
+from gpu_ways import SDPA, Call, makers
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+
+from attn_compiler.kernels import gau_triton
+from attn_compiler.kernels.dropout import Drop
+from attn_compiler.kernels.gau_schema import GauInputs
+from attn_compiler.kernels.library import attention
+
+# of a machine without a GPU
+_SHORT_CHUNK = 16
+
+
+def mixing(case: Case, machine: Machine) -> tuple[dict[str, float], dict[str, Callable[[], Way]]]:
+    """Operations of dense attention, and the ways to mix tokens."""
+    s = case.sizes
+    call = Call.of(case, machine)
+    made = {"gau": partial(_mixed, call), "chunk kernel": partial(_chunk_kernel, call)}
+    dense = replace(case, ways=tuple(name for name in case.ways if name not in made))
+    others = makers(replace(call, case=dense))
+    made |= {name: partial(_other, make) for name, make in others.items()}
+    return {"flops": 2.0 * s.B * s.H * s.T * s.T * s.d}, made
+
+
+def _other(make: Callable[[], Way]) -> Way:
+    """A way to another result."""
+    way = make()
+    return Way(way.call, way.facts, way.compiled, compared=False)
+
+
+def _inputs(call: Call) -> GauInputs:
+    """Of one unit in the place of the heads of a case."""
+    s, machine = call.case.sizes, call.machine
+    draw = partial(torch.randn, device=machine.device, dtype=machine.dtype)
+    chunk, expanded = CHUNK if machine.cuda else _SHORT_CHUNK, 2 * s.H * s.d
+    q, k, q_lin, k_lin = (draw(s.B, s.T, s.d) for _ in range(4))
+    v, gate = (draw(s.B, s.T, expanded) for _ in range(2))
+    given = GauInputs(
+        q, k, v, q_lin, k_lin, gate, draw(2 * chunk - 1), None, None, Drop(None, 0.0),
+        chunk=chunk, causal=True, scale=call.scale, scale_mode="rowcount", inside=False,
+    )  # fmt: skip
+    if reason := gau_triton.refusal(given):
+        raise NotHere(reason)
+    return given
+
+
+def _work(given: GauInputs) -> tuple[float, float]:
+    """Operations inside of chunks with what is read of the state, and of adding to it."""
+    batch, length, s, e = given.size
+    tokens = float(batch * length)
+    return tokens * ((given.chunk or length) * (s + e) + 2 * s * e), tokens * 2 * s * e
+
+
+def _mixed(call: Call) -> Way:
+    """Of two units, which stand for one attention."""
+    given = _inputs(call)
+    tile = gau_triton.tile(given)
+
+    def run() -> Tensor:
+        gau_triton.forward(given, tile)
+        return gau_triton.forward(given, tile)[0]
+
+    return Way(run, {"flops": 2 * sum(_work(given))}, compared=False)
+
+
+def _chunk_kernel(call: Call) -> Way:
+    given = _inputs(call)
+    tile = gau_triton.tile(given)
+    out, mixed = torch.empty_like(given.v), torch.empty_like(given.v)
+    *first, last = gau_triton.prepare(given, tile, (out, mixed))
+    for launch in first:
+        launch.run()
+    return Way(last.run, {"flops": _work(given)[0]}, compared=False)
+
+
+# ---------------------------------------------------------------- whole blocks
+
+
+def blocks(case: Case, machine: Machine) -> tuple[dict[str, float], dict[str, Callable[[], Way]]]:
+    """A pair of units, and the dense block by who attends; all compiled on a GPU."""
+    s, width = case.sizes, case.sizes.H * case.sizes.d
+    small = {} if machine.cuda else {"s": s.d, "chunk": _SHORT_CHUNK}
+    plain, own = (partial(Block, width, head=s.d, **more) for more in ({}, {"attend": _own(case)}))
+    found: dict[str, Callable[[], Way]] = {
+        "pair": partial(_way, case, machine, partial(Pair, width, **small), nullcontext),
+        "own": partial(_way, case, machine, own, nullcontext),
+    }
+    found |= {
+        name: partial(_way, case, machine, plain, partial(sdpa_kernel, backend))
+        for name, backend in SDPA.items()
+    }
+    return {}, {name: found[name] for name in case.ways}
+
+
+def _way(
+    case: Case,
+    machine: Machine,
+    make: Callable[[], torch.nn.Module],
+    within: Callable[[], AbstractContextManager[Any]],
+) -> Way:
+    """Forward passes of a module, whose weights and inputs are those of all dense ones."""
+    s = case.sizes
+    torch.manual_seed(0)
+    with machine.device:
+        module: Any = make().eval().to(machine.dtype)
+        x = torch.randn(s.B, s.T, s.H * s.d, dtype=machine.dtype)
+    forward = torch.compile(module, dynamic=False) if machine.cuda else module
+
+    def run() -> Tensor:
+        with torch.no_grad(), within():
+            found: Tensor = forward(x)
+        return found
+
+    compared = isinstance(module, Block)
+    return Way(run, compiled=partial(_peak, machine, run), compared=compared)
+
+
+def _peak(machine: Machine, run: Callable[[], Any]) -> Mapping[str, Any]:
+    """Bytes that a call holds at most beyond what was there."""
+    torch.cuda.reset_peak_memory_stats(machine.device)
+    before = torch.cuda.memory_allocated(machine.device)
+    run()
+    machine.wait()
+    return {"memory": torch.cuda.max_memory_allocated(machine.device) - before}
+
+
+def _own(case: Case) -> Callable[..., Tensor]:
+    """The package's operator, by whichever kernel it chooses."""
+    options = {"program": case.plan.program, "scale": case.sizes.d**-0.5, "dropout": 0.0}
+    return lambda q, k, v: attention(q, k, v, [], [], None, **options)[0]
