@@ -114,8 +114,8 @@ class GauLayer(SummedLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the states."""
-        return sum(s.nbytes for s in self._states if s is not None)
+        """Bytes of all that it holds."""
+        return sum(t.nbytes for t in self._tensors())
 
     def ordinary_tensors(self) -> tuple[Tensor, ...]:
         """What it holds: a rewritten module is compared by it."""

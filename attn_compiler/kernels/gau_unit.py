@@ -3,7 +3,8 @@
     mask of the model -> valid, documents;   gau_layer(x, ...)   or   kept.step(x, ...) with a cache
 
 A mask that the model hands over ready made, one truth for each row and key, says only when it runs
-whether it is causal: then it is looked at there. It has to be causal or not, and padding.
+whether it is causal: then it is looked at there. It has to be causal or not, and padding, and
+without a cache documents.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def unit(
         [B, T, D], before the residual.
 
     Raises:
-        UnsupportedCall: the mask is neither causal nor for both directions, with padding.
+        UnsupportedCall: the mask is neither causal nor for both directions, with padding and, where
+            there is no cache, documents.
     """
     given: dict[str, Any] = dict.fromkeys(NAMES)
     weights = GauParameters(**given | dict(zip(names, rest[reads:], strict=True)))
@@ -163,13 +165,13 @@ def _counts(
     if masks.documents:
         documents = evaluate(parse(masks.documents), env, reads).expand(x.shape[:2])
     if masks.whole:
-        valid, causal = _looked_at(x, past, reads, masks.whole, causal)
+        return _looked_at(x, past, reads, masks.whole, causal)
     return valid, documents, causal
 
 
 def _looked_at(
     x: Tensor, past: Past | None, reads: Sequence[Tensor], text: str, causal: bool
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Tensor | None, bool]:
     """The same of a mask over rows and keys."""
     start, rows = 0 if past is None else past.length, x.shape[1]
     index = torch.arange(start + rows, device=x.device)
@@ -179,18 +181,32 @@ def _looked_at(
     valid = whole[:, :, start:].diagonal(dim1=1, dim2=2)
     if isinstance(x, FakeTensor):
         require(not torch.compiler.is_exporting(), "a mask whose form is known without its values")
-        return valid, causal
+        return valid, None, causal
+    # padding is seen by no row; what rows of padding see does not matter
+    stray = bool((whole[:, :, start:] & ~valid[:, None, :]).any())
+    new = whole[:, :, start:] & valid[:, :, None]
+    documents = None if past is not None else _documents(new, valid)
     pairs = valid[:, :, None] & valid[:, None, :]
-    new, below = whole[:, :, start:] & valid[:, :, None], pairs.tril()
-    if torch.equal(new, below) and _same_past(whole[:, :, :start], valid, past):
-        return valid, past is not None or causal or not torch.equal(below, pairs)
-    if past is None and torch.equal(new, pairs):
-        return valid, False
+    if documents is not None:
+        pairs &= documents[:, :, None] == documents[:, None, :]
+    below = pairs.tril()
+    if not stray and torch.equal(new, below) and _same_past(whole[:, :, :start], valid, past):
+        return valid, documents, past is not None or causal or not torch.equal(below, pairs)
+    if not stray and past is None and torch.equal(new, pairs):
+        return valid, documents, False
     raise UnsupportedCall(
         "a mask that gated attention units cannot keep to",
-        why=("it is neither causal nor for both directions, with padding",),
-        do="give no mask, or one of padding",
+        why=("it is neither causal nor for both directions, with padding and documents",),
+        do="give no mask, or one of padding, or of documents where there is no cache",
     )
+
+
+def _documents(seen: Tensor, valid: Tensor) -> Tensor | None:
+    """[B, T] the first token that each sees, which tells documents apart; None if there is one."""
+    # padding belongs to what came before it
+    first = seen.view(torch.uint8).argmax(2).cummax(1).values
+    after = valid & valid.cumsum(1).gt(1)  # the first of all may stand behind padding
+    return first if bool((first.diff(dim=1).ne(0) & after[:, 1:]).any()) else None
 
 
 def _same_past(whole: Tensor, valid: Tensor, past: Past | None) -> bool:

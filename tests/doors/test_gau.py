@@ -115,6 +115,17 @@ def test_a_block_computes_its_two_units(kind: type[Pre]) -> None:
     )
 
 
+def test_weights_are_dropped_in_training_alone() -> None:
+    old = Pre()
+    old.attend.dropout = 0.5
+    new = rewritten(old.train(), X)
+    first, second = new(X), new(X)
+    assert not torch.equal(first, second)
+    new.eval()
+    h = X + gau_layer(new.first(X), unit_of(new.attend), FORM)
+    assert close(new(X), h + gau_layer(new.second(h), unit_of(new.net), FORM))
+
+
 @pytest.mark.slow
 def test_what_a_module_has_to_bear() -> None:
     new = rewritten(Pre(net=Net(functional.silu, gated=True), norm=RmsNorm), X)
@@ -194,6 +205,34 @@ def test_packed_documents() -> None:
     h = X + gau_layer(new.first(X), unit_of(new.attend), form, documents=ids)
     wanted = h + gau_layer(new.second(h), unit_of(new.net), form, documents=ids)
     assert close(new(X, ids), wanted)
+
+
+class Handed(Pre):
+    """Is given the mask of rows and keys."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = heads(self, self.first(x))
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        x = x + self.attend.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.net(self.second(x))  # type: ignore[no-any-return]
+
+
+def test_masks_that_are_handed_over() -> None:
+    below = torch.ones(2, 7, 7, dtype=torch.bool).tril()
+    new = rewritten(Handed(), X, below)
+    packed = torch.tensor([[0, 0, 3, 3, 0, 1, 1], [5, 5, 5, 5, 5, 2, 0]])  # 0 is padding
+    for ids, documents in ((packed, packed), (packed.clamp(max=1), None)):
+        valid = ids != 0
+        same = (ids[:, None, :] == ids[:, :, None]) & valid[:, None, :] & valid[:, :, None]
+        for causal in (True, False):
+            form = GauForm(chunk=4, causal=causal)
+            seen = {"valid": valid, "documents": documents}
+            h = X + gau_layer(new.first(X), unit_of(new.attend), form, **seen)
+            wanted = h + gau_layer(new.second(h), unit_of(new.net), form, **seen)
+            assert close(new(X, same & below if causal else same)[valid], wanted[valid])
+    for wrong in (below & ~below.tril(-3), below.tril(-1), below | below.mT.tril(3)):
+        with pytest.raises(UnsupportedCall, match="cannot keep to"):
+            new(X, wrong)
 
 
 class Windowed(Pre):
@@ -326,6 +365,8 @@ def test_the_state_does_not_grow() -> None:
         )
         sizes.append(sum(layer.nbytes for layer in out.past_key_values.layers))
     assert sizes[0] == sizes[1] > 0
+    layer = new(IDS).past_key_values.layers[0]  # the first tokens themselves, of both units
+    assert layer.nbytes == 2 * IDS.numel() * 12 * 4
 
 
 class NetFirst(Parallel):
