@@ -321,5 +321,6 @@ def accepted(report: Any) -> int:
     assert "internal.error" not in refusals(report), decisions(report)
     found = sum(bool(s.decision.accepted) for s in report.sites)
     called = report.graph_after.count("torch.ops.attn_compiler.")
-    assert called >= found, f"{called} operators for\n{decisions(report)}"
+    # not every door keeps the graph
+    assert called >= found or not report.graph_after, f"{called} operators for\n{decisions(report)}"
     return found
