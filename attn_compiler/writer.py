@@ -156,9 +156,6 @@ class Writer:
         return self._container(value)
 
     def _container(self, value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
-            return self.graph.call_function(type(value), (), given)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self.graph.call_function(type(value), tuple(map(self.argument, value)))
         if isinstance(value, tuple):
@@ -174,6 +171,9 @@ class Writer:
                 if found is value:
                     where: Any = (SELF, path, name)
                     return self.graph.call_function(held, where)
+        if is_dataclass(value) and not isinstance(value, type):
+            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
+            return self.graph.call_function(type(value), (), given)
         raise CaptureError(
             "owner.value", f"a value of type {type(value).__name__} cannot be written down"
         )

@@ -70,6 +70,14 @@ def test_a_model_may_make_its_cache_itself(kind: type[Model]) -> None:
     assert counted.found["attention"] == 3
 
 
+def test_a_cache_is_made_of_what_the_module_holds_then() -> None:
+    new = ac.rewrite(Model().eval(), (draw(2, 7),), to=ac.Flash())
+    new.config = tf.GPT2Config(n_layer=3)
+    with Counted() as counted:
+        past = new(draw(2, 4))[1]
+    assert len(past.layers) == 3 and counted.found["attention"] == 1
+
+
 def test_each_call_makes_a_cache_of_its_own() -> None:
     new = ac.rewrite(Model().eval(), (draw(2, 7),), to=ac.Flash())
     first, second = new(draw(2, 4))[1], new(draw(2, 4))[1]
