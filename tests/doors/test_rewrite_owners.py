@@ -1,4 +1,4 @@
-"""Who owns an attention: its softmax and its products may lie in modules of their own."""
+"""Who owns an attention, and whether it computes the same."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ def test_softmax_and_products_may_be_modules() -> None:
     report = ac.last_report()
     assert report.rewritten == len(report.sites) == _operators(new, x) == 2, str(report)
     torch.testing.assert_close(new(x), model(x))
+
+
+class Differences(Apart):
+    """What nearly all keys have in common is taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended = super().forward(x * 1e-3)
+        return 1e3 * (attended - attended.mean(1, keepdim=True))
+
+
+def test_what_cancels_out_is_verified_in_float64_too() -> None:
+    for dtype in (torch.float32, torch.float64):
+        model, x = Differences().eval().to(dtype), torch.randn(2, 7, WIDTH, dtype=dtype)
+        new = ac.rewrite(model, (x,), to=ac.Flash())
+        assert _operators(new, x) == 1, str(ac.last_report())
