@@ -108,16 +108,22 @@ class _Search:
             self.reports.append(Report(missed=(missed,)))
 
     def _refuse(self, report: Report) -> None:
-        """Say why of what no other report tells of: a wider module holds several attentions."""
+        """Say why of what no other report tells of: a wider module holds several attentions, and
+        those that could be rewritten are others'.
+        """
         told = {site.path for earlier in self.reports for site in earlier.sites}
-        sites = tuple(site for site in report.sites if site.path not in told)
+        own = (site for site in report.sites if not site.decision.accepted)
+        sites = tuple(site for site in own if site.path not in told)
         if sites or not report.sites:
             self.reports.append(replace(report, sites=sites))
 
     def _gain(self, attempt: _Attempt, anchor: str) -> int:
-        """How many attentions in or around this module it rewrites; others find their own owner."""
-        accepted = (s.path for s in attempt.report.sites if s.decision.accepted)
-        own = (path for path in accepted if _within(path, anchor) or _within(anchor, path))
+        """How many attentions in or around this module it rewrites, or in a module that multiplies
+        alone; others find their own owner.
+        """
+        accepted = [s.path for s in attempt.report.sites if s.decision.accepted]
+        others = [a for a in self.example.stacks if a != anchor]
+        own = (p for p in accepted if _near(p, anchor) or not any(_near(p, a) for a in others))
         return sum(not any(_within(path, owner) for owner in self.owners) for path in own)
 
     def _candidates(self, anchor: str) -> list[tuple[int, str]]:
@@ -339,6 +345,10 @@ def explain_module(
 
 def _within(path: str, owner: str) -> bool:
     return path == owner or not owner or path.startswith(f"{owner}.")
+
+
+def _near(path: str, other: str) -> bool:
+    return _within(path, other) or _within(other, path)
 
 
 def _relative(path: str, owner: str) -> str:

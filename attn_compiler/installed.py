@@ -133,6 +133,11 @@ def store(owner: nn.Module, path: str, name: str, value: Any, register: dict[str
         setattr(home, name, value)
 
 
+def held(owner: nn.Module, path: str, name: str) -> Any:
+    """An attribute of a module below."""
+    return getattr(owner.get_submodule(path) if path else owner, name)
+
+
 def outline(value: Any) -> str:
     """What a trace may have branched on: the form of a container, and the numbers in it."""
     if isinstance(value, torch.Tensor):

@@ -4,14 +4,16 @@
     torch.is_grad_enabled()      ->   the trace knows that somebody asked
     if self.scale_attn: ...      ->   reads["", "scale_attn"] = True
     self.mask = mask             ->   store("", "mask", mask)
+    DynamicCache(config)         ->   make(DynamicCache, (config,), {})
 
 Only the calls of one thread are sent on; everything is put back at the end.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -42,6 +44,8 @@ class Listener(Protocol):
     def call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any: ...
 
     def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None: ...
+
+    def make(self, kind: type, args: Any, kwargs: Any) -> Any: ...
 
 
 @contextmanager
@@ -110,10 +114,54 @@ def watched(paths: dict[nn.Module, str], trace: Listener) -> Iterator[None]:
     try:
         for module, kind in kinds.items():
             module.__class__ = watching[kind]
-        yield
+        with _making(watching, trace):
+            yield
     finally:
         for module, kind in kinds.items():
             module.__class__ = kind
+
+
+class _Maker(type):
+    """Of a class in whose place instances are made by a function."""
+
+    _attn_make: Callable[..., Any]
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._attn_make(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__base__ or object)
+
+
+@contextmanager
+def _making(kinds: Iterable[type], trace: Listener) -> Iterator[None]:
+    """Send the library's caches that are made in the files of these classes through the trace."""
+    library = sys.modules.get("transformers.cache_utils")
+    files = {base.__module__ for kind in kinds for base in kind.__mro__} if library else set()
+    found = [
+        (vars(file), name, value)
+        for file in filter(None, map(sys.modules.get, files))
+        for name, value in vars(file).items()
+        if library is not None and isinstance(value, type) and issubclass(value, library.Cache)
+    ]
+    for names, name, kind in found:
+        names[name] = _made_by(trace, kind)
+    try:
+        yield
+    finally:
+        for names, name, kind in found:
+            names[name] = kind
+
+
+def _made_by(trace: Listener, kind: type) -> type:
+    thread = threading.get_ident()
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread or trace.busy:
+            return kind(*args, **kwargs)
+        return trace.make(kind, args, kwargs)
+
+    return _Maker(kind.__name__, (kind,), {"_attn_make": staticmethod(make)})
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""Objects that a traced forward is given and that are no tensors: caches, mostly.
+"""Objects that a traced forward is given, or makes, and that are no tensors: caches, mostly.
 
     key, value = past.update(key, value, 3)    ->   update = past.update(key, value, 3); update[0];
     update[1]
@@ -197,6 +197,14 @@ class Opaque:
         found = read(self._attn_value)
         self._attn_recorder.assumptions.append(Assumption(node, found, text))
         return found
+
+
+def made(recorder: Recorder, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Opaque:
+    """An object of a kind that the traced code makes itself."""
+    node = recorder.graph.call_function(kind, recorder.argument(args), recorder.argument(kwargs))
+    with recorder.paused():
+        value = kind(*unwrap(args), **unwrap(kwargs))
+    return Opaque(recorder, value, node, "")
 
 
 class _Method:

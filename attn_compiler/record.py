@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 from attn_compiler.constants import RealConstants
 from attn_compiler.installed import SIMPLE
 from attn_compiler.listen import kind_of, patched, watched
-from attn_compiler.opaque import CONSTANTS, Assumption, unwrap
+from attn_compiler.opaque import CONSTANTS, Assumption, made, unwrap
 from attn_compiler.snapshot import Snapshot
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, answered, exactly, oblivious
 from attn_compiler.writer import Writer, attribute_of, holds_tensor
@@ -56,6 +56,8 @@ class Recorder(PreDispatchTorchFunctionMode):
         grad_read: did it ask whether gradients are enabled?
     """
 
+    make = made
+
     def __init__(
         self,
         root: nn.Module,
@@ -72,8 +74,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.symbols = symbols
         self.graph = symbols.graph
         self.writer = Writer(root, symbols, prefix, home)
-        self.argument = self.writer.argument
-        self.learn = self.writer.learn
+        self.argument, self.learn = self.writer.argument, self.writer.learn
         self._guide = guide
         self.assumptions: list[Assumption] = []
         self.reads: dict[tuple[str, str], Any] = {}
@@ -326,13 +327,7 @@ class Recorder(PreDispatchTorchFunctionMode):
         self.leaves.append(path)
         with torch._C.DisableTorchFunction():
             likeness = _likeness(module)
-        token = (
-            "module",
-            path,
-            likeness,
-            self._key(unwrap(args)),
-            self._key(unwrap(kwargs)),
-        )
+        token = ("module", path, likeness, self._key(unwrap(args)), self._key(unwrap(kwargs)))
         value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
             raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}", path)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attn_compiler.installed import SELF, store
+from attn_compiler.installed import SELF, held, store
 from attn_compiler.opaque import CONSTANTS, Opaque
 from attn_compiler.symbols import CaptureError, Symbols
 
@@ -43,6 +43,7 @@ class Writer:
         self.symbols = symbols
         self.graph = symbols.graph
         self.paths = _tensor_paths(root)
+        self._root = root
         self.stack: list[tuple[str, nn.Module]] = [("", root)]
         self._prefix = prefix
         self._home = home
@@ -155,9 +156,6 @@ class Writer:
         return self._container(value)
 
     def _container(self, value: Any) -> Any:
-        if is_dataclass(value) and not isinstance(value, type):
-            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
-            return self.graph.call_function(type(value), (), given)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self.graph.call_function(type(value), tuple(map(self.argument, value)))
         if isinstance(value, tuple):
@@ -168,6 +166,14 @@ class Writer:
             return {key: self.argument(item) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        for path, module in self._root.named_modules():
+            for name, found in module.__dict__.items():
+                if found is value:
+                    where: Any = (SELF, path, name)
+                    return self.graph.call_function(held, where)
+        if is_dataclass(value) and not isinstance(value, type):
+            given = {f.name: self.argument(getattr(value, f.name)) for f in fields(value) if f.init}
+            return self.graph.call_function(type(value), (), given)
         raise CaptureError(
             "owner.value", f"a value of type {type(value).__name__} cannot be written down"
         )

@@ -108,8 +108,11 @@ def side(given: Any, update: fx.Node, state: State, name: str) -> Side:
     mapped = linear_map(made, name)
     if {ops.value(node).dtype for node in (made, given)} != {ops.value(mapped.x).dtype}:
         raise Blocked(made, ("dtype", f"the {name} have another dtype than what they are made of"))
+    if ops.value(mapped.x).dim() != 3 or not _is_batch_first(whole.where, whole.axes):
+        text = f"what the {name} are made of is not [batch, keys, features]"
+        raise Blocked(given, ("head_layout", text))
     rows = _rows(whole.where, whole.axes, mapped.transposed)
-    if rows is None or ops.value(mapped.x).dim() != 3:
+    if rows is None:
         raise Blocked(given, ("head_layout", f"the {name} of a head are not neighbours"))
     _check_unwritten(mapped.x, made, update)
     found = Side(mapped, rows, nodes | {made}, given, followed.beside)
@@ -189,15 +192,19 @@ def _unlearnt(region: Region) -> AbstractContextManager[Any]:
     return nullcontext() if env is None else env.suppress_guards()
 
 
+def _is_batch_first(where: tuple[Index, ...], axes: tuple[Axis, ...]) -> bool:
+    """Is [b, g, s, f] read at [b, s, outputs] of the map?"""
+    if len(axes) != 4 or len(where) != 3:
+        return False
+    b, _, s, _ = axes
+    return is_whole(where[0], (b,), b.extent) and is_whole(where[1], (s,), s.extent)
+
+
 def _rows(
     where: tuple[Index, ...], axes: tuple[Axis, ...], transposed: bool
 ) -> tuple[int, int, int, int, bool] | None:
     """Which outputs of the map [b, s, outputs] are read as [b, g, s, f]."""
-    if len(axes) != 4 or len(where) != 3:
-        return None
-    b, g, s, f = axes
-    if not (is_whole(where[0], (b,), b.extent) and is_whole(where[1], (s,), s.extent)):
-        return None
+    _, g, _, f = axes
     steps = {axis: step for axis, step in where[2].terms if axis.extent != 1}
     start, step = where[2].const, steps.pop(g, f.extent)
     numbers = (start, step, g.extent, f.extent)

@@ -112,6 +112,13 @@ def _arithmetic(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -
     return call(_BINARY[name], left, right)
 
 
+@rule(VALUES, "max", "min")
+def _extreme(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
+    if "other" not in args:
+        return None  # a reduction
+    return call(op(node), *promoted(puller, node, [args["self"], args["other"]], where))
+
+
 @rule(VALUES, *_COMPARE)
 def _compare(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr:
     return call(op(node), *operands(puller, node, [args["self"], args["other"]], where))

@@ -106,6 +106,14 @@ class Strided(Attend):
         return k.unflatten(-1, (FEATURES, HEADS)).permute(0, 3, 1, 2), heads(v)
 
 
+class TimeFirst(Attend):
+    """[keys, batch, features], as some translate."""
+
+    def sides(self, x: Tensor) -> Sides:
+        k, v = (side(x.transpose(0, 1)).unflatten(-1, (-1, FEATURES)) for side in (self.k, self.v))
+        return k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+
 class Overwritten(Attend):
     def sides(self, x: Tensor) -> Sides:
         made = x + 1
@@ -148,6 +156,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+KV = ("keys", "values")
 # where these attentions are written down
 FILES = ("cached.py", "test_rewrite_el_refused.py")
 
@@ -162,6 +171,12 @@ def test_it_is_refused(code: str) -> None:
     told = any(file in found[code].location for file in FILES)
     assert told or code == "el.kv_read_elsewhere"
     assert type(new) is type(model)
+
+
+def test_another_order_of_batch_and_keys_is_named() -> None:
+    _, decision = rewritten(TimeFirst())
+    texts = {reason.text for reason in decision.reasons}
+    assert texts == {f"what the {s} are made of is not [batch, keys, features]" for s in KV}
 
 
 def test_another_dtype_under_autocast_is_refused() -> None:

@@ -83,6 +83,13 @@ def gaussian_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return finish(s * 0.4, v)
 
 
+def between(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    lowest = torch.finfo(q.dtype).min
+    s = dots(q, k) + torch.where(keep[:, None, None, :], 0.0, lowest)
+    s = torch.max(s, torch.full((), lowest, dtype=s.dtype))
+    return finish(torch.min(s, torch.full((), 1.5, dtype=s.dtype)), v)
+
+
 def off_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = dots(q, k)
     e = s.exp()
@@ -299,6 +306,12 @@ ENTRIES: tuple[Entry, ...] = (
         alibi_where_seen,
         constant(torch.arange(T) < torch.tensor([[T], [6]])),
         mask="causal & padding(",
+    ),
+    site(
+        "between",
+        between,
+        constant(torch.arange(T) < torch.tensor([[T], [6]])),
+        mask=None,
     ),
     site("by_lookups", by_lookups, *_LOOKUPS),
     site("by_lookups_fused", by_lookups_fused, *_LOOKUPS),
