@@ -23,6 +23,7 @@ from attn_compiler.installed import base_of, parameters_of, restore
 from attn_compiler.ir.site import Decision, Reason
 from attn_compiler.kernels.derivatives import by_reference
 from attn_compiler.report import Report
+from attn_compiler.snapshot import twin
 from attn_compiler.watch import Recorded, copied, tensors_of, untouched
 
 _FACTOR = 4.0
@@ -67,7 +68,7 @@ def _against_itself(owner: nn.Module, values: tuple[Any, ...]) -> str | None:
 def _exact(owner: nn.Module, values: tuple[Any, ...]) -> list[torch.Tensor] | None:
     """The original in float64; None where its code insists on another dtype."""
     try:
-        double = copy.deepcopy(owner)
+        double = twin(owner)
         restore(double)
         double = double.double()
         with _Wide():
