@@ -73,7 +73,7 @@ def assign(
     q: Coordinates,
     k: Coordinates,
     v: Coordinates,
-    told: Leaves = (),
+    told: Leaves,
 ) -> Roles:
     """Roles of all axes.
 
@@ -83,7 +83,7 @@ def assign(
         key: the index the values are summed over.
         feature: the axes that q and k are summed over.
         q, k, v: coordinates into the operands, peeled as far as views go.
-        told: axes that are no batches, if they are no features (`told`).
+        told: axes that are no batches, wherever they stand.
 
     Raises:
         NotAttention: the axes do not play the roles of an attention.
@@ -236,14 +236,15 @@ def told(puller: Puller, node: fx.Node, where: Coordinates, key: Index) -> Leave
     if op(node) != "cat":
         return ()
     args = arguments(node)
-    pieces, dim = args["tensors"], args["dim"] % len(where)
-    own = tuple(along(puller.new_axis(size)) for size in shape(pieces[0]))
-    lengths = [shape(piece)[dim] for piece in pieces]
-    one = all(puller.peel(p, own)[0] is puller.peel(pieces[0], own)[0] for p in pieces)
-    joined = where[dim]
-    if not one or not isinstance(joined, Index) or any(n != lengths[0] for n in lengths):
+    pieces, joined = args["tensors"], where[args["dim"] % len(where)]
+    sizes = shape(pieces[0])
+    if not isinstance(joined, Index) or any(shape(piece) != sizes for piece in pieces):
         return ()
-    return tuple(a for a, stride in joined.resolved().terms if ax.equal(stride, lengths[0]))
+    own = tuple(along(puller.new_axis(size)) for size in sizes)
+    if len({puller.peel(piece, own)[0] for piece in pieces}) != 1:
+        return ()
+    length = sizes[args["dim"] % len(where)]
+    return tuple(a for a, stride in joined.resolved().terms if ax.equal(stride, length))
 
 
 # ---------------------------------------------------------------- expressions in roles
