@@ -30,6 +30,7 @@ from attn_compiler.exported import rewrite_program
 from attn_compiler.install import explain_module, rewrite_module
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.report import Report
+from attn_compiler.snapshot import twin
 from attn_compiler.train import fitting
 from attn_compiler.verify import refused, verify_graph
 from attn_compiler.watch import copied, untouched
@@ -218,7 +219,7 @@ def _rewrite_module(
 ) -> nn.Module:
     _check_call(model, args, kwargs)
     data = fitting.checked(config, calibration)
-    new = model if inplace else copy.deepcopy(model)
+    new = model if inplace else twin(model)
 
     def finish(report: Report) -> Report:
         _check_globs(config, report)

@@ -9,7 +9,6 @@ depended on.
 
 from __future__ import annotations
 
-import keyword
 import operator
 import re
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from attn_compiler.opaque import CONSTANTS, Opaque, shadow
 from attn_compiler.passes.emit import CONSTANT
 from attn_compiler.record import Recorder
 from attn_compiler.symbols import CaptureError
+from attn_compiler.writer import attribute
 
 
 def as_call(
@@ -181,7 +181,7 @@ class Call:
             if node.op == "get_attr" and not constant and isinstance(found, torch.Tensor):
                 device = self.name(found.device)
                 home, _, name = str(node.target).rpartition(".")
-                text = _read(self._module(home), name)
+                text = attribute(self._module(home), name)
                 self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
                 self.check(f"{text}.shape == {tuple(found.shape)}")
         self._state_checks()
@@ -201,7 +201,9 @@ class Call:
         """What is read of a module; of one whose class is not checked, None if it has no such."""
         home = self._module(path)
         return (
-            _read(home, name) if path in self.recorder.kinds else f"getattr({home}, {name!r}, None)"
+            attribute(home, name)
+            if path in self.recorder.kinds
+            else f"getattr({home}, {name!r}, None)"
         )
 
     def _module(self, path: str) -> str:
@@ -260,12 +262,6 @@ class Call:
 
 def _cleaned(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text)
-
-
-def _read(home: str, name: str) -> str:
-    """An attribute, which may have any name."""
-    plain = name.isidentifier() and not keyword.iskeyword(name)
-    return f"{home}.{name}" if plain else f"getattr({home}, {name!r})"
 
 
 def _within(path: str, gone: frozenset[str]) -> bool:

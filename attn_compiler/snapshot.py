@@ -8,6 +8,7 @@ last weights. These lie in attributes, and in the lists, dicts and plain objects
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,3 +125,11 @@ class Snapshot:
             self._seen.add(id(held))
             kind = next(k for k in (dict, list, set) if isinstance(held, k))
             self._tables.append(_Table(path, name, held, kind(held)))
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy. What an earlier run has left behind, with its derivatives, is copied without these:
+    PyTorch copies no such tensor.
+    """
+    held = Snapshot(model).tensors.values()
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})

@@ -32,6 +32,7 @@ from attn_compiler.pipeline import compile_graph
 from attn_compiler.record import Recorder, is_bare, plain_module
 from attn_compiler.report import Report
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, exactly, oblivious
+from attn_compiler.writer import Written
 
 _SMALL = 4096
 # what a variant's text defines
@@ -165,7 +166,7 @@ def _trace(
     plan: Plan,
     static: bool = False,
 ) -> tuple[_Guide, Variant]:
-    symbols = Symbols(fx.Graph(), static)
+    symbols = Symbols(Written(), static)
     recorder = Recorder(owner, plan.inline, symbols, prefix=plan.prefix)
     call = Call(recorder)
     with oblivious():
@@ -210,7 +211,7 @@ def _follow(
     plan = replace(plan, spine=guide.plan.spine)
     if guide.training not in (None, owner.training):
         raise Mismatch
-    symbols = guide.recorder.symbols.follow(fx.Graph())
+    symbols = guide.recorder.symbols.follow(Written())
     recorder = Recorder(owner, plan.inline, symbols, prefix=plan.prefix, guide=guide.recorder)
     call = Call(recorder)
     with oblivious():

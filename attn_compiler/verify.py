@@ -25,6 +25,7 @@ from attn_compiler.installed import base_of, parameters_of, restore
 from attn_compiler.ir.site import Decision, Reason
 from attn_compiler.kernels.derivatives import by_reference
 from attn_compiler.report import Report
+from attn_compiler.snapshot import twin
 from attn_compiler.watch import Recorded, copied, tensors_of, untouched
 
 _FACTOR = 4.0
@@ -88,7 +89,7 @@ def _of_dtype(
 ) -> list[torch.Tensor] | None:
     """The original in another dtype; None where its code insists on its own."""
     try:
-        module = copy.deepcopy(owner)
+        module = twin(owner)
         restore(module)
         module = module._apply(partial(_cast, dtype=dtype))
         given = copied(values, partial(_cast, dtype=dtype))

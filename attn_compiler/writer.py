@@ -7,10 +7,13 @@ A tensor is known by identity: the fakes made so far, and the parameters and buf
 
 from __future__ import annotations
 
+import keyword
 import operator
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -23,6 +26,30 @@ from attn_compiler.symbols import CaptureError, Symbols
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _WRITABLE = (*CONSTANTS, fx.Node, int, type(...), torch.layout, torch.memory_format)
 _TRACING = ("attn_compiler.record", "attn_compiler.listen", "torch.overrides", __name__)
+
+
+class Written(fx.Graph):
+    """A graph whose text may name a module `in`: fx itself writes `self.in(x)`."""
+
+    def python_code(self, root_module: str, **options: Any) -> fx.graph.PythonCode:
+        code = super().python_code(root_module, **options)
+        for node in self.nodes:
+            parts = str(node.target).split(".")
+            if node.op in ("call_module", "get_attr") and any(map(keyword.iskeyword, parts)):
+                wrong = reduce(_as_fx_reads, parts, root_module)
+                right = reduce(attribute, parts, root_module)
+                code.src = right.join(re.split(rf"{re.escape(wrong)}(?!\w)", code.src))
+        return code
+
+
+def attribute(home: str, name: str) -> str:
+    """The text that reads an attribute, which may have any name."""
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{home}.{name}" if plain else f"getattr({home}, {name!r})"
+
+
+def _as_fx_reads(home: str, name: str) -> str:
+    return f"{home}.{name}" if name.isidentifier() else f'getattr({home}, "{name}")'
 
 
 class Writer:

@@ -12,7 +12,15 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index, along
-from attn_compiler.ir.core import Core, Found, Operand, Scaling, assemble, operand, program_of
+from attn_compiler.ir.core import (
+    Core,
+    Found,
+    Operand,
+    Scaling,
+    assemble,
+    operand,
+    program_of,
+)
 from attn_compiler.ir.expr import DOT, TRUE, Expr, call
 from attn_compiler.ir.mask import normalise
 from attn_compiler.ir.no_attention import NotAttention
@@ -113,7 +121,8 @@ def from_fused(puller: Puller, end: Operand, at: Coordinates, fused: Fused) -> C
     q = operand(puller, query, (*broadcast(batch, shape(query)[:-2]), row, features), scaling)
     k = operand(puller, key_, (*broadcast(kv_batch, shape(key_)[:-2]), keys, features), scaling)
     v = operand(puller, value, (*broadcast(kv_batch, shape(value)[:-2]), keys, column), None)
-    roles = role.assign(end.where, (*batch, row), keys, (reduced,), q.where, k.where, v.where)
+    told, read = role.told(puller, v.node, v.where, keys), (q.where, k.where, v.where)
+    roles = role.assign(end.where, (*batch, row), keys, (reduced,), *read, told)
     naming = Naming(puller, roles)
     soft = Softmax(query, (), 0, dropout=fused.dropout, safe=True)
     score = naming(scaling.fold(fused.logits))

@@ -96,12 +96,19 @@ def _diagonal_scatter(puller: Puller, node: fx.Node, args: Args, where: Coordina
 
 @rule(VALUES, "index_put", "_unsafe_index_put")
 def _index_put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> Expr | None:
-    """x[mask] = number, the mask over the last indexed dimensions; x[..., i, i] = number."""
+    """x[mask] = number; x[..., i, i] = number."""
+    found = put(puller, node, args, where)
+    return None if found is None else call("where", *found, puller.expr(args["self"], where))
+
+
+def put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) -> tuple[Expr, Expr] | None:
+    """Whether a place is among those that are written, and the one number that is written there;
+    a mask has the last indexed dimensions.
+    """
     mask, value = args["indices"][-1], args["values"]
     before = len(args["indices"]) - 1
     if args["accumulate"] or any(size != 1 for size in shape(value)):
         return None
-    written = puller.expr(value, (ax.ZERO,) * len(shape(value)))
     if all(i is None for i in args["indices"][:-1]) and dtype_of(mask) is torch.bool:
         hit = puller.expr(mask, where[before : before + len(shape(mask))])
     else:
@@ -109,7 +116,7 @@ def _index_put(puller: Puller, node: fx.Node, args: Args, where: Coordinates) ->
         if found is None:
             return None
         hit = found
-    return call("where", hit, written, puller.expr(args["self"], where))
+    return hit, puller.expr(value, (ax.ZERO,) * len(shape(value)))
 
 
 def _picked(

@@ -326,3 +326,10 @@ def rule(table: dict[str, Rule], *names: str) -> Callable[[Rule], Rule]:
         return function
 
     return enter
+
+
+def product_at(puller: Puller, node: fx.Node, where: Coordinates) -> Product | None:
+    """The product that a node is, if it is one."""
+    rule = VALUES.get(op(node))
+    found = rule(puller, node, arguments(node), where) if rule is not None else None
+    return found if isinstance(found, Product) else None

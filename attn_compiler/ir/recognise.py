@@ -7,7 +7,7 @@ from attn_compiler.ir.axes import along
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.fused import from_sdpa
 from attn_compiler.ir.no_attention import NotAttention
-from attn_compiler.ir.pull import VALUES, Coordinates, Product, Puller, arguments, op, shape
+from attn_compiler.ir.pull import Coordinates, Puller, op, product_at, shape
 from attn_compiler.ir.region import FunctionalRegion
 from attn_compiler.ir.soft import Place, quotient, through_casts
 from attn_compiler.ir.spelled import from_product
@@ -28,9 +28,8 @@ def recognise(region: FunctionalRegion) -> Core:
     divisor: Place | None = None
     if op(node) in ("div", "mul") and (parts := quotient(puller, node, at)) is not None:
         (node, at), divisor = parts
-    rule = VALUES.get(op(node))
-    found = rule(puller, node, arguments(node), at) if rule is not None else None
-    if not isinstance(found, Product):
+    found = product_at(puller, node, at)
+    if found is None:
         raise NotAttention(
             "not_attention.no_value_product", "the weights are not summed over with values", node
         )

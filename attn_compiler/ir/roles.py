@@ -13,12 +13,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
+from torch import fx
 
 from attn_compiler.ir import axes as ax
-from attn_compiler.ir.axes import Axis, Index
+from attn_compiler.ir.axes import Axis, Index, along
 from attn_compiler.ir.expr import Call, Const, Expr, Int, Var, call
 from attn_compiler.ir.no_attention import NotAttention
-from attn_compiler.ir.pull import Coordinates, Leaf, Product, Puller, Symbol, to_expr
+from attn_compiler.ir.pull import (
+    Coordinates,
+    Leaf,
+    Product,
+    Puller,
+    Symbol,
+    arguments,
+    op,
+    product_at,
+    shape,
+    to_expr,
+)
 
 Leaves = tuple[Axis, ...]
 
@@ -61,6 +73,7 @@ def assign(
     q: Coordinates,
     k: Coordinates,
     v: Coordinates,
+    told: Leaves,
 ) -> Roles:
     """Roles of all axes.
 
@@ -70,6 +83,7 @@ def assign(
         key: the index the values are summed over.
         feature: the axes that q and k are summed over.
         q, k, v: coordinates into the operands, peeled as far as views go.
+        told: axes that are no batches, wherever they stand.
 
     Raises:
         NotAttention: the axes do not play the roles of an attention.
@@ -90,7 +104,7 @@ def assign(
         raise NotAttention(
             "not_attention.kv_axes", "keys and values do not run along the same batches and heads"
         )
-    heads = _heads(outer, q, k, v, features)
+    heads = _heads(outer, q, k, features) or _last(outer, told)
     return Roles(
         batch=tuple(a for a in outer if a not in heads),
         heads=heads,
@@ -187,23 +201,50 @@ def _beside_the_row(query: Leaves, q: Coordinates, k: Coordinates, keys: Leaves)
     return all(axis.extent == 1 for axis in leaves((q[row[0]],)))
 
 
-def _heads(
-    outer: Sequence[Axis], q: Coordinates, k: Coordinates, v: Coordinates, features: Leaves
-) -> Leaves:
-    """The heads: what is cut out of the same dimension as the features, else the last of several
-    outer axes.
-    """
+def _heads(outer: Sequence[Axis], q: Coordinates, k: Coordinates, features: Leaves) -> Leaves:
+    """The heads that are cut out of the same dimension as the features."""
     beside: dict[Axis, None] = {}
     for where in (q, k):
         for coordinate in where:
             found = leaves((coordinate,))
             if any(axis in features for axis in found):
                 beside.update(found)
-    found_heads = tuple(a for a in outer if a in beside)
-    if found_heads:
-        return found_heads
+    return tuple(a for a in outer if a in beside)
+
+
+def _last(outer: Sequence[Axis], told: Leaves) -> Leaves:
+    """The last of several outer axes that may be heads. The number of heads is the model's: beside
+    an axis of known size, one of unknown size is a batch.
+    """
     wide = [a for a in outer if a.extent != 1] if len(outer) > 2 else list(outer)
-    return (outer[-1],) if len(wide) >= 2 or (len(outer) >= 2 and len(wide) == 1) else ()
+    if len(wide) < 2 and not (len(outer) >= 2 and len(wide) == 1):
+        return ()
+    outer = [a for a in outer if a in told and a.extent != 1] or outer
+    known = [a for a in outer if isinstance(a.extent, int)]
+    return (known[-1],) if any(a.extent != 1 for a in known) else (outer[-1],)
+
+
+def told(puller: Puller, node: fx.Node, where: Coordinates, key: Index) -> Leaves:
+    """Axes of the values that are heads whatever their order: those of weights that tokens are
+    multiplied by, and what counts the pieces of one tensor, joined in another dimension.
+    """
+    if (made := product_at(puller, node, where)) is not None:
+        keys = leaves((key,))
+        sides = (leaves(made.left[1]), leaves(made.right[1]))
+        tokens, weights = sides if any(a in sides[0] for a in keys) else sides[::-1]
+        return tuple(a for a in weights if a not in tokens)
+    if op(node) != "cat":
+        return ()
+    args = arguments(node)
+    pieces, joined = args["tensors"], where[args["dim"] % len(where)]
+    sizes = shape(pieces[0])
+    if not isinstance(joined, Index) or any(shape(piece) != sizes for piece in pieces):
+        return ()
+    own = tuple(along(puller.new_axis(size)) for size in sizes)
+    if len({puller.peel(piece, own)[0] for piece in pieces}) != 1:
+        return ()
+    length = sizes[args["dim"] % len(where)]
+    return tuple(a for a, stride in joined.resolved().terms if ax.equal(stride, length))
 
 
 # ---------------------------------------------------------------- expressions in roles

@@ -20,6 +20,7 @@ from attn_compiler.ir import axes as ax
 from attn_compiler.ir.axes import Index, along
 from attn_compiler.ir.expr import Const, Expr, call
 from attn_compiler.ir.filling import truth_of
+from attn_compiler.ir.gathers import put
 from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.pull import (
     Coordinate,
@@ -35,6 +36,7 @@ from attn_compiler.ir.pull import (
 )
 
 CASTS = frozenset({"to", "_to_copy", "type_as", "float", "double", "half", "bfloat16"})
+_ZEROING = frozenset({"where", "masked_fill", "index_put"})
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 
@@ -112,10 +114,7 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
         elif name == "nan_to_num" and not args["nan"]:
             # weights are finite but in rows without any key
             cleared, node = True, args["self"]
-        elif (
-            name in ("where", "masked_fill")
-            and (kept := _zeroing(puller, node, args, where)) is not None
-        ):
+        elif name in _ZEROING and (kept := _zeroing(puller, node, args, where)) is not None:
             condition, node = kept
             where = broadcast(where, shape(node))
             zeroed.append(condition)
@@ -129,7 +128,12 @@ def find_softmax(puller: Puller, node: fx.Node, where: Coordinates) -> Softmax:
 def _zeroing(
     puller: Puller, node: fx.Node, args: dict[str, Any], where: Coordinates
 ) -> tuple[Expr, fx.Node] | None:
-    """where(keep, p, 0) or p.masked_fill(drop, 0): the condition of being set to zero, and p."""
+    """where(keep, p, 0), p.masked_fill(drop, 0) or p[drop] = 0: the condition of being set to
+    zero, and p.
+    """
+    if op(node) == "index_put":
+        found = put(puller, node, args, where) if _is_zero(puller, args["values"]) else None
+        return None if found is None else (found[0], args["self"])
     if op(node) == "masked_fill":
         return (
             (puller.operand(args["mask"], node, where), args["self"])
@@ -168,7 +172,7 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
         raise NotAttention(
             "not_attention.log_softmax", "logarithms of probabilities are multiplied", node
         )
-    if name in ("mul", "add", "sub", "where", "masked_fill", "pow", "clamp", "sigmoid", "relu"):
+    if name in _ZEROING or name in ("mul", "add", "sub", "pow", "clamp", "sigmoid", "relu"):
         raise NotAttention(
             "attention.weights_changed",
             f"`{name}` stands between the softmax and the product with the values",
@@ -262,7 +266,7 @@ def _uncovered(puller: Puller, node: fx.Node, where: Coordinates) -> tuple[Place
     cut = False
     while True:
         args, kept = arguments(node), None
-        if op(node) in ("where", "masked_fill"):
+        if op(node) in _ZEROING:
             kept = _zeroing(puller, node, args, where)
             cut |= kept is not None
         elif op(node) == "mul":

@@ -123,7 +123,8 @@ def _from_scores(
     k = operand(puller, k_node, k_at, scaling)
     v = operand(puller, *values, None)
     weights = tuple(w for d, w in enumerate(soft.where) if d != soft.dim)
-    roles = role.assign(end.where, weights, key, product.reduced, q.where, k.where, v.where)
+    told, read = role.told(puller, v.node, v.where, key), (q.where, k.where, v.where)
+    roles = role.assign(end.where, weights, key, product.reduced, *read, told)
     naming = Naming(puller, roles)
     dtype = val(soft.logits).dtype
     score = naming(scaling.fold(spread(_with_dot(logits, product), dtype)))

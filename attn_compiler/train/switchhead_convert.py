@@ -10,7 +10,6 @@ Source: the steps are those of `variants.switchhead_convert`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from attn_compiler.installed import rewritten
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels.switchhead import Mixture, Weights
 from attn_compiler.report import Report
+from attn_compiler.snapshot import twin
 from attn_compiler.train.progress import bar
 from attn_compiler.train.spion import call_of
 from attn_compiler.variants import switchhead_convert
@@ -101,7 +101,7 @@ def conversions(
         BadOption: there is no batch, or one is no such pair, or none ran through a layer.
     """
     to = tuple((glob, _heard_instead(target)) for glob, target in config.to)
-    listener = copy.deepcopy(model).eval()
+    listener = twin(model).eval()
     narrow = any(p.dtype in _NARROW for p in listener.parameters())
     if narrow:  # rounding would hide what turns slowly
         listener = listener.float()

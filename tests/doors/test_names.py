@@ -163,6 +163,28 @@ def test_names_that_are_alike_or_none() -> None:
     torch.testing.assert_close(new(*values), model(*values))
 
 
+class Keywords(nn.Module):
+    """Modules that are called as Python has words of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys = nn.Sequential()
+        self.keys.add_module("in", nn.Conv1d(WIDTH, WIDTH, 1))
+        self.add_module("not", Inner())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.keys(x.mT).mT
+        y = getattr(self, "not").proj(y)
+        return (y @ y.mT).softmax(-1) @ x  # type: ignore[no-any-return]
+
+
+def test_modules_with_the_names_of_keywords() -> None:
+    model, x = Keywords().eval(), torch.randn(2, 5, WIDTH)
+    new = ac.rewrite(model, (x,))
+    assert ac.last_report().rewritten == 1 and calls(new, x) == 1
+    torch.testing.assert_close(new(x), model(x))
+
+
 class Block(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return self.attend([x])

@@ -323,6 +323,31 @@ def test_weights_that_escape_are_kept() -> None:
     assert type(new) is Shows
 
 
+class Remembers(nn.Module):
+    """Keeps what it made last, with its derivative, as does a norm of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.utils.weight_norm(nn.Linear(8, 8))
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = q = self.proj(x)
+        return torch.softmax(q @ q.mT, -1) @ q
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_model_that_was_trained_before() -> None:
+    model, x = Remembers(), torch.randn(2, 5, 8)
+    model(x).sum().backward()
+    new: Any = ac.rewrite(model, (x,))
+    assert torch.equal(new.last, model.last) and ac.last_report().rewritten == 1
+    assert calls(new, x) == 1
+    grads = [torch.autograd.grad(m(x).cos().sum(), m.proj.weight_g) for m in (model, new)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(new(x), model(x))
+
+
 def test_owner_is_above_the_module_that_returns_the_weights() -> None:
     class Inner(nn.Module):
         def forward(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -176,3 +176,50 @@ def test_rules_of_the_definition(kind: str) -> None:
         (wanted,) = torch.autograd.grad(exact.square().mean(), y)
         (grad,) = torch.autograd.grad(found.square().mean(), y)
         torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-4)
+
+
+class HeadsFirst(nn.Module):
+    """Weights of each head, as a tensor [heads, features, d] or beside one another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.v = (nn.Parameter(torch.randn(H, H * D, D) / 2) for _ in range(2))
+
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kind == "flat":
+            return (x.flatten(0, 1) @ weight).view(H, *x.shape[:2], D)
+        if self.kind == "einsum":
+            return torch.einsum("btc,hcd->hbtd", x, weight)
+        return torch.cat((x @ weight.transpose(0, 1).flatten(1)).split(D, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, drop = x.shape[1], torch.zeros(len(x), x.shape[1], dtype=torch.bool)
+        q, v = self.project(x, self.q), self.project(x, self.v)
+        # the mask of the batch, once for each head
+        drop = drop[:, None] if q.dim() == 4 else drop.repeat(H, 1)[:, None]
+        drop = drop | torch.ones(length, length, dtype=torch.bool).triu(1)
+        y = (q @ q.mT * D**-0.5).masked_fill(drop, float("-inf")).softmax(-1) @ v
+        return y.reshape(H, *x.shape[:2], D).permute(1, 2, 0, 3).flatten(2)
+
+
+@pytest.mark.parametrize("kind", ["flat", "einsum", "split"])
+def test_one_head_selects_and_not_one_example(kind: str) -> None:
+    torch.manual_seed(2)
+    model, x = HeadsFirst(kind), torch.randn(B + 1, T, H * D)
+    new = ac.rewrite(model, (x,), to=ac.Selective(head=1))
+    assert ac.last_report().rewritten == 1
+    found, last = new(x)[-1], new(torch.cat([torch.randn(B, T, H * D), x[-1:]]))[-1]
+    torch.testing.assert_close(found, last)
+    assert not torch.allclose(found, model(x)[-1], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["flat", "einsum"])
+def test_one_head_selects_where_sizes_are_known(kind: str) -> None:
+    torch.manual_seed(2)
+    model, x = HeadsFirst(kind), torch.randn(B + 1, T, H * D)
+    options = {"to": ac.Selective(head=1), "then": "eager"}
+    compiled = torch.compile(model, backend="attn_compiler", dynamic=False, options=options)
+    found, last = compiled(x), compiled(torch.cat([torch.randn(B, T, H * D), x[-1:]]))[-1]
+    assert ac.last_report().sites[0].query_heads == H
+    torch.testing.assert_close(found[-1], last)

@@ -190,6 +190,22 @@ def normalised_again(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
+def cleared_by_index(q: Tensor, k: Tensor, v: Tensor, drop: Tensor) -> Tensor:
+    # rows without keys are NaN, until these are set to zero as well
+    scores = q @ k.mT * SCALE
+    drop = drop.expand_as(scores)
+    scores[drop] = -math.inf
+    weights = scores.softmax(-1).clone()
+    weights[drop] = 0
+    return weights @ v
+
+
+def cleared_exponentials(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT * SCALE).exp().clone()
+    e[..., torch.ones(q.shape[2], k.shape[2]).triu(1) > 0] = 0
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
 _SAME = (
     stable_by_hand, detached_maximum, naive_by_hand, by_logsumexp, by_log_softmax, powers_of_two,
     softmin, over_a_positive_axis, in_float32, cast_before, everything_in_float32,
@@ -203,7 +219,13 @@ ENTRIES: tuple[Entry, ...] = (
     site("causal_quiet", causal_quiet, mask="causal"),
     *(
         site(f.__name__, f, mask="causal")
-        for f in (masked_after_exp, chosen_after_exp, normalised_again)
+        for f in (masked_after_exp, chosen_after_exp, normalised_again, cleared_exponentials)
+    ),
+    site(
+        "cleared_by_index",
+        cleared_by_index,
+        constant((torch.arange(T)[:, None] < torch.arange(T)) | (torch.arange(T)[:, None] == 2)),
+        mask="tensor(",
     ),
     site(
         "padded_after_exp",
