@@ -103,7 +103,7 @@ def _listops(length: int, draw: random.Random) -> Item:
 
 # ---------------------------------------------------------------- one question about pairs
 
-KEYS, VALUES = 16, 8  # a question is the token 1 + key, a pair is QUESTIONS + key * VALUES + value
+KEYS, VALUES = 4, 4  # a question is the token 1 + key, a pair is QUESTIONS + key * VALUES + value
 QUESTIONS = 1 + KEYS
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from spion_cases import BLOCK, Model, draw
+from spion_cases import BLOCK, D, H, Model, T, draw
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import attn_compiler as ac
+from attn_compiler.train import spion
 
 SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5)
 
@@ -28,7 +29,10 @@ class Training:
 
     def __init__(self, **options: Any) -> None:
         self.model = rewritten_model()
-        self.schedule = ac.SpionSchedule(self.model, SPEC, **{"every": 2, **options})
+        # these few steps teach it nothing
+        self.schedule = ac.SpionSchedule(
+            self.model, SPEC, **{"every": 2, "skewness": None, **options}
+        )
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
         self.call: nn.Module = self.model
 
@@ -61,12 +65,46 @@ def test_a_training_turns_sparse_without_a_new_trace() -> None:
     training = Training()
     variants = [len(layer._attn_variants) for layer in training.model.layers]
     turned = training.run(0, 12)
-    # the looks are after batches 0, 2, 4, ...; the third is the first that can say yes
-    assert len(turned) == 1 and turned[0] >= 4 and turned[0] % 2 == 0
+    # the looks are at batches 1, 3, 5, ...; the third is the first that can say yes
+    assert len(turned) == 1 and turned[0] >= 5 and turned[0] % 2 == 1
     assert training.schedule.sparse and training.schedule.switched == turned[0]
-    assert training.schedule.criterion.looks == turned[0] // 2 + 1
+    assert training.schedule.criterion.looks == (turned[0] + 1) // 2
     assert not any(p.all() for p in patterns(training.model))
     assert [len(layer._attn_variants) for layer in training.model.layers] == variants
+
+
+def test_the_maps_themselves_are_looked_at_every_so_many_batches() -> None:
+    training = Training(every=3)
+    looks = []
+    for index in range(7):
+        training.run(index, index + 1)
+        looks.append(training.schedule.criterion.looks)
+    assert looks == [0, 0, 1, 1, 1, 2, 2]
+    # the reference is the map of the third batch, when two steps had been made
+    other = Training()
+    other.run(0, 2)
+    layer, x = other.model.layers[0], draw(2)
+    q, k, _ = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
+    wanted = (q @ k.transpose(-1, -2) * (D // H) ** -0.5).softmax(-1).mean((0, 1))
+    references = training.schedule.criterion.state_dict()["references"]
+    torch.testing.assert_close(references["layers.0"], wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_maps_of_long_sequences_are_kept_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, small = Training(every=3), Training(every=3)
+    whole.run(0, 3)
+    monkeypatch.setattr(spion, "FINEST", T // 4)
+    small.run(0, 3)
+    maps = [t.schedule.criterion.state_dict()["references"]["layers.0"] for t in (whole, small)]
+    assert [a.shape[0] for a in maps] == [T, T // 4]
+    means = torch.nn.functional.avg_pool2d(maps[0][None], 4)[0]
+    torch.testing.assert_close(maps[1], means)
+
+
+def test_a_model_that_learns_nothing_stays_dense() -> None:
+    assert Training().run(0, 12) != []
+    ours = Training(skewness=1.7)
+    assert ours.run(0, 12) == [] and ours.schedule.criterion.looks == 6
 
 
 def test_a_compiled_training_is_compiled_once() -> None:
@@ -106,7 +144,7 @@ def test_a_limit_on_the_dense_phase() -> None:
     stopped = Training(percent=1e-9)
     stopped.run(0, 3)
     late.load(stopped.state())
-    assert late.run(3, 8) == [4] and patterns(late.model)[0].sum() > 6
+    assert late.run(3, 8) == [3] and patterns(late.model)[0].sum() > 6
 
 
 def test_an_evaluation_in_between_is_not_looked_at() -> None:
@@ -186,7 +224,7 @@ def test_batches_of_padding_alone() -> None:
     mask = torch.zeros(2, draw().shape[1], dtype=torch.bool)
     torch.manual_seed(0)
     model = ac.rewrite(Model(), (draw(), mask), to=SPEC, calibration="later").train()
-    schedule = ac.SpionSchedule(model, SPEC)
+    schedule = ac.SpionSchedule(model, SPEC, every=1)
     model(draw(), mask)
     with pytest.raises(ac.BadOption, match="forbids every key"):
         schedule.step(0)
