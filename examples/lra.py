@@ -46,10 +46,9 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import resident
 from lra_tasks import TASKS, Task, items
 from lra_ways import FIXED, MODES, WAYS, Encoder, seeded, spec_of
+from student import half_interval
 
 CLAIMED = "spion-cf"  # at least dense less one point, and at least every fixed pattern
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 # ---------------------------------------------------------------- training
@@ -182,11 +181,7 @@ def growth(task: Task, options: argparse.Namespace) -> float:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of the 95 % interval; infinite for a single value."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, float("inf")
-    t = STUDENT[len(values) - 2]
-    return mean, t * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half_interval(values)
 
 
 def claims(accuracies: dict[str, list[float]]) -> list[dict[str, Any]]:

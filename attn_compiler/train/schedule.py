@@ -24,6 +24,8 @@ from attn_compiler.train.criterion import SwitchCriterion
 from attn_compiler.train.spion import Layer, layers_of, watched, without_maps
 from attn_compiler.variants.base import VariantSpec
 
+_FILE = "spion_schedule.pt"  # in the folder of a Trainer's checkpoint
+
 
 class SpionSchedule:
     """Dense at first; every so often it looks at the maps of a batch, and when they have settled it
@@ -54,7 +56,7 @@ class SpionSchedule:
         model: nn.Module,
         spec: VariantSpec,
         *,
-        every: int = 100,
+        every: int = 200,
         percent: float = 15.0,
         skewness: float | None = 1.7,
         most: int | None = None,
@@ -64,7 +66,8 @@ class SpionSchedule:
             model: rewritten with SPION, every block kept (`rewrite(model, args, to=spec,
                 calibration="later")`).
             spec: the SPION it was rewritten with.
-            every: batches between two looks.
+            every: batches between two looks; the authors' are 200 to 500. Maps that change slowly
+                look settled if looks are close.
             percent: change of the maps' distances that counts as settled.
             skewness: that the map of some layer must reach, so that a model that has learned
                 nothing yet does not count as settled; None for the published rule.
@@ -180,7 +183,9 @@ class SpionSchedule:
 
     def callback(self) -> Any:
         """The same as a callback of transformers' Trainer, which calls `step`, stores the state in
-        every checkpoint's folder, and takes it from there when a training is resumed.
+        every checkpoint's folder, and takes it from there when a training is resumed. A training
+        that is resumed from a folder outside its `output_dir` has to be told so twice: a callback
+        sees TrainingArguments(resume_from_checkpoint=...) alone, and raises BadOption without it.
         """
         from transformers import TrainerCallback
 
@@ -188,7 +193,7 @@ class SpionSchedule:
 
         class Switch(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                file = _file(args, state)
+                file = _folder(args, state) / _FILE
                 if state.global_step and file.exists():
                     schedule.load_state_dict(torch.load(file, weights_only=True))
 
@@ -197,7 +202,7 @@ class SpionSchedule:
 
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.is_world_process_zero:
-                    torch.save(schedule.state_dict(), _file(args, state))
+                    torch.save(schedule.state_dict(), _folder(args, state) / _FILE)
 
         return Switch()
 
@@ -239,10 +244,21 @@ def _together(layers: Sequence[Layer]) -> None:
         layer.rows = float(rows)
 
 
-def _file(args: Any, state: Any) -> Path:
-    """Where a Trainer's checkpoint of this step keeps the state of a schedule."""
+def _folder(args: Any, state: Any) -> Path:
+    """Of a Trainer's checkpoint of this step.
+
+    Raises:
+        BadOption: there is none.
+    """
     given = getattr(args, "resume_from_checkpoint", None)
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     if not folder.exists() and isinstance(given, str):
         folder = Path(given)
-    return folder / "spion_schedule.pt"
+    if state.global_step and not folder.exists():
+        raise BadOption(
+            f"the checkpoint of step {state.global_step} is not found",
+            where="SpionSchedule.callback",
+            why=[f"there is no folder {folder}", "it says whether the training is sparse"],
+            do="give TrainingArguments(resume_from_checkpoint=...), too",
+        )
+    return folder

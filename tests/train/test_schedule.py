@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,33 +229,53 @@ def test_batches_of_padding_alone() -> None:
         schedule.step(0)
 
 
+class Learner(Model):
+    """As a Trainer wants it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": super().forward(x).square().mean()}
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": draw(index)[0]}
+
+
+def trained(folder: Path, resume: Path | None = None, **options: Any) -> Training:
+    """By transformers' Trainer, which saves after 4 and 8 of 10 steps."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    new = ac.rewrite(Learner(), (draw(),), to=SPEC, calibration="later").train()
+    training = Training.__new__(Training)
+    training.model, training.schedule = new, ac.SpionSchedule(new, SPEC, every=2, skewness=None)
+    arguments = TrainingArguments(
+        str(folder), max_steps=10, per_device_train_batch_size=2, save_steps=4, seed=0,
+        report_to="none", use_cpu=True, disable_tqdm=True, **options,
+    )  # fmt: skip
+    callbacks = [training.schedule.callback()]
+    trainer = Trainer(new, arguments, train_dataset=Sequences(), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return training
+
+
 def test_a_trainer_drives_it_and_resumes(tmp_path: Path) -> None:
-    callbacks = pytest.importorskip("transformers.trainer_callback")
-
-    def run(training: Training, first: int, last: int, save: int | None = None) -> None:
-        """What Trainer does with its callbacks."""
-        handler = callbacks.CallbackHandler(
-            [training.schedule.callback()], training.model, None, training.optimizer, None
-        )
-        args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-        state, control = callbacks.TrainerState(global_step=first), callbacks.TrainerControl()
-        handler.on_train_begin(args, state, control)
-        for index in range(first, last):
-            handler.on_step_begin(args, state, control)
-            training.optimizer.zero_grad()
-            training.model(draw(index)).square().mean().backward()
-            training.optimizer.step()
-            state.global_step += 1
-            handler.on_step_end(args, state, control)
-            if state.global_step == save:
-                (tmp_path / f"checkpoint-{save}").mkdir()
-                handler.on_save(args, state, control)
-
-    whole = Training()
-    turned = whole.run(0, 9)
-    first, second = Training(), Training()
-    run(first, 0, 3, save=3)
-    second.model.load_state_dict(first.model.state_dict())  # as Trainer does before it begins
-    run(second, 3, 9)
-    assert [second.schedule.switched] == turned
-    assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
+    pytest.importorskip("accelerate")
+    whole, checkpoint = trained(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-8"
+    switched = whole.schedule.switched
+    assert switched is not None and 4 < switched < 8
+    seconds = [
+        trained(tmp_path / "whole", tmp_path / "whole" / "checkpoint-4"),  # before the switch
+        trained(tmp_path / "other", checkpoint, resume_from_checkpoint=str(checkpoint)),
+    ]
+    for second in seconds:
+        assert second.schedule.switched == switched and second.schedule.sparse
+        for ours, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(ours, other)
+        assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
+    with pytest.raises(ac.BadOption, match="checkpoint of step 8 is not found"):
+        trained(tmp_path / "another", checkpoint)
