@@ -42,10 +42,11 @@ def listops(tokens: list[int]) -> int:
 
 
 def retrieval(tokens: list[int]) -> int:
-    first = lra_tasks.QUESTIONS
-    pairs = [divmod(t - first, lra_tasks.VALUES) for t in tokens[1:]]
-    (answer,) = [value for key, value in pairs if key == tokens[0] - 1]
-    return answer
+    first = lra_tasks.PAIRS
+    pairs = [divmod(t - first, lra_tasks.VALUES) for t in tokens if t >= first]
+    # how often a key stands there says nothing: each does once
+    assert sorted(key for key, _ in pairs) == list(range(lra_tasks.KEYS))
+    return dict(pairs)[tokens[0] - 1 - lra_tasks.FILLER]
 
 
 def pathfinder(tokens: list[int]) -> int:

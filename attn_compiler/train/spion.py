@@ -77,6 +77,7 @@ class Layer:
     def forget(self) -> None:
         """Begin a new sum."""
         assert self.site.length is not None and isinstance(self.spec.block, int)
+        assert isinstance(self.spec.filter, int)
         heads = tuple(self.blocks.shape[:-2])
         self.maps = BlockMap.zeros(
             self.site.length,
