@@ -8,56 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from spion_cases import BLOCK, D, H, Model, T, draw
-from torch import Tensor, nn
+import torch.multiprocessing as mp
+from spion_cases import (
+    SPEC,
+    D,
+    H,
+    Model,
+    T,
+    Training,
+    draw,
+    patterns,
+    rewritten_model,
+    train_together,
+)
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import attn_compiler as ac
 from attn_compiler.train import spion
-
-SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5)
-
-
-def rewritten_model() -> Model:
-    torch.manual_seed(0)
-    return ac.rewrite(Model(), (draw(),), to=SPEC, calibration="later").train()
-
-
-class Training:
-    """An ordinary loop: a model, its optimiser, its schedule."""
-
-    def __init__(self, **options: Any) -> None:
-        self.model = rewritten_model()
-        # these few steps teach it nothing
-        self.schedule = ac.SpionSchedule(
-            self.model, SPEC, **{"every": 2, "skewness": None, **options}
-        )
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
-        self.call: nn.Module = self.model
-
-    def run(self, first: int, last: int) -> list[int]:
-        """Batches, and after which of them the model turned sparse."""
-        turned = []
-        for index in range(first, last):
-            self.optimizer.zero_grad()
-            self.call(draw(index)).square().mean().backward()
-            self.optimizer.step()
-            if self.schedule.step(index):
-                turned.append(index)
-        return turned
-
-    def state(self) -> dict[str, Any]:
-        parts = {"model": self.model, "schedule": self.schedule, "optimizer": self.optimizer}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def patterns(model: nn.Module) -> list[Tensor]:
-    return list(ac.spion_patterns(model).values())
 
 
 def test_a_training_turns_sparse_without_a_new_trace() -> None:
@@ -189,32 +157,11 @@ def test_a_model_may_be_moved_after_the_schedule_was_made() -> None:
     assert all(map(torch.equal, patterns(whole.model), patterns(training.model)))
 
 
-def _process(rank: int, file: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    training = Training(most=6)
-    training.call = nn.parallel.DistributedDataParallel(training.model, broadcast_buffers=False)
-    turned = []
-    for index in range(8):
-        training.optimizer.zero_grad()
-        training.call(draw(2 * index + rank)).square().mean().backward()
-        training.optimizer.step()
-        turned += [index] if training.schedule.step(index) else []
-    results.put((turned, [p.tolist() for p in patterns(training.model)]))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_processes_turn_sparse_together(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    args = (str(tmp_path / "rendezvous"), results)
-    processes = [context.Process(target=_process, args=(rank, *args)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (turned, found), other = (results.get(timeout=600) for _ in processes)
-    for process in processes:
-        process.join()
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(train_together, args=(str(tmp_path / "rendezvous"), results), nprocs=2, join=True)
+    (turned, found), other = (results.get() for _ in range(2))
     assert len(turned) == 1 and other == (turned, found)
     assert not all(all(map(all, pattern)) for pattern in found)
 
