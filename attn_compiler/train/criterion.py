@@ -153,10 +153,12 @@ def skewness(attention_map: Tensor) -> float:
     a = attention_map.detach().double()
     seen = a > 0
     p = (a * seen.sum(-1, keepdim=True))[seen]
-    p = p - p.mean()
-    spread = float(p.square().mean().sqrt()) if len(p) else 0.0
+    if not len(p):
+        return 0.0
+    from_mean = p - p.mean()
+    spread = float(from_mean.square().mean().sqrt())
     # what rounding alone has made is no spread
-    return float(p.pow(3).mean()) / spread**3 if spread > 1e-6 * float(a.max()) else 0.0
+    return float(from_mean.pow(3).mean()) / spread**3 if spread > 1e-6 * float(p.mean()) else 0.0
 
 
 def _change(before: float, now: float) -> float:
