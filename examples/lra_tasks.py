@@ -1,7 +1,7 @@
 """Tasks in the style of the Long Range Arena, generated: no download, any length, any number.
 
     listops      [MAX 4 [SM 9 3 ] 0 ]  ->  4                    ten classes
-    retrieval    a key, then pairs of key and value  ->  the value of that key
+    retrieval    a key, then filler and pairs of key and value  ->  the value of that key
     image        a disc, a frame, a cross or stripes under noise, pixel by pixel
     pathfinder   two dots: are they the ends of one dashed path?
 
@@ -103,18 +103,19 @@ def _listops(length: int, draw: random.Random) -> Item:
 
 # ---------------------------------------------------------------- one question about pairs
 
-KEYS, VALUES = 16, 8  # a question is the token 1 + key, a pair is QUESTIONS + key * VALUES + value
-QUESTIONS = 1 + KEYS
+KEYS, VALUES = 4, 4  # tokens: FILLER, 1 + FILLER + key for a question, PAIRS + key * VALUES + value
+FILLER = 1
+PAIRS = 1 + FILLER + KEYS
 
 
 def _retrieval(length: int, draw: random.Random) -> Item:
-    key, value = draw.randrange(KEYS), draw.randrange(VALUES)
-    others = [k for k in range(KEYS) if k != key]
-    tokens = [
-        QUESTIONS + draw.choice(others) * VALUES + draw.randrange(VALUES) for _ in range(length)
-    ]
-    tokens[0], tokens[draw.randrange(1, length)] = 1 + key, QUESTIONS + key * VALUES + value
-    return tokens, value
+    """Each key stands once behind the question, so that nothing else tells which is asked for."""
+    values = [draw.randrange(VALUES) for _ in range(KEYS)]
+    asked = draw.randrange(KEYS)
+    tokens = [1 + FILLER + asked] + [FILLER] * (length - 1)
+    for key, place in enumerate(draw.sample(range(1, length), KEYS)):
+        tokens[place] = PAIRS + key * VALUES + values[key]
+    return tokens, values[asked]
 
 
 # ---------------------------------------------------------------- pictures
@@ -204,7 +205,7 @@ def _pathfinder(length: int, draw: random.Random) -> Item:
 
 TASKS = {
     "listops": Task(CLOSE + 1, 10, True, _listops),
-    "retrieval": Task(QUESTIONS + KEYS * VALUES, VALUES, False, _retrieval),
+    "retrieval": Task(PAIRS + KEYS * VALUES, VALUES, False, _retrieval),
     "image": Task(1 + GREYS, len(SHAPES), False, _image),
     "pathfinder": Task(1 + DOT, 2, False, _pathfinder),
 }

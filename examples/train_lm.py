@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 # its own folder, also where PYTHONSAFEPATH keeps it off the path
@@ -37,6 +37,7 @@ import torch
 from budget_search import Parity, at_parity
 from byte_lm import ByteModel, Corpus, Sizes, bits, corpus
 from lm_work import work
+from student import half_interval
 from torch import Tensor, nn
 
 import attn_compiler as ac
@@ -50,8 +51,6 @@ VARIANTS: dict[str, Any] = {
     "gau": ac.GAU(chunk=None),
     "flash-gau": ac.GAU(),
 }
-# two-sided 97.5 % points of Student's t, by degrees of freedom
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 _WARM_UP, _LAST_RATE, _CURVE = 0.1, 0.1, 10
 
 
@@ -171,26 +170,18 @@ def steps_within(given: argparse.Namespace, text: Corpus, variants: Sequence[str
 # ---------------------------------------------------------------- what it shows
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of a mean, infinite for one value (Student's t)."""
-    if len(values) < 2:
-        return math.inf
-    t = _T[len(values) - 2] if len(values) - 2 < len(_T) else 2.16
-    return t * stdev(values) / math.sqrt(len(values))
-
-
 def summary(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Mean, interval, and difference to dense of each variant."""
     found: dict[str, dict[str, Any]] = {}
     losses = {v: [r.loss for r in runs if r.variant == v] for v in dict.fromkeys(_names(runs))}
     for variant, own in losses.items():
-        row: dict[str, Any] = {"mean": mean(own), "interval": interval(own)}
+        row: dict[str, Any] = {"mean": mean(own), "interval": half_interval(own)}
         row["parameters"] = next(r.parameters for r in runs if r.variant == variant)
         row["seconds"] = mean(r.seconds for r in runs if r.variant == variant)
         if variant != "dense" and len(losses.get("dense", ())) == len(own):
             apart = [a - b for a, b in zip(own, losses["dense"], strict=True)]
-            row["difference"], row["difference_interval"] = mean(apart), interval(apart)
-            row["verdict"] = verdict(mean(apart), interval(apart))
+            row["difference"], row["difference_interval"] = mean(apart), half_interval(apart)
+            row["verdict"] = verdict(mean(apart), half_interval(apart))
         found[variant] = row
     return found
 
@@ -309,7 +300,7 @@ def everything(
 def factors(parities: Sequence[Parity]) -> dict[str, float]:
     """How many times fewer tokens caches hold at equal loss: mean and interval over seeds."""
     values = [parity.factor for parity in parities]
-    return {"factor": mean(values), "interval": interval(values)} if values else {}
+    return {"factor": mean(values), "interval": half_interval(values)} if values else {}
 
 
 def words_of(parity: Parity, seed: int) -> str:

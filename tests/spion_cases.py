@@ -1,11 +1,16 @@
-"""A small model with attention for the tests of SPION, and its inputs."""
+"""A small model with attention for the tests of SPION, its inputs, and its training."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import attn_compiler as ac
+
 T, D, H, BLOCK = 96, 24, 3, 16
+SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5)
 
 
 class Attention(nn.Module):
@@ -34,3 +39,61 @@ class Model(nn.Module):
 
 def draw(seed: int = 1, batch: int = 2) -> Tensor:
     return torch.randn(batch, T, D, generator=torch.Generator().manual_seed(seed))
+
+
+def rewritten_model() -> Model:
+    torch.manual_seed(0)
+    return ac.rewrite(Model(), (draw(),), to=SPEC, calibration="later").train()
+
+
+class Training:
+    """An ordinary loop: a model, its optimiser, its schedule."""
+
+    def __init__(self, **options: Any) -> None:
+        self.model = rewritten_model()
+        # these few steps teach it nothing
+        self.schedule = ac.SpionSchedule(
+            self.model, SPEC, **{"every": 2, "skewness": None, **options}
+        )
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        self.call: nn.Module = self.model
+
+    def run(self, first: int, last: int) -> list[int]:
+        """Batches, and after which of them the model turned sparse."""
+        turned = []
+        for index in range(first, last):
+            self.optimizer.zero_grad()
+            self.call(draw(index)).square().mean().backward()
+            self.optimizer.step()
+            if self.schedule.step(index):
+                turned.append(index)
+        return turned
+
+    def state(self) -> dict[str, Any]:
+        parts = {"model": self.model, "schedule": self.schedule, "optimizer": self.optimizer}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def patterns(model: nn.Module) -> list[Tensor]:
+    return list(ac.spion_patterns(model).values())
+
+
+def train_together(rank: int, file: str, results: Any) -> None:
+    """One of two processes, and in `results` what became of it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
+    training = Training(most=6)
+    training.call = nn.parallel.DistributedDataParallel(training.model, broadcast_buffers=False)
+    turned = []
+    for index in range(8):
+        training.optimizer.zero_grad()
+        training.call(draw(2 * index + rank)).square().mean().backward()
+        training.optimizer.step()
+        turned += [index] if training.schedule.step(index) else []
+    results.put((turned, [p.tolist() for p in patterns(training.model)]))
+    torch.distributed.destroy_process_group()

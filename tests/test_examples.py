@@ -144,7 +144,7 @@ def test_budgets_at_the_loss_of_another_model() -> None:
 def test_trainer_claims_only_outside_the_interval() -> None:
     train_lm = _load(EXAMPLES / "train_lm.py")
     # mean 2, standard deviation 1, three values: 4.303 / sqrt(3)
-    assert train_lm.interval([1.0, 2.0, 3.0]) == pytest.approx(2.4843, abs=1e-4)
+    assert train_lm.half_interval([1.0, 2.0, 3.0]) == pytest.approx(2.4843, abs=1e-4)
 
     def said(*losses: float) -> str:
         pairs = [("dense", 2.0), ("dense", 2.1), ("dense", 2.3)]

@@ -3,10 +3,14 @@
     d_m = |reference - a_m|,   change_m = 100 |d_m - d_(m-1)| / d_(m-1) < 15 in every layer
 
 It compares successive distances and not the maps with a fixed distance, so the third look is the
-first that can say yes.
+first that can say yes. Maps of a model that has learned nothing are settled in this sense, too:
+batches differ, by as much each time. `skewness` asks in addition that the map of some layer is
+concentrated; of maps near uniform it is 0. The authors' later method asks that of every layer,
+before it turns sparse; here some layers may attend evenly for good.
 
 Source: SPION (arXiv 2309.12578), as its authors' code has it ("code"): the reference of the third
 look is still the first map, from then on it is the map before. "clean" always takes the map before.
+Skewness: SAT, by the same authors (IEEE Access 2024).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ class SwitchCriterion:
     Attributes:
         percent: largest change that counts as settled.
         transition: "code" or "clean", see above.
+        skewness: that the map of some layer must reach; None asks for none.
         looks: how many there were.
         settled: has it said yes? Then it stays so, and looks at nothing more.
         changes: the last change of each layer in percent; empty before the third look.
@@ -35,7 +40,10 @@ class SwitchCriterion:
     """
 
     def __init__(
-        self, percent: float = 15.0, transition: Literal["code", "clean"] = "code"
+        self,
+        percent: float = 15.0,
+        transition: Literal["code", "clean"] = "code",
+        skewness: float | None = None,
     ) -> None:
         if not percent > 0:
             raise BadOption(
@@ -45,7 +53,7 @@ class SwitchCriterion:
             raise BadOption(
                 f"transition={transition!r}", where="option transition", do='give "code" or "clean"'
             )
-        self.percent, self.transition = percent, transition
+        self.percent, self.transition, self.skewness = percent, transition, skewness
         self.looks, self.settled = 0, False
         self.changes: dict[str, float] = {}
         self._distances: dict[str, float] = {}
@@ -73,7 +81,8 @@ class SwitchCriterion:
             if self.looks > 2:
                 pairs = {name: (before[name], d) for name, d in self._distances.items()}
                 self.changes = {name: _change(*pair) for name, pair in pairs.items()}
-                self.settled = all(c < self.percent for c in self.changes.values())
+                still = all(c < self.percent for c in self.changes.values())
+                self.settled = still and self._concentrated(maps)
         if self.settled:
             self._references = {}
         elif self.looks != 2 or self.transition == "clean":
@@ -92,6 +101,10 @@ class SwitchCriterion:
                 where="option maps",
                 do="give the same layers, at the same length, each time",
             )
+
+    def _concentrated(self, maps: Mapping[str, Tensor]) -> bool:
+        level = self.skewness
+        return level is None or any(skewness(a) >= level for a in maps.values())
 
     def _distance(self, name: str, a: Tensor) -> float:
         reference = self._references[name].to(a.device)
@@ -123,6 +136,29 @@ class SwitchCriterion:
         self.looks, self.settled = int(state["looks"]), bool(state["settled"])
         self.changes, self._distances = dict(state["changes"]), dict(state["distances"])
         self._references = dict(state["references"])
+
+
+def skewness(attention_map: Tensor) -> float:
+    """How lopsided the probabilities of a map are that are not 0:  mean of ((p - mean) / std)^3.
+
+    Each row counts as if it had as many keys as any other, so that a causal mask by itself makes
+    none.
+
+    Args:
+        attention_map: [..., queries, keys], not negative.
+
+    Returns:
+        0 where all are equal, a number above 1 where few keys get most.
+    """
+    a = attention_map.detach().double()
+    seen = a > 0
+    p = (a * seen.sum(-1, keepdim=True))[seen]
+    if not len(p):
+        return 0.0
+    from_mean = p - p.mean()
+    spread = float(from_mean.square().mean().sqrt())
+    # what rounding alone has made is no spread
+    return float(from_mean.pow(3).mean()) / spread**3 if spread > 1e-6 * float(p.mean()) else 0.0
 
 
 def _change(before: float, now: float) -> float:

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from attn_compiler.errors import BadOption
 from attn_compiler.train.criterion import SwitchCriterion
 from attn_compiler.train.spion import Layer, layers_of, watched, without_maps
 from attn_compiler.variants.base import VariantSpec
+
+_FILE = "spion_schedule.pt"  # in the folder of a Trainer's checkpoint
 
 
 class SpionSchedule:
@@ -36,10 +38,11 @@ class SpionSchedule:
             schedule.step(index)
 
     Patterns are written in place: an optimiser keeps its parameters, an outer torch.compile its
-    code. A map is taken from the forward passes, in training mode, before a `step` that is due: of
-    the first batch, and of every `every`-th. `max_lost_mass` plays no part: training goes on after
-    the switch. Where several processes train, maps are summed over all of them, so that every one
-    turns sparse after the same batch and with the same patterns: all of them call `step`.
+    code. A map is taken from the forward passes, in training mode, of every `every`-th batch: the
+    first look is at batch every - 1, not at a model that has learned nothing. `max_lost_mass` plays
+    no part: training goes on after the switch. Where several processes train, maps are summed over
+    all of them, so that every one turns sparse after the same batch and with the same patterns: all
+    of them call `step`.
 
     Attributes:
         sparse: have the patterns been put in?
@@ -53,8 +56,9 @@ class SpionSchedule:
         model: nn.Module,
         spec: VariantSpec,
         *,
-        every: int = 100,
+        every: int = 200,
         percent: float = 15.0,
+        skewness: float | None = 1.7,
         most: int | None = None,
     ) -> None:
         """
@@ -62,10 +66,13 @@ class SpionSchedule:
             model: rewritten with SPION, every block kept (`rewrite(model, args, to=spec,
                 calibration="later")`).
             spec: the SPION it was rewritten with.
-            every: batches between two looks.
+            every: batches between two looks; the authors' are 200 to 500. Maps that change slowly
+                look settled if looks are close.
             percent: change of the maps' distances that counts as settled.
-            most: batches after which the patterns are put in, settled or not; one more where the
-                training has just been resumed.
+            skewness: that the map of some layer must reach, so that a model that has learned
+                nothing yet does not count as settled; None for the published rule.
+            most: batches after which the patterns are put in, settled or not, found in the last of
+                them (in the next where the training is resumed later than that).
 
         Raises:
             BadOption: the model has no such site or was rewritten with another spec, or an option
@@ -73,18 +80,18 @@ class SpionSchedule:
         """
         if every < 1:
             raise BadOption(f"every={every}", where="option every", do="give a number from 1")
-        self.layers = layers_of(model, lambda path: spec)
+        self.layers = layers_of(model, lambda path: spec, fine=True)
         if not self.layers:
             raise without_maps()
         for layer in self.layers:
             layer.demand_fits()
-        self.criterion = SwitchCriterion(percent)
+        self.criterion = SwitchCriterion(percent, skewness=skewness)
         self.every, self.most = every, most
         self.sparse = False
         self.switched: int | None = None
         self._watch: Any = None
         self._waited = 0
-        self._listen()
+        self._listen_if_due(0)
 
     def step(self, batch_index: int) -> bool:
         """Tell that a batch is done.
@@ -100,19 +107,17 @@ class SpionSchedule:
         """
         if self.sparse:
             return False
-        settled = self._watch is not None and self._looked()
         late = self.most is not None and batch_index + 1 >= self.most
-        # a training that was resumed has the criterion's maps, and none to make a pattern of
-        seen = self._watch is None and all(layer.rows for layer in self.layers)
-        if settled or (late and seen):
+        if self._looked() and (self.criterion.settled or late):
             self._put(batch_index)
             return True
-        if late or (batch_index + 1) % self.every == 0:
-            self._listen()
+        self._listen_if_due(batch_index + 1)
         return False
 
     def _looked(self) -> bool:
-        """Take the maps of the batch that is done; True if all of them have settled."""
+        """Have the maps of the batch that is done been taken, if they were due?"""
+        if self._watch is None:
+            return False
         self._waited += 1
         if not _everywhere(all(layer.rows for layer in self.layers), self.layers[0]):
             if self._waited > self.every:
@@ -123,7 +128,14 @@ class SpionSchedule:
         _together(self.layers)
         for layer in self.layers:
             layer.demand_seen("the training", "give batches that are not all padding")
-        return self.criterion.look({x.path: x.maps.convolved / x.rows for x in self.layers})
+        self.criterion.look({x.path: _taken(x) for x in self.layers})
+        return True
+
+    def _listen_if_due(self, batch_index: int) -> None:
+        """Will the maps of this batch be wanted?"""
+        number = batch_index + 1
+        if number % self.every == 0 or (self.most is not None and number >= self.most):
+            self._listen()
 
     def _listen(self) -> None:
         if self._watch is None:
@@ -171,7 +183,9 @@ class SpionSchedule:
 
     def callback(self) -> Any:
         """The same as a callback of transformers' Trainer, which calls `step`, stores the state in
-        every checkpoint's folder, and takes it from there when a training is resumed.
+        every checkpoint's folder, and takes it from there when a training is resumed. A training
+        that is resumed from a folder outside its `output_dir` has to be told so twice: a callback
+        sees TrainingArguments(resume_from_checkpoint=...) alone, and raises BadOption without it.
         """
         from transformers import TrainerCallback
 
@@ -179,7 +193,7 @@ class SpionSchedule:
 
         class Switch(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                file = _file(args, state)
+                file = _folder(args, state) / _FILE
                 if state.global_step and file.exists():
                     schedule.load_state_dict(torch.load(file, weights_only=True))
 
@@ -188,9 +202,20 @@ class SpionSchedule:
 
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.is_world_process_zero:
-                    torch.save(schedule.state_dict(), _file(args, state))
+                    torch.save(schedule.state_dict(), _folder(args, state) / _FILE)
 
         return Switch()
+
+
+def _taken(layer: Layer) -> Tensor:
+    """What a row of a layer gave to each key on average; the layer keeps its sums by blocks alone.
+
+    Those would hide most of what is learned behind the lengths of a batch's sequences, and the
+    method compares the maps themselves.
+    """
+    assert layer.elements is not None
+    found, layer.elements = (layer.elements.plain / layer.rows).float(), None
+    return found
 
 
 def _shared() -> bool:
@@ -213,15 +238,27 @@ def _together(layers: Sequence[Layer]) -> None:
         return
     for layer in layers:
         rows = torch.tensor(layer.rows, dtype=torch.float64, device=layer.blocks.device)
-        for each in (layer.maps.convolved, layer.maps.plain, rows):
+        assert layer.elements is not None
+        for each in (layer.maps.convolved, layer.maps.plain, layer.elements.plain, rows):
             dist.all_reduce(each)
         layer.rows = float(rows)
 
 
-def _file(args: Any, state: Any) -> Path:
-    """Where a Trainer's checkpoint of this step keeps the state of a schedule."""
+def _folder(args: Any, state: Any) -> Path:
+    """Of a Trainer's checkpoint of this step.
+
+    Raises:
+        BadOption: there is none.
+    """
     given = getattr(args, "resume_from_checkpoint", None)
     folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
     if not folder.exists() and isinstance(given, str):
         folder = Path(given)
-    return folder / "spion_schedule.pt"
+    if state.global_step and not folder.exists():
+        raise BadOption(
+            f"the checkpoint of step {state.global_step} is not found",
+            where="SpionSchedule.callback",
+            why=[f"there is no folder {folder}", "it says whether the training is sparse"],
+            do="give TrainingArguments(resume_from_checkpoint=...), too",
+        )
+    return folder

@@ -42,6 +42,10 @@ it was given), `density`, `lost_mass` (None if it was given).
 """
 
 
+FINEST = 1024
+"""Rows of the largest map that is kept of a layer between two looks."""
+
+
 @dataclass
 class Layer:
     """A site that has a map of blocks.
@@ -51,14 +55,20 @@ class Layer:
         owner: the module that holds the map.
         site: its record.
         spec: with numbers for the length of the site.
-        maps: the sum of what was seen, rows that were added for each of it.
+        fine: is a map wanted that is not summed by the pattern's blocks?
+        maps: the sum of what was seen by blocks, for a pattern.
+        elements: the same, one by one, of all heads together; means of small squares where a
+            sequence is longer than FINEST tokens. None if not wanted, and before the first call.
+        rows: that were added for each of them.
     """
 
     path: str
     owner: nn.Module
     site: AttentionSite
     spec: SPION
+    fine: bool = False
     maps: BlockMap = field(init=False)
+    elements: BlockMap | None = field(init=False)
     rows: float = 0.0
 
     def __post_init__(self) -> None:
@@ -67,6 +77,7 @@ class Layer:
     def forget(self) -> None:
         """Begin a new sum."""
         assert self.site.length is not None and isinstance(self.spec.block, int)
+        assert isinstance(self.spec.filter, int)
         heads = tuple(self.blocks.shape[:-2])
         self.maps = BlockMap.zeros(
             self.site.length,
@@ -75,7 +86,7 @@ class Layer:
             heads=heads,
             device=self.blocks.device,
         )
-        self.rows = 0.0
+        self.elements, self.rows = None, 0.0
 
     @property
     def blocks(self) -> Tensor:
@@ -86,10 +97,15 @@ class Layer:
         """Add the probabilities of one call."""
         if self.rows == 0:  # the model may have been moved since
             self.forget()
-        add_blocks(
-            given.q, given.k, given.reads, given.ints,
-            program=given.program, scale=given.scale, into=self.maps,
-        )  # fmt: skip
+            if self.fine:
+                length, device = self.maps.length, self.blocks.device
+                side = -(-length // FINEST)
+                self.elements = BlockMap.zeros(length, block=side, filter=1, device=device)
+        for into in filter(None, (self.maps, self.elements)):
+            add_blocks(
+                given.q, given.k, given.reads, given.ints,
+                program=given.program, scale=given.scale, into=into,
+            )  # fmt: skip
         heads = 1 if self.maps.plain.dim() == 3 else given.q.shape[1]
         self.rows += given.q.shape[0] * heads
 
@@ -199,11 +215,12 @@ def _numbers(pool: Tensor) -> list[list[float]]:
     return [[_short(x) for x in row] for row in pool.tolist()]
 
 
-def layers_of(model: nn.Module, wanted: Callable[[str], Any]) -> list[Layer]:
+def layers_of(model: nn.Module, wanted: Callable[[str], Any], *, fine: bool = False) -> list[Layer]:
     """The sites of a rewritten model that have a map of blocks.
 
     Args:
         wanted: the spec for the path of a site.
+        fine: see `Layer`.
     """
     found = []
     for _, owner, site in rewritten(model):
@@ -211,7 +228,7 @@ def layers_of(model: nn.Module, wanted: Callable[[str], Any]) -> list[Layer]:
         if site.decision.variant == "spion" and isinstance(spec, SPION):
             assert site.length is not None
             made = filled(spec, site.length, path=site.path)
-            found.append(Layer(site.path, owner, site, made))
+            found.append(Layer(site.path, owner, site, made, fine))
     return found
 
 

@@ -47,6 +47,7 @@ Auto = Literal["auto"]
 _KEPT_OF_LENGTH, _LEAST_ALPHA = 40.96, 0.5
 _LEAST_BLOCKS = 32
 _LEAST_SIDE = 16  # the rows of a tensor core's tile
+_FILTER = 31  # the authors', for blocks of 32 and 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ class SPION(VariantSpec):
         alpha: quantile that a block has to be above (CF, F).
         density: share of blocks that is taken (C).
         block: rows of a block, a power of two.
-        filter: length of the convolution along the diagonal, odd.
+        filter: length of the convolution along the diagonal, odd; "auto" is 31, the authors', and
+            less than a block where blocks are smaller.
         softmax: "neg_inf" leaves blocks out; "zero_logit" counts them as logits of 0 without a
             value, as the authors' kernels do.
         per_head: a pattern for each head.
@@ -142,7 +144,7 @@ class SPION(VariantSpec):
     alpha: float | Auto = "auto"
     density: float | Auto = "auto"
     block: int | Auto = "auto"
-    filter: int = 31
+    filter: int | Auto = "auto"
     softmax: Literal["neg_inf", "zero_logit"] = "neg_inf"
     per_head: bool = False
     max_lost_mass: float = 0.05
@@ -156,7 +158,8 @@ class SPION(VariantSpec):
         demand(self, "density", good, 'give a number above 0, at most 1, or "auto"')
         good = self.block == "auto" or (is_size(self.block) and self.block.bit_count() == 1)
         demand(self, "block", good, 'give a power of two, such as 64, or "auto"')
-        demand(self, "filter", is_size(self.filter) and self.filter % 2 == 1, "give an odd number")
+        good = self.filter == "auto" or (is_size(self.filter) and self.filter % 2 == 1)
+        demand(self, "filter", good, 'give an odd number, or "auto"')
         demand_one_of(self, "softmax", "neg_inf", "zero_logit")
         demand_flag(self, "per_head")
         lost = self.max_lost_mass
@@ -274,7 +277,8 @@ def filled(spec: SPION, length: int, *, path: str = "", rows_of_tile: int = 64) 
     density = spec.density
     if density == "auto":
         density = min(1.0, most_blocks(side, alpha) / side**2)
-    return replace(spec, alpha=alpha, density=density, block=block)
+    filter = filter_of(block) if spec.filter == "auto" else spec.filter
+    return replace(spec, alpha=alpha, density=density, block=block, filter=filter)
 
 
 def _fit(pattern: Pattern, length: int) -> int:
@@ -309,6 +313,14 @@ def block_side(length: int, rows_of_tile: int = 64) -> int:
     """
     side = min(rows_of_tile, max(_LEAST_SIDE, length // _LEAST_BLOCKS))
     return int(2 ** math.floor(math.log2(side)))
+
+
+def filter_of(block: int) -> int:
+    """Length of the convolution where it is "auto", for this side of a block.
+
+    A longer one carries a key that every query attends to into the blocks beside its own.
+    """
+    return min(_FILTER, max(1, block - 1))
 
 
 def most_blocks(side: int, alpha: float) -> int:

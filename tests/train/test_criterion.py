@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import BadOption
-from attn_compiler.train.criterion import SwitchCriterion
+from attn_compiler.train.criterion import SwitchCriterion, skewness
 
 
 def at(x: float) -> Tensor:
@@ -72,6 +72,43 @@ def test_once_settled_it_stays_so() -> None:
         criterion.look({"a": at(x)})
     assert criterion.settled and criterion.look({}) and criterion.looks == 3
     assert criterion.state_dict()["references"] == {}
+
+
+def noise(seed: int, stripe: float = 0.0, causal: bool = False) -> Tensor:
+    """The mean map of 64 random heads of scores near 0; `stripe` is the score of the first key."""
+    scores = 0.3 * torch.randn(64, 48, 48, generator=torch.Generator().manual_seed(seed))
+    scores[..., 0] += stripe
+    if causal:
+        scores = scores.masked_fill(torch.ones(48, 48).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1).mean(0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_noise_at_the_start_does_not_switch(causal: bool) -> None:
+    """Batches differ by as much each time, which the published rule takes for settled maps."""
+    published, ours = SwitchCriterion(), SwitchCriterion(skewness=1.7)
+    for seed in range(20):
+        maps = {name: noise(2 * seed + k, causal=causal) for k, name in enumerate("ab")}
+        published.look(maps)
+        assert not ours.look(maps) and max(map(skewness, maps.values())) < 1
+    assert published.settled and published.looks == 3
+    assert max(ours.changes.values()) < 15
+    # one layer has learned to attend to the first key: far from before, near, then about as near
+    said = []
+    for step in range(6):
+        learned = noise(50 + step, 5.0, causal), noise(70 + step, causal=causal)
+        said.append(ours.look(dict(zip("ab", learned, strict=True))))
+    assert not any(said[:2]) and said[-1]
+
+
+def test_skewness() -> None:
+    assert skewness(torch.full((7, 7), 1 / 7)) == 0 == skewness(torch.zeros(3, 3))
+    # up to rounding
+    assert skewness(torch.ones(101, 600).tril(499) / torch.arange(500.0, 601).unsqueeze(1)) == 0
+    p = torch.tensor([[1.0, 2, 3, 10]])
+    # by hand: around the mean of 4 these are -3, -2, -1, 6
+    wanted = (-27 - 8 - 1 + 216) / 4 / ((9 + 4 + 1 + 36) / 4) ** 1.5
+    assert skewness(p / p.sum()) == pytest.approx(wanted) == skewness(8 * p)
 
 
 def test_maps_may_be_written_over() -> None:

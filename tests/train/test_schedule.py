@@ -4,69 +4,74 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from spion_cases import BLOCK, Model, draw
-from torch import Tensor, nn
+import torch.multiprocessing as mp
+from spion_cases import (
+    SPEC,
+    D,
+    H,
+    Model,
+    T,
+    Training,
+    draw,
+    patterns,
+    rewritten_model,
+    train_together,
+)
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import attn_compiler as ac
-
-SPEC = ac.SPION(block=BLOCK, alpha=0.7, filter=5)
-
-
-def rewritten_model() -> Model:
-    torch.manual_seed(0)
-    return ac.rewrite(Model(), (draw(),), to=SPEC, calibration="later").train()
-
-
-class Training:
-    """An ordinary loop: a model, its optimiser, its schedule."""
-
-    def __init__(self, **options: Any) -> None:
-        self.model = rewritten_model()
-        self.schedule = ac.SpionSchedule(self.model, SPEC, **{"every": 2, **options})
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
-        self.call: nn.Module = self.model
-
-    def run(self, first: int, last: int) -> list[int]:
-        """Batches, and after which of them the model turned sparse."""
-        turned = []
-        for index in range(first, last):
-            self.optimizer.zero_grad()
-            self.call(draw(index)).square().mean().backward()
-            self.optimizer.step()
-            if self.schedule.step(index):
-                turned.append(index)
-        return turned
-
-    def state(self) -> dict[str, Any]:
-        parts = {"model": self.model, "schedule": self.schedule, "optimizer": self.optimizer}
-        return {name: part.state_dict() for name, part in parts.items()}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def patterns(model: nn.Module) -> list[Tensor]:
-    return list(ac.spion_patterns(model).values())
+from attn_compiler.train import spion
 
 
 def test_a_training_turns_sparse_without_a_new_trace() -> None:
     training = Training()
     variants = [len(layer._attn_variants) for layer in training.model.layers]
     turned = training.run(0, 12)
-    # the looks are after batches 0, 2, 4, ...; the third is the first that can say yes
-    assert len(turned) == 1 and turned[0] >= 4 and turned[0] % 2 == 0
+    # the looks are at batches 1, 3, 5, ...; the third is the first that can say yes
+    assert len(turned) == 1 and turned[0] >= 5 and turned[0] % 2 == 1
     assert training.schedule.sparse and training.schedule.switched == turned[0]
-    assert training.schedule.criterion.looks == turned[0] // 2 + 1
+    assert training.schedule.criterion.looks == (turned[0] + 1) // 2
     assert not any(p.all() for p in patterns(training.model))
     assert [len(layer._attn_variants) for layer in training.model.layers] == variants
+
+
+def test_the_maps_themselves_are_looked_at_every_so_many_batches() -> None:
+    training = Training(every=3)
+    looks = []
+    for index in range(7):
+        training.run(index, index + 1)
+        looks.append(training.schedule.criterion.looks)
+    assert looks == [0, 0, 1, 1, 1, 2, 2]
+    # the reference is the map of the third batch, when two steps had been made
+    other = Training()
+    other.run(0, 2)
+    layer, x = other.model.layers[0], draw(2)
+    q, k, _ = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in layer.qkv(x).chunk(3, -1))
+    wanted = (q @ k.transpose(-1, -2) * (D // H) ** -0.5).softmax(-1).mean((0, 1))
+    references = training.schedule.criterion.state_dict()["references"]
+    torch.testing.assert_close(references["layers.0"], wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_maps_of_long_sequences_are_kept_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, small = Training(every=3), Training(every=3)
+    whole.run(0, 3)
+    monkeypatch.setattr(spion, "FINEST", T // 4)
+    small.run(0, 3)
+    maps = [t.schedule.criterion.state_dict()["references"]["layers.0"] for t in (whole, small)]
+    assert [a.shape[0] for a in maps] == [T, T // 4]
+    means = torch.nn.functional.avg_pool2d(maps[0][None], 4)[0]
+    torch.testing.assert_close(maps[1], means)
+
+
+def test_a_model_that_learns_nothing_stays_dense() -> None:
+    assert Training().run(0, 12) != []
+    ours = Training(skewness=1.7)
+    assert ours.run(0, 12) == [] and ours.schedule.criterion.looks == 6
 
 
 def test_a_compiled_training_is_compiled_once() -> None:
@@ -106,7 +111,7 @@ def test_a_limit_on_the_dense_phase() -> None:
     stopped = Training(percent=1e-9)
     stopped.run(0, 3)
     late.load(stopped.state())
-    assert late.run(3, 8) == [4] and patterns(late.model)[0].sum() > 6
+    assert late.run(3, 8) == [3] and patterns(late.model)[0].sum() > 6
 
 
 def test_an_evaluation_in_between_is_not_looked_at() -> None:
@@ -152,32 +157,11 @@ def test_a_model_may_be_moved_after_the_schedule_was_made() -> None:
     assert all(map(torch.equal, patterns(whole.model), patterns(training.model)))
 
 
-def _process(rank: int, file: str, results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{file}", rank=rank, world_size=2)
-    training = Training(most=6)
-    training.call = nn.parallel.DistributedDataParallel(training.model, broadcast_buffers=False)
-    turned = []
-    for index in range(8):
-        training.optimizer.zero_grad()
-        training.call(draw(2 * index + rank)).square().mean().backward()
-        training.optimizer.step()
-        turned += [index] if training.schedule.step(index) else []
-    results.put((turned, [p.tolist() for p in patterns(training.model)]))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_processes_turn_sparse_together(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    args = (str(tmp_path / "rendezvous"), results)
-    processes = [context.Process(target=_process, args=(rank, *args)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    (turned, found), other = (results.get(timeout=600) for _ in processes)
-    for process in processes:
-        process.join()
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(train_together, args=(str(tmp_path / "rendezvous"), results), nprocs=2, join=True)
+    (turned, found), other = (results.get() for _ in range(2))
     assert len(turned) == 1 and other == (turned, found)
     assert not all(all(map(all, pattern)) for pattern in found)
 
@@ -186,39 +170,59 @@ def test_batches_of_padding_alone() -> None:
     mask = torch.zeros(2, draw().shape[1], dtype=torch.bool)
     torch.manual_seed(0)
     model = ac.rewrite(Model(), (draw(), mask), to=SPEC, calibration="later").train()
-    schedule = ac.SpionSchedule(model, SPEC)
+    schedule = ac.SpionSchedule(model, SPEC, every=1)
     model(draw(), mask)
     with pytest.raises(ac.BadOption, match="forbids every key"):
         schedule.step(0)
 
 
+class Learner(Model):
+    """As a Trainer wants it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": super().forward(x).square().mean()}
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": draw(index)[0]}
+
+
+def trained(folder: Path, resume: Path | None = None, **options: Any) -> Training:
+    """By transformers' Trainer, which saves after 4 and 8 of 10 steps."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    new = ac.rewrite(Learner(), (draw(),), to=SPEC, calibration="later").train()
+    training = Training.__new__(Training)
+    training.model, training.schedule = new, ac.SpionSchedule(new, SPEC, every=2, skewness=None)
+    arguments = TrainingArguments(
+        str(folder), max_steps=10, per_device_train_batch_size=2, save_steps=4, seed=0,
+        report_to="none", use_cpu=True, disable_tqdm=True, **options,
+    )  # fmt: skip
+    callbacks = [training.schedule.callback()]
+    trainer = Trainer(new, arguments, train_dataset=Sequences(), callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return training
+
+
 def test_a_trainer_drives_it_and_resumes(tmp_path: Path) -> None:
-    callbacks = pytest.importorskip("transformers.trainer_callback")
-
-    def run(training: Training, first: int, last: int, save: int | None = None) -> None:
-        """What Trainer does with its callbacks."""
-        handler = callbacks.CallbackHandler(
-            [training.schedule.callback()], training.model, None, training.optimizer, None
-        )
-        args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None)
-        state, control = callbacks.TrainerState(global_step=first), callbacks.TrainerControl()
-        handler.on_train_begin(args, state, control)
-        for index in range(first, last):
-            handler.on_step_begin(args, state, control)
-            training.optimizer.zero_grad()
-            training.model(draw(index)).square().mean().backward()
-            training.optimizer.step()
-            state.global_step += 1
-            handler.on_step_end(args, state, control)
-            if state.global_step == save:
-                (tmp_path / f"checkpoint-{save}").mkdir()
-                handler.on_save(args, state, control)
-
-    whole = Training()
-    turned = whole.run(0, 9)
-    first, second = Training(), Training()
-    run(first, 0, 3, save=3)
-    second.model.load_state_dict(first.model.state_dict())  # as Trainer does before it begins
-    run(second, 3, 9)
-    assert [second.schedule.switched] == turned
-    assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
+    pytest.importorskip("accelerate")
+    whole, checkpoint = trained(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-8"
+    switched = whole.schedule.switched
+    assert switched is not None and 4 < switched < 8
+    seconds = [
+        trained(tmp_path / "whole", tmp_path / "whole" / "checkpoint-4"),  # before the switch
+        trained(tmp_path / "other", checkpoint, resume_from_checkpoint=str(checkpoint)),
+    ]
+    for second in seconds:
+        assert second.schedule.switched == switched and second.schedule.sparse
+        for ours, other in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(ours, other)
+        assert all(map(torch.equal, patterns(whole.model), patterns(second.model)))
+    with pytest.raises(ac.BadOption, match="checkpoint of step 8 is not found"):
+        trained(tmp_path / "another", checkpoint)

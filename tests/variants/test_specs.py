@@ -31,7 +31,7 @@ DEFAULTS: dict[type[VariantSpec], dict[str, Any]] = {
     LinearAttention: {"window": 64},
     Selective: {"head": 0, "select_from": "qk", "start": "direct", "budgets": None},
     SPION: {
-        "mode": "CF", "alpha": "auto", "density": "auto", "block": "auto", "filter": 31,
+        "mode": "CF", "alpha": "auto", "density": "auto", "block": "auto", "filter": "auto",
         "softmax": "neg_inf", "per_head": False, "max_lost_mass": 0.05, "pattern": None,
     },
     SwitchHead: {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from attn_compiler.cost.letters import B, C, G, H, S, T, d, e, n, rho
 from attn_compiler.errors import BadOption
+from attn_compiler.kernels.pattern import spion_pattern
 from attn_compiler.variants.costs import spion as formulas
 from attn_compiler.variants.flash import Flash
 from attn_compiler.variants.flash import cost as flash_cost
@@ -54,7 +55,7 @@ def test_bounds_of_the_authors_settings(task: str) -> None:
 def test_auto_gives_the_authors_settings(task: str) -> None:
     length, block, alpha, *_ = SETTINGS[task]
     found = filled(SPION(), length)
-    assert found.block == block
+    assert found.block == block and found.filter == 31
     assert round(float(found.alpha), 6) == alpha
     # mode C then takes at most as many as CF can keep
     side = length // block
@@ -115,6 +116,21 @@ def test_there_is_no_step_of_generation() -> None:
 def test_blocks_of_short_and_odd_lengths() -> None:
     assert [block_side(length) for length in (64, 512, 1023, 2047, 10**5)] == [16, 16, 16, 32, 64]
     assert block_side(10**5, 128) == 128
+
+
+def test_the_filter_does_not_leave_a_block() -> None:
+    """A key that all queries attend to: its column of blocks is kept, not the one beside it."""
+    assert [filled(SPION(block=b), 4096).filter for b in (1, 2, 8, 16, 32, 128)] == [
+        1, 1, 7, 15, 31, 31,
+    ]  # fmt: skip
+    assert filled(SPION(filter=31), 256).filter == 31
+    stripe = torch.full((64, 64), 1e-3)
+    stripe[:, 0] = 1
+    column = torch.zeros(8, 8, dtype=torch.bool)
+    column[:, 0] = True
+    for filter, kept in ((filled(SPION(block=8), 64).filter, True), (31, False)):
+        found = spion_pattern(stripe, alpha=0.85, block=8, filter=filter)
+        assert bool((found | ~column).all()) is kept
 
 
 def test_a_given_pattern_says_its_block() -> None:
