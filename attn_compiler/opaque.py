@@ -327,7 +327,8 @@ def _tensor(
     with torch._C.DisableTorchFunction():
         known = [None] * value.dim() if sizes is None else sizes
         token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
-    found = recorder.symbols.produce(token, lambda: recorder.symbols.renewed(value, known))
+    with recorder.paused():  # one without any symbolic size would be taken for a constant
+        found = recorder.symbols.produce(token, lambda: recorder.symbols.renewed(value, known))
     recorder.learn(found, read_later(recorder.graph, node))
     return found  # type: ignore[no-any-return]
 

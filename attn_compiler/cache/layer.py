@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from attn_compiler.cache.maps import Maps
 from attn_compiler.cache.place import layer_for, own_update, unfit
@@ -162,9 +162,9 @@ def hold(
         pays: is asked once, about an empty layer; None is yes.
 
     Returns:
-        The layer; None where it cannot hold x: it is static, quantised, sliding or offloaded,
-        holds keys already, or what another model makes its keys of, is filled by an `update` of
-        somebody's own, or it does not pay.
+        The layer; None where it cannot hold x: it is static and would grow, quantised, sliding or
+        offloaded, holds keys already, or what another model makes its keys of, is filled by an
+        `update` of somebody's own, or it does not pay.
     """
     if own_update(cache) or cache.offloading:
         return None  # it may do more than to fill a layer
@@ -172,7 +172,7 @@ def hold(
     if type(layer) is StatesLayer and layer.maps.same(maps):
         layer.append(x, beside)
         return layer
-    if unfit(cache, index):
+    if unfit(cache, index, (StaticLayer,) if borrowed and _at_once(layer, x) else (DynamicLayer,)):
         return None
     shared = (other.states for other in cache.layers if type(other) is StatesLayer)
     states = next((s for s in shared if borrowed and s.stands_for(x)), None)
@@ -181,3 +181,11 @@ def hold(
         return None
     cache.layers[index] = made = StatesLayer(states, maps)
     return made
+
+
+def _at_once(layer: Any, x: Tensor) -> bool:
+    """Is it a static layer without tensors yet, that x fills to the last key? Cross-attention's is,
+    and nothing is written to it afterwards.
+    """
+    fresh = type(layer) is StaticLayer and not layer.is_initialized
+    return fresh and bool(x.shape[1] == layer.max_cache_len)

@@ -199,6 +199,23 @@ def test_a_static_cache_is_updated_as_ever() -> None:
     assert isinstance(kept, el.Pair) and torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
 
 
+@pytest.mark.parametrize(("length", "borrowed"), [(7, True), (11, True), (7, False)])
+def test_a_static_cache_that_is_filled_at_once_holds_states(length: int, borrowed: bool) -> None:
+    """That of cross-attention; one that has room left is the library's own."""
+    made, x = Projections(), states(2, 7).repeat_interleave(2, 0)
+    config = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
+    ours, theirs = (transformers.StaticCache(config=config, max_cache_len=length) for _ in range(2))
+    for index in range(2):
+        el.keep(ours, (x, made.weights, borrowed, 0, None, None), (ROWS, ROWS), index)
+        theirs.update(*made(x), index)
+    for cache in (ours, theirs):
+        cache.reorder_cache(torch.tensor([1, 1, 2, 3]))
+    same(ours, theirs)
+    held = length == 7 and borrowed
+    assert {type(layer) is layers.StatesLayer for layer in ours.layers} == {held}
+    assert not held or el.nbytes(ours) == x.nbytes
+
+
 def test_a_cache_whose_layers_go_elsewhere_holds_keys() -> None:
     made, x = Projections(), states(2, 7)
     cache = transformers.DynamicCache()

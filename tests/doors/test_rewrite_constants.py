@@ -198,3 +198,28 @@ def test_a_mask_of_each_length_where_no_original_could_run() -> None:
         torch.testing.assert_close(new(x), y)
         assert not torch.allclose(y, model(x))
         assert type(new.future) is Tensor and new.future.shape[0] == x.shape[1]
+
+
+class Scale:
+    """What a caller hands over beside tensors."""
+
+    def __init__(self, value: float) -> None:
+        self.value = torch.tensor(value)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor, scale: Scale) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        return torch.softmax(q @ k.mT * scale.value, -1) @ v
+
+
+def test_a_number_that_an_object_holds_as_a_tensor_is_no_constant() -> None:
+    model, x = Scaled().eval(), torch.randn(2, 5, 16)
+    new = ac.rewrite(model, (x, Scale(0.5)), on_reject="raise")
+    for scale in (Scale(0.5), Scale(2.0)):
+        torch.testing.assert_close(new(x, scale), model(x, scale))
+    assert ac.last_report().rewritten == 1

@@ -224,12 +224,21 @@ def test_diverse_beams(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bart", "neox", "phi"])
-def test_a_static_cache_holds_keys(name: str) -> None:
+def test_a_static_cache_that_grows_holds_keys(name: str) -> None:
+    """That of cross-attention is filled at once and holds states."""
     model, new = made(name, "eager")
     options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
-    lengths = {"max_new_tokens": 12, "min_new_tokens": 12}
-    found = [m.generate(**example(name), **options, **lengths) for m in (model, new)]
-    assert torch.equal(*found)
+    options |= {"max_new_tokens": 12, "min_new_tokens": 12, "return_dict_in_generate": True}
+    for beams in (1, 3):
+        theirs, ours = (
+            m.generate(**example(name), **options, num_beams=beams) for m in (model, new)
+        )
+        assert torch.equal(ours.sequences, theirs.sequences)
+        past = ours.past_key_values
+        own = getattr(past, "self_attention_cache", past)
+        cross = getattr(past, "cross_attention_cache", None)
+        assert not any(type(held) is layer.StatesLayer for held in own.layers)
+        assert all(type(held) is layer.StatesLayer for held in getattr(cross, "layers", ()))
 
 
 @pytest.mark.slow
@@ -253,7 +262,8 @@ def reachable(thing: Any, seen: set[int] | None = None) -> dict[int, int]:
     seen.add(id(thing))
     if isinstance(thing, torch.Tensor):
         storage = thing.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
+        # one without a storage stands for another
+        return {storage.data_ptr(): storage.nbytes()} | reachable(vars(thing), seen)
     children = list(getattr(thing, "__dict__", {}).values())
     children += thing.values() if isinstance(thing, dict) else ()
     children += thing if isinstance(thing, list | tuple) else ()
