@@ -108,7 +108,7 @@ def accepted(
     decision = Decision(
         True, variant.name, fidelity=variant.fidelity.value, tensors=tensors, taken=taken,
         spec=made.spec, cached=None if made.cached is None else made.cached.sizes,
-        origin=made.origin,
+        origin=made.origin, causal=made.causal,
     )  # fmt: skip
     facts = {variant.name: made.words, "plan": _advice(work, piece, site, made.spec)}
     return replace(site, decision=decision, facts={**site.facts, **facts})

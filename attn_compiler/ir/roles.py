@@ -123,7 +123,7 @@ def _check_operands(
     keys: Leaves,
     features: Leaves,
 ) -> None:
-    if not keys or any(a not in k or a not in v for a in keys):
+    if not keys or any(a.extent != 1 and (a not in k or a not in v) for a in keys):
         raise NotAttention(
             "not_attention.no_key_axis",
             "the axis summed over does not run through both keys and values",

@@ -75,6 +75,8 @@ class Decision:
         cached: heads and width of what a cache holds instead of keys and values; None where it
             holds these.
         origin: what is known of the weights that leave, where new ones are started from them.
+        causal: do rows see nothing behind them? For calls of one row, which do not show it; None
+            where nobody asks.
     """
 
     accepted: bool
@@ -91,6 +93,7 @@ class Decision:
     spec: Any = None
     cached: tuple[int, int] | None = None
     origin: Any = None
+    causal: bool | None = None
 
     def __str__(self) -> str:
         return self.variant if self.accepted else "kept: " + "; ".join(map(str, self.reasons))

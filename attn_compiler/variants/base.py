@@ -253,6 +253,7 @@ class Replacement:
         net: what takes the place of the feed-forward net, where that is replaced by itself.
         origin: what is known of the weights that leave, for a start from them.
         listens: nothing is replaced, an ear is put beside (`variants.conversion.ear`).
+        causal: see `Decision`.
     """
 
     function: Callable[..., Any]
@@ -264,6 +265,7 @@ class Replacement:
     cached: CachedLayer | None = None
     net: Replacement | None = None
     origin: Any = None
+    causal: bool | None = None
     listens: bool = False
 
     @property

@@ -101,6 +101,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
     before, causal, words = facts["before"], _is_causal(site, facts), ""
     if before is not None:
         made = before.spec
+        if facts["rows"] == 1 and before.causal is not None:
+            causal = before.causal  # one row sees itself alone in either direction
         fresh = {"dtype": facts["dtype"], "device": facts["device"]}
         tensors = tuple(replace(tensor, **fresh) for tensor in before.tensors)
     else:
@@ -132,7 +134,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
         ("forms", forms),
         ("seen", (seen.padding, seen.documents, seen.whole)),
     )
-    return Replacement(gau_unit.unit, tensors, options, made, words, origin=block.held())
+    held = block.held()
+    return Replacement(gau_unit.unit, tensors, options, made, words, origin=held, causal=causal)
 
 
 def _check_seen(site: AttentionSite, facts: Any, seen: gau_unit.Seen) -> None:
