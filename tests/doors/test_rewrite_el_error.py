@@ -93,7 +93,9 @@ class Judged:
         return torch.stack([(t - exact).square().mean() / size for t in (ours, theirs)])
 
 
-NAMES = ("bart", "t5", "gpt2", "opt", "whisper")
+NAMES = (
+    "bart", "mbart", "marian", "t5", "mt5", "pegasus", "whisper", "gpt2", "opt", "bloom",
+)  # fmt: skip
 
 
 # of phi's keys a part is rotated and kept by itself, and all of them are normalised
