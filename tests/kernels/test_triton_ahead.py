@@ -162,13 +162,11 @@ def test_every_part_of_the_templates_compiles(name: str) -> None:
         assert compile_for("sm_90", launch).spilled == 0
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_rows_that_may_have_no_key(target: str, width: int, rate: float) -> None:
+def test_rows_that_may_have_no_key(target: str) -> None:
     case, shape = CASES["keys absorbed"], Shape(H=8, G=8, T=LENGTH, S=LENGTH)
-    drop = Drop(torch.zeros(1, dtype=torch.int64), rate)
-    given = replace(inputs(case.program, width), reads=case.reads(shape), drop=drop)
+    drop = Drop(torch.zeros(1, dtype=torch.int64), 0.1)
+    given = replace(inputs(case.program, 128), reads=case.reads(shape), drop=drop)
     check(target, forward(given, picked(target, given)))
 
 
