@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attn_compiler as ac
+from attn_compiler.kernels import experts, library
 
 # a plan names dense attention beside any variant
 _ANY = ac.SwitchHead(heads=1, experts=1, k=1, head_dim=8)
@@ -60,6 +61,9 @@ def _formula(tokens: Tensor, sizes: Sizes, spec: Any) -> tuple[float, float]:
 
 @torch.no_grad()
 def _operations(model: nn.Module, tokens: Tensor) -> float:
+    # whoever imported the package before the counter has not told it of the operators
+    experts.register_flops()
+    library.register_flops()
     with FlopCounterMode(display=False) as counter:
         model(tokens)
     return float(counter.get_total_flops())
