@@ -70,7 +70,7 @@ zoo: setup
 # With the packages of the machine, uninstalled: a GPU machine has its own torch and triton. Tests
 # compile for most of their time, so several processes share them where the machine can do that.
 # What fails or hangs there does not keep the benchmark from running. Ten minutes in all: the
-# benchmark has what the tests leave of them; GPU_SECONDS=1500 has time for every case.
+# benchmark has what the tests leave of them; GPU_SECONDS=1500 is meant for every case (guessed).
 gpu:
 	@mkdir -p build/path && ln -sfn $(CURDIR)/attn_compiler build/path/attn_compiler
 	python=$$(for p in python3 $(PYTHON) python; do \

@@ -12,15 +12,7 @@ from torch import fx
 from attn_compiler.ir import axes as ax
 from attn_compiler.ir import roles as role
 from attn_compiler.ir.axes import Index, along
-from attn_compiler.ir.core import (
-    Core,
-    Found,
-    Operand,
-    Scaling,
-    assemble,
-    operand,
-    program_of,
-)
+from attn_compiler.ir.core import Core, Found, Operand, Scaling, assemble, operand, program_of
 from attn_compiler.ir.expr import DOT, TRUE, Expr, call
 from attn_compiler.ir.mask import normalise
 from attn_compiler.ir.no_attention import NotAttention
