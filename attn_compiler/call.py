@@ -216,7 +216,8 @@ class Call:
         return self.let(f"module_{_cleaned(path)}_{number}", f"{home}._modules.get({last!r})")
 
     def _state_checks(self) -> None:
-        for device in sorted({v.type for v in self.names.values() if isinstance(v, torch.device)}):
+        types = {v.type for v in self.names.values() if isinstance(v, torch.device)}
+        for device in sorted(filter(torch.amp.is_autocast_available, types)):
             enabled = torch.is_autocast_enabled(device)
             self.check(f"torch.is_autocast_enabled({device!r}) is {enabled}")
             if enabled:

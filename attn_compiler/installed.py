@@ -290,6 +290,8 @@ def install(
     `restore`, until `settle`.
     """
     owner.__class__ = rewritten_class(base_of(owner))
+    new = [item for site in sites for item in site.decision.tensors]
+    values = swap.made(owner, new)
     taken = swap.take(owner, [path for site in sites for path in site.decision.taken])
     owner.__dict__.update(
         _attn_variants=variants,
@@ -298,7 +300,7 @@ def install(
         _attn_sites=sites,
         _attn_taken=taken,
     )
-    swap.put(owner, added(owner))
+    swap.put(owner, new, values)
 
 
 def added(owner: nn.Module) -> tuple[NewTensor | NewModule, ...]:

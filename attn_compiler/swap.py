@@ -76,14 +76,27 @@ def put_back(owner: nn.Module, held: Held) -> None:
             table.update(before)  # type: ignore[attr-defined]
 
 
-def put(owner: nn.Module, new: Iterable[NewTensor | NewModule]) -> None:
-    """Register new tensors and modules where they belong."""
+def made(owner: nn.Module, new: Iterable[NewTensor | NewModule]) -> list[Tensor | nn.Module]:
+    """New tensors and modules as they start; the owner still has what they replace."""
     device = next((t.device for t in (*owner.parameters(), *owner.buffers())), None)
-    for item in new:
-        if isinstance(item, NewModule):
-            owner.register_module(item.name, item.made().to(device).train(owner.training))
+    return [
+        item.made().to(device).train(owner.training)
+        if isinstance(item, NewModule)
+        else filled(item, owner, device)
+        for item in new
+    ]
+
+
+def put(
+    owner: nn.Module, new: Iterable[NewTensor | NewModule], values: Iterable[Tensor | nn.Module]
+) -> None:
+    """Register new tensors and modules where they belong."""
+    for item, value in zip(new, values, strict=True):
+        if isinstance(value, nn.Module):
+            owner.register_module(item.name, value)
             continue
-        home, value = owner.get_submodule(item.home or ""), filled(item, device)
+        assert isinstance(item, NewTensor)
+        home = owner.get_submodule(item.home or "")
         if item.trained:
             home.register_parameter(item.name, nn.Parameter(value))
         else:

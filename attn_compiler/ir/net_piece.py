@@ -34,7 +34,9 @@ class Net:
         home: path of the module that gets the new parameters, below the owner of the graph.
         width: D.
         parameters: how many numbers it holds, of which `dtype` and `device`.
-        dropout: rate on its hidden features.
+        up, down: paths of its weights.
+        hidden: features that `down` reads.
+        dropout: rate on them.
     """
 
     branch: Branch
@@ -43,6 +45,9 @@ class Net:
     parameters: int
     dtype: torch.dtype
     device: torch.device
+    up: str
+    down: str
+    hidden: int
     dropout: float
 
 
@@ -119,6 +124,9 @@ def net_behind(where: Added, x: fx.Node, normed: bool) -> Net:
         parameters=sum(p.numel() for p in held),
         dtype=held[0].dtype,
         device=held[0].device,
+        up=net.up.weight,
+        down=net.down.weight,
+        hidden=net.width,
         dropout=net.dropout,
     )
 

@@ -100,6 +100,34 @@ def is_size(value: object, least: int = 1) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Like:
+    """The scale of weights that are replaced: their authors chose it for this model.
+
+    Attributes:
+        paths: of modules and parameters below the owner; the largest matrix among them counts.
+        gain: what its root mean square is multiplied with.
+    """
+
+    paths: tuple[str, ...]
+    gain: float = 1.0
+
+    def deviation(self, owner: torch.nn.Module) -> float | None:
+        """None where no matrix of them has numbers: on the meta device, or in integers."""
+        held = (p for path in self.paths for p in _weights(owner, path))
+        matrices = [p for p in held if p.dim() >= 2 and p.is_floating_point() and not p.is_meta]
+        if not matrices:
+            return None
+        largest = max(matrices, key=torch.Tensor.numel).detach()
+        return self.gain * float(largest.float().square().mean().sqrt())
+
+
+def _weights(owner: torch.nn.Module, path: str) -> list[torch.nn.Parameter]:
+    home, _, name = path.rpartition(".")
+    value = getattr(owner.get_submodule(home), name)
+    return list(value.parameters()) if isinstance(value, torch.nn.Module) else [value]
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """How a new tensor starts, where it is not full of one number.
 
@@ -107,10 +135,12 @@ class Start:
         write: write(tensor, *numbers) fills a tensor in place, and draws from the global generator;
             a function of a module, so that it compares, and is pickled, by its name.
         numbers: what it needs to know.
+        like: the one number is the deviation of these weights, where they have one.
     """
 
     write: Callable[..., Any]
     numbers: tuple[float, ...] = ()
+    like: Like | None = None
 
 
 def normal(tensor: torch.Tensor, deviation: float) -> None:
@@ -152,14 +182,16 @@ class NewTensor:
         return f"{self.home}.{self.name}" if self.home else self.name
 
 
-def filled(tensor: NewTensor, device: Any = None) -> torch.Tensor:
-    """A new tensor as it starts."""
+def filled(tensor: NewTensor, owner: torch.nn.Module, device: Any = None) -> torch.Tensor:
+    """A new tensor as it starts, in an owner that still has what is replaced."""
     made = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device or device)
+    start = tensor.fill
     with torch.no_grad():
-        if isinstance(tensor.fill, Start):
-            tensor.fill.write(made, *tensor.fill.numbers)
+        if isinstance(start, Start):
+            deviation = None if start.like is None else start.like.deviation(owner)
+            start.write(made, *(start.numbers if deviation is None else (deviation,)))
         else:
-            made.fill_(tensor.fill)
+            made.fill_(start)
     return made
 
 

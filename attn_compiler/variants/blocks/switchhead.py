@@ -9,6 +9,7 @@ Source: SwitchHead (arXiv 2312.07987v3), section 3.4; sigma-MoE (arXiv 2310.1083
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import sigma_moe
 from attn_compiler.variants.base import (
     Fidelity,
+    Like,
     NewTensor,
     Replacement,
     Scope,
@@ -30,6 +32,7 @@ from attn_compiler.variants.base import (
 )
 from attn_compiler.variants.sites import switchhead
 from attn_compiler.variants.switchhead import NetSizes, SwitchHead, net_sizes
+from attn_compiler.variants.switchhead_fresh import mixed
 
 if TYPE_CHECKING:
     from attn_compiler.ir.net_piece import Net
@@ -105,16 +108,22 @@ def _is_net(tensor: NewTensor) -> bool:
 
 
 def _tensors(sizes: NetSizes, net: Net) -> tuple[NewTensor, ...]:
-    """As `switchhead_fresh.fresh_sigma_moe` starts them."""
+    """The maps start with the variance that those of the net have; without numbers to go by, and
+    for the router: as `switchhead_fresh.fresh_sigma_moe` starts them.
+    """
     experts, hidden, width = sizes.experts, sizes.hidden, net.width
-    shapes: tuple[tuple[tuple[int, ...], Start], ...] = (
+    gain = math.sqrt(net.hidden / hidden) / mixed(sizes.k, experts)
+    starts: tuple[tuple[tuple[int, ...], Start], ...] = (
         ((experts, width), Start(rows_of_length, (1.0,))),
-        ((experts, width, hidden), Start(normal, (width**-0.5,))),
-        ((experts, hidden, width), Start(normal, ((experts * hidden) ** -0.5,))),
+        ((experts, width, hidden), Start(normal, (width**-0.5,), Like((net.up,)))),
+        (
+            (experts, hidden, width),
+            Start(normal, ((experts * hidden) ** -0.5,), Like((net.down,), gain)),
+        ),
     )
     return tuple(
         NewTensor(name, shape, net.dtype, start, True, net.home, net.device)
-        for name, (shape, start) in zip(sigma_moe.NAMES, shapes, strict=True)
+        for name, (shape, start) in zip(sigma_moe.NAMES, starts, strict=True)
     )
 
 

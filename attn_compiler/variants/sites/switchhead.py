@@ -7,6 +7,7 @@ Source: SwitchHead (arXiv 2312.07987v3), sections 2 and 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -18,6 +19,7 @@ from attn_compiler.kernels import switchhead_call
 from attn_compiler.variants.base import (
     CachedLayer,
     Fidelity,
+    Like,
     NewTensor,
     Replacement,
     Scope,
@@ -27,6 +29,7 @@ from attn_compiler.variants.base import (
     rows_of_length,
 )
 from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
+from attn_compiler.variants.switchhead_fresh import mixed
 
 if TYPE_CHECKING:
     from attn_compiler.ir.layer import Layer
@@ -181,7 +184,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         widths = Widths(**facts["widths"])
         asked = spec.plain() if isinstance(spec, Prepared) else _placed(spec, facts["layer"])
         made, count = sized(asked, site, widths, facts["parameters"])
-        tensors = _tensors(made, widths, piece)
+        tensors = _tensors(made, widths, site, piece)
         if isinstance(spec, Prepared) and spec.bias:
             tensors = (*tensors, replace(tensors[0], name="b_o", shape=(widths.o,), fill=0.0))
         words = (
@@ -235,19 +238,28 @@ def bare(tensor: NewTensor) -> str:
     return "_".join(tensor.name.split("_")[:2])
 
 
-def _tensors(spec: SwitchHead, widths: Widths, piece: Piece) -> tuple[NewTensor, ...]:
-    """Shapes as the paper has them, and how they start: see `switchhead_fresh`."""
+def _tensors(
+    spec: SwitchHead, widths: Widths, site: AttentionSite, piece: Piece
+) -> tuple[NewTensor, ...]:
+    """Shapes as the paper has them. Queries, keys, values and outputs start with the variance that
+    those of the layer have: a model is made with deviations that suit its depth and its optimiser.
+    Without numbers to go by, and for routers: as `switchhead_fresh` has it.
+    """
     heads, experts, inner = int(spec.heads), int(spec.heads) * int(spec.experts), int(spec.head_dim)
     shapes: dict[str, tuple[int, ...]] = {}
     starts: dict[str, Start] = {}
+    replaced = _replaced(piece.facts["layer"])
     for name in "qkvo":
         rows, width = experts if name in spec.experts_on else heads, getattr(widths, name)
         shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
-        deviation = (heads * inner if name == "o" else width) ** -0.5
-        starts[f"w_{name}"] = Start(normal, (deviation,))
+        inputs = heads * inner if name == "o" else width
+        gain = 1 / mixed(int(spec.k), int(spec.experts)) if name in spec.experts_on else 1.0
+        if name == "o":
+            gain *= math.sqrt(_inputs(site) / inputs)
+        starts[f"w_{name}"] = Start(normal, (inputs**-0.5,), Like(replaced[name], gain))
     if spec.positions == "transformer_xl":
         shapes["w_p"] = (heads, widths.q, inner)
-        starts["w_p"] = Start(normal, (widths.q**-0.5,))
+        starts["w_p"] = Start(normal, (widths.q**-0.5,), Like(replaced["k"]))
     for name in routers_of(spec):
         shapes[name] = (experts, widths.k if name == "w_s" else widths.q)
         starts[name] = Start(rows_of_length, (1.0,))
@@ -256,6 +268,18 @@ def _tensors(spec: SwitchHead, widths: Widths, piece: Piece) -> tuple[NewTensor,
         NewTensor(name, shape, facts["dtype"], starts[name], True, piece.home, facts["device"])
         for name, shape in shapes.items()
     )
+
+
+def _inputs(site: AttentionSite) -> int:
+    """Channels that the output map of a layer reads."""
+    assert site.query_heads is not None and site.head_dim is not None
+    return site.query_heads * (site.value_dim or site.head_dim)
+
+
+def _replaced(layer: Layer) -> dict[str, tuple[str, ...]]:
+    """Paths of the weights of queries, keys, values and outputs."""
+    maps = {"q": layer.query, "k": layer.key, "v": layer.value, "o": layer.out}
+    return {name: () if made is None else made.taken for name, made in maps.items()}
 
 
 SWITCHHEAD = Variant(
