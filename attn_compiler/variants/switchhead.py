@@ -51,9 +51,10 @@ class SwitchHead(VariantSpec):
         experts_on: which projections are experts, out of q, k, v, o.
         shared_selection: one router for both sides.
         expert_dropout: probability that an expert is not chosen in training.
-        init: "fresh", or "convert" from the heads of the layer that is replaced: groups of them
-            share a map, and each becomes an expert; with as many maps as heads, every expert is a
-            copy of its head, and the function stays. It takes calibration.
+        init: "fresh", drawn at the scale of the weights that are replaced, which are best those of
+            an untrained model; or "convert" from their heads: groups of them share a map, and each
+            becomes an expert; with as many maps as heads, every expert is a copy of its head, and
+            the function stays. It takes calibration.
         positions: what the layer itself knows of them, in self-attention: "rope" turns half of the
             channels, "transformer_xl" adds products of queries and projected distances, "none" is
             none. "auto" is "rope" where the layer that is replaced turns, else "none". What the
