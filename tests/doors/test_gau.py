@@ -306,3 +306,17 @@ def test_a_table_that_is_read_outside_of_the_block_is_not_taken() -> None:
     new = ac.rewrite(model, (ids,), to=ac.GAU())
     assert not any(site.decision.accepted for site in ac.last_report().sites)
     assert torch.equal(new(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
+def test_outputs_start_at_the_scale_of_the_branches() -> None:
+    torch.manual_seed(0)
+    model = Pre()
+    rms = {"attend": 0.003, "net": 0.2}
+    nn.init.normal_(model.attend.out.weight, std=rms["attend"])
+    nn.init.normal_(model.net.down.weight, std=rms["net"])
+    inputs = {"attend": WIDTH, "net": model.net.down.in_features}
+    new = ac.rewrite(model, (X,), to=SMALL, on_reject="raise")
+    for name, scale in rms.items():
+        w_o = getattr(new, name).w_o.detach()
+        wanted = scale * (inputs[name] / w_o.shape[0]) ** 0.5
+        torch.testing.assert_close(float(w_o.std()), wanted, rtol=0.2, atol=0)

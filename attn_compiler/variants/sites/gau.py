@@ -8,11 +8,13 @@ module of the attention, the second in that of the feed-forward net.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from attn_compiler.errors import BadOption
+from attn_compiler.ir.affine import LinearMap
 from attn_compiler.ir.expr import Expr, Int, Read, depends, walk
 from attn_compiler.ir.mask import Causal, Documents, Mask, Padding, Term
 from attn_compiler.ir.no_attention import NotAttention
@@ -22,6 +24,7 @@ from attn_compiler.kernels import gau_unit
 from attn_compiler.kernels.gau_layer import deviations
 from attn_compiler.variants.base import (
     Fidelity,
+    Like,
     NewTensor,
     Replacement,
     Scope,
@@ -113,8 +116,13 @@ def replacement(site: AttentionSite, piece: Piece, spec: GAU) -> Replacement:
             raise NotAttention("gau.sizes", error.what) from error
         tensors = tuple(
             tensor
-            for home, one in zip(facts["homes"], (made, second_of(made)), strict=True)
-            for tensor in _tensors(one, block.width, home, facts)
+            for home, one, last in zip(
+                facts["homes"],
+                (made, second_of(made)),
+                (block.out, block.net.down),
+                strict=True,
+            )
+            for tensor in _tensors(one, last, home, facts)
         )
         words = _words(made, block, causal, facts["rows"])
     forms = tuple(
@@ -156,13 +164,19 @@ def _is_causal(site: AttentionSite, facts: Any) -> bool:
     return named or facts["block"].update is not None
 
 
-def _tensors(spec: GAU, width: int, home: str, facts: Any) -> tuple[NewTensor, ...]:
-    """Shapes as `kernels.gau_layer` has them, and how they start: see `fresh` there."""
+def _tensors(spec: GAU, last: LinearMap, home: str, facts: Any) -> tuple[NewTensor, ...]:
+    """Shapes as `kernels.gau_layer` has them, and how they start: see `fresh` there. The map of the
+    outputs starts at the scale of `last`, the branch's: how far a branch changes its residual is
+    chosen with how deep a model is, and how its embeddings start.
+    """
+    width: int = facts["block"].width
     s, expanded = int(spec.s), round(float(spec.expansion) * width)
     chunk = None if spec.chunk is None else int(spec.chunk)
     rows = 2 if chunk is None else 4
     of = deviations((width, expanded, s), chunk)
     drawn = {name: Start(normal, (deviation,)) for name, deviation in of.items()}
+    like = Like((last.weight,), math.sqrt(last.width / expanded))
+    drawn["w_o"] = replace(drawn["w_o"], like=like)
     shapes: dict[str, tuple[tuple[int, ...], float | Start]] = {
         "w_uvz": ((width, 2 * expanded + s), drawn["w_uvz"]),
         "b_uvz": ((2 * expanded + s,), 0.0),
