@@ -1,7 +1,8 @@
 """attn_compiler::gau_attention, complete: import this file to have it.
 
 reference   the T x T matrices of `gau_schema`, differentiable: the specification
-kernel      `gau_cpu`: squares of A one after the other, states from chunk to chunk
+kernels     `gau_cpu`: squares of A one after the other, states from chunk to chunk;
+            `gau_triton`, `gau_triton_backward`: the same on a GPU
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from attn_compiler.kernels import gau_cpu, gau_triton, gpu
+from attn_compiler.kernels import gau_cpu, gau_triton, gau_triton_backward, gpu
 from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.devices import full_precision
 from attn_compiler.kernels.gau_schema import (
@@ -119,6 +120,9 @@ def _backward(grad_out: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
     *forward_args, _, mixed, needs = args
     given = GauInputs.of(*forward_args, **kwargs)
     with full_precision(given.q.device.type):
+        if runs_triton(given):
+            tile = gau_triton_backward.tile(given, gpu.family(given.q.device))
+            return gau_triton_backward.backward(given, tile, grad_out, mixed, needs)
         return gau_cpu.backward(given, grad_out, mixed, needs)
 
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from attn_compiler.kernels.gau_reach import Reach, Sweep
-from attn_compiler.kernels.gau_schema import GauInputs
+from attn_compiler.kernels.gau_schema import GRADIENTS, GauInputs
 
 # rows and keys of a square where there are no chunks
 _ROWS, _KEYS = 256, 1024
-_GRADIENTS = ("q", "k", "v", "q_lin", "k_lin", "gate", "bias")
 
 
 def forward(given: GauInputs) -> tuple[Tensor, Tensor]:
@@ -43,11 +42,9 @@ def forward(given: GauInputs) -> tuple[Tensor, Tensor]:
 
 def backward(given: GauInputs, grad: Tensor, mixed: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients that `needs` marks, which has an entry for each tensor of the call."""
-    there = [name for name in _GRADIENTS if getattr(given, name) is not None]
-    wanted = [name for name, need in zip(there, needs, strict=False) if need]
-    grad, found = grad.to(given.dtype), {}
+    wanted, grad, found = given.wanted(needs), grad.to(given.dtype), {}
     if given.gate is not None:
-        found["gate"] = grad * mixed
+        found["gate"] = (grad * mixed).contiguous()
         grad = grad * given.gate
     if wanted != ["gate"]:
         found |= _gradients(given, grad)
@@ -58,7 +55,7 @@ def _gradients(given: GauInputs, grad: Tensor) -> dict[str, Tensor]:
     """Of everything but the gate, from that of `mixed`."""
     into = {
         name: torch.zeros(x.shape, dtype=given.dtype, device=x.device)
-        for name in _GRADIENTS
+        for name in GRADIENTS
         if name != "gate" and (x := getattr(given, name)) is not None
     }
     if given.q.numel() and given.v.numel():

@@ -32,6 +32,7 @@ about the past changes as a sequence grows.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ LIBRARY.define(
 gau_attention = torch.ops.attn_compiler.gau_attention.default
 gau_attention_backward = torch.ops.attn_compiler.gau_attention_backward.default
 
+# what has a gradient, in the order of the arguments
+GRADIENTS = ("q", "k", "v", "q_lin", "k_lin", "gate", "bias")
 _MODES = re.compile(r"rowcount|valid|chunk|seqlen|fixed\(([1-9]\d*)\)")
 
 
@@ -89,6 +92,11 @@ class GauInputs:
         q, k, v, q_lin, k_lin, gate, bias, valid, documents, seed = tensors
         found = (q, k, v, q_lin, k_lin, gate, bias, valid, documents)
         return GauInputs(*found, drop=Drop(seed, dropout), **options)
+
+    def wanted(self, needs: Sequence[bool]) -> list[str]:
+        """Names of the gradients that `needs` marks, which has an entry for each tensor."""
+        there = (name for name in GRADIENTS if getattr(self, name) is not None)
+        return [name for name, need in zip(there, needs, strict=False) if need]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,13 +1,15 @@
-"""Gated attention in chunks by generated Triton kernels: a forward pass of three launches.
+"""Gated attention by generated Triton kernels: a forward pass of three launches, or one.
 
-    states, prefix, mix      see templates/gau.py.jinja
+    states, prefix     in chunks, see templates/gau_states.py.jinja
+    mix                see templates/gau.py.jinja
 
-States are float32, [B, chunks, s, e]. Without chunks, with dropout, and for documents in both
-directions there is no kernel: `gau_cpu` runs on any device, and so do all backward passes.
+Without chunks one square holds all tokens. States are float32, [B, chunks, s, e]. For documents in
+both directions in chunks there is no kernel: `gau_cpu` runs on any device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,21 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attn_compiler.kernels.gau_reach import Reach, Sweep
+from attn_compiler.kernels.gau_reach import Direction, Reach, Sweep
 from attn_compiler.kernels.gau_schema import GauInputs
-from attn_compiler.kernels.launch import Launch, dense, power, precision
+from attn_compiler.kernels.launch import (
+    MOST_OF_AN_AXIS,
+    Launch,
+    dense,
+    drop_arguments,
+    power,
+    precision,
+)
 from attn_compiler.kernels.template import load, render
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 128
 _SCAN = 1024
-# features of a state that are read at once
+# a part of a state that is read at once
 _STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
 class GauTile:
-    """What is chosen for the launches: rows, keys and channels of a program, warps, stages."""
+    """What is chosen for the launches: rows, keys and channels of a program, warps, stages.
+
+    Rows are no more than keys.
+    """
 
     rows: int = 64
     keys: int = 64
@@ -44,20 +56,20 @@ def refusal(given: GauInputs) -> str:
     dtypes = {x.dtype for x in named if x is not None}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
         return f"the tensors are {', '.join(sorted(str(d) for d in dtypes))}"
-    if given.chunk is None:
-        return "there are no chunks"
-    if given.drop.rate:
-        return "weights are dropped"
-    if given.documents is not None and not given.causal:
-        return "documents in both directions"
+    if given.documents is not None and not given.causal and given.chunk is not None:
+        return "documents in both directions, in chunks"
     if given.q.shape[2] > _WIDEST:
         return f"s is above {_WIDEST}"
+    if given.q.shape[0] > MOST_OF_AN_AXIS:
+        return f"there are more than {MOST_OF_AN_AXIS} sequences"
     return ""
 
 
 def tile(given: GauInputs) -> GauTile:
     """The tile of a call: without spills on sm_80 and sm_90, not yet measured on a GPU."""
-    return GauTile(32, 32, 64) if given.q.dtype.itemsize == 4 else GauTile()
+    if given.q.dtype.itemsize == 4:
+        return GauTile(32, 32, 64)
+    return GauTile(channels=64 if given.drop.rate else 128)
 
 
 def forward(given: GauInputs, tile: GauTile) -> tuple[Tensor, Tensor]:
@@ -71,101 +83,194 @@ def forward(given: GauInputs, tile: GauTile) -> tuple[Tensor, Tensor]:
 
 def prepare(given: GauInputs, tile: GauTile, into: tuple[Tensor, Tensor]) -> list[Launch]:
     """The launches of a forward pass, in order."""
-    batch, length, s, e = given.size
-    reach, chunk = Reach(given), given.chunk or length
-    (sweep,) = reach.sweeps()
-    chunks = -(-length // chunk)
-    states = torch.empty((batch, chunks, s, e), dtype=torch.float32, device=given.v.device)
-    module = load("gau", _source(_structure(given, sweep)))
-    wide = given.q.dtype is torch.float32
-    allowed = precision() if wide else "tf32"
-    constants: dict[str, Any] = {"S": s, "E": e, "BLOCK_S": power(s), "BLOCK_E": tile.channels}
-    constants |= {"BLOCK_N": tile.keys, "PRECISION": allowed}
-    constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
-    slices, sizes = -(-e // tile.channels), (length, chunk, chunks)
-    k_lin, v = dense(_given(given.k_lin)), dense(given.v)
-    return [
-        Launch(
-            module.states,
-            (chunks, slices, batch),
-            (
-                *(k_lin, v, states, *_vector(sweep.write, batch)),
-                *(*k_lin.stride()[:2], *v.stride()[:2], *sizes),
-            ),
-            constants,
-        ),
-        Launch(
-            module.prefix,
-            (-(-s * e // _SCAN), batch, 1),
-            (states, *(() if sweep.carry is None else (_carry(sweep.carry, batch),)), chunks),
-            {"SIZE": s * e, "BLOCK": _SCAN, "num_warps": 4},
-        ),
-        Launch(
-            module.mix,
-            (chunks * -(-chunk // tile.rows), slices, batch),
-            (*_mixed(given, reach, (sweep, states), into), *sizes, given.scale),
-            constants | {"BLOCK_M": tile.rows, "STATES": allowed, "STEP": min(_STEP, power(s))},
-        ),
-    ]
-
-
-def _mixed(
-    given: GauInputs, reach: Reach, linear: tuple[Sweep, Tensor], into: tuple[Tensor, Tensor]
-) -> list[Any]:
-    """The tensors of `mix` and their strides."""
-    batch, (sweep, states), (out, mixed) = given.size[0], linear, into
-    q, k, v, q_lin = (dense(x) for x in (given.q, given.k, given.v, _given(given.q_lin)))
-    # relu(a S + b)^2 = a^2 relu(S + b / a)^2
-    outer = reach.rows(reach.near.square()) if given.inside else reach.outer
-    (outer, outer_sb), (read, read_sb) = _vector(outer, batch), _vector(sweep.read, batch)
-    args: list[Any] = [q, k, v, q_lin, states, outer, read, out]
+    setting, (out, mixed) = Setting.of(given, tile), into
+    sums = None if setting.sweep is None else forward_sums(setting, setting.sweep)
+    args: list[Any] = [*tokens(given.q), *tokens(given.k), *tokens(given.v), out]
     if given.gate is not None:
-        gate = dense(given.gate)
-        args += [gate, mixed, *gate.stride()[:2]]
-    if given.bias is not None:
-        args += [given.bias.contiguous(), given.bias.shape[0] // 2]
-        if given.inside:
-            args += _vector(torch.where(reach.near > 0, 1 / reach.near, 0.0), batch)
-    if given.documents is not None:
-        args += [x.expand(batch, -1).int().contiguous() for x in (reach.lo, reach.hi)]
-    if given.valid is not None:
-        args.append(given.valid.to(torch.int8).contiguous())
-    return [*args, *(n for x in (q, k, v, q_lin) for n in x.stride()[:2]), outer_sb, read_sb]
+        args += [*tokens(given.gate), mixed]
+    if given.q_lin is not None and setting.sweep is not None and sums is not None:
+        args += [*tokens(given.q_lin), *setting.vector(setting.sweep.read)]
+        args += [sums.states, setting.chunks]
+    structure = {**setting.structure(), "gated": given.gate is not None}
+    mix = Launch(
+        module("gau", structure).mix,
+        (setting.blocks(tile.rows), setting.slices, given.size[0]),
+        (*args, *setting.arguments()),
+        setting.constants(power(given.size[2])),
+    )
+    return [*(() if sums is None else sums.launches), mix]
+
+
+# ---------------------------------------------------------------- what all launches of a call share
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A call with its vectors.
+
+    Attributes:
+        sweep: the way of its states, None without chunks.
+    """
+
+    given: GauInputs
+    tile: GauTile
+    reach: Reach
+    sweep: Sweep | None
+
+    @staticmethod
+    def of(given: GauInputs, tile: GauTile) -> Setting:
+        reach = Reach(given)
+        return Setting(given, tile, reach, next(reach.sweeps(), None))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.given.size[1] // self.given.span)
+
+    @property
+    def slices(self) -> int:
+        """Programs that share the expanded width."""
+        return -(-self.given.size[3] // self.tile.channels)
+
+    def blocks(self, size: int) -> int:
+        """Programs that have so many tokens of their own."""
+        return self.chunks * -(-self.given.span // size)
+
+    def structure(self) -> dict[str, Any]:
+        """What decides the text of the kernels."""
+        given = self.given
+        return {
+            "causal": given.causal,
+            "chunked": given.chunk is not None,
+            "biased": given.bias is not None,
+            "spread": given.bias is not None and given.inside,
+            "documents": given.documents is not None,
+            "valid": given.valid is not None,
+            "dropout": given.drop.rate > 0,
+            "half": given.q.dtype is torch.float16,
+        }
+
+    def arguments(self) -> list[Any]:
+        """What tells how scores become weights: see `arguments` of templates/gau_parts.jinja."""
+        given, reach = self.given, self.reach
+        # relu(a S + b)^2 = a^2 relu(S + b / a)^2
+        outer = reach.rows(reach.near.square()) if given.inside else reach.outer
+        found = [*self.vector(outer * given.drop.gain)]
+        if given.bias is not None:
+            found += [given.bias.contiguous(), given.bias.shape[0] // 2]
+            if given.inside:
+                found += self.vector(torch.where(reach.near > 0, 1 / reach.near, 0.0))
+        if given.documents is not None:
+            batch = given.size[0]
+            found += [x.expand(batch, -1).int().contiguous() for x in (reach.lo, reach.hi)]
+        if given.valid is not None:
+            found.append(given.valid.to(torch.int8).contiguous())
+        if given.drop.rate > 0:
+            found += drop_arguments(given.drop)
+        return [*found, given.size[1], self.given.span, given.scale]
+
+    def vector(self, x: Tensor | None) -> tuple[Any, ...]:
+        """A vector [b, T] and its stride of the batch; nothing for none."""
+        if x is None:
+            return ()
+        several = x.shape[0] == self.given.size[0] > 1
+        return x.contiguous(), x.shape[1] if several else 0
+
+    def widths(self) -> dict[str, Any]:
+        """Constants of every launch."""
+        _, _, s, e = self.given.size
+        found = {"S": s, "E": e, "BLOCK_S": power(s), "BLOCK_E": self.tile.channels}
+        return found | {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+
+    def constants(self, read: int) -> dict[str, Any]:
+        """Of launches that compute squares.
+
+        Args:
+            read: the width of a state along which it is read.
+        """
+        tile = self.tile
+        found = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "STEP": min(_STEP, read)}
+        return self.widths() | found | {"PRECISION": self.precision, "STATES": self.precision}
+
+    @property
+    def precision(self) -> str:
+        """Of float32."""
+        return precision() if self.given.q.dtype is torch.float32 else "tf32"
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """States [B, chunks, s, e], float32, which the launches fill."""
+
+    states: Tensor
+    launches: tuple[Launch, Launch]
+
+
+def forward_sums(setting: Setting, sweep: Sweep) -> Sums:
+    """Of keys and values."""
+    keys = _given(setting.given.k_lin), sweep.write
+    return sums(setting, keys, setting.given.v, (sweep.direction, sweep.carry))
+
+
+def sums(
+    setting: Setting,
+    left: tuple[Tensor, Tensor | None],
+    right: Tensor,
+    way: tuple[Direction, Tensor | None],
+) -> Sums:
+    """Of left^T right over chunks.
+
+    Args:
+        left: tokens and their factors.
+        way: which chunks a chunk has the sum of, and what a sum survives.
+    """
+    batch, length, s, e = setting.given.size
+    (x, write), (direction, carry), chunks = left, way, setting.chunks
+    states = torch.empty((batch, chunks, s, e), dtype=torch.float32, device=x.device)
+    found = module(
+        "gau_states",
+        {
+            "direction": direction,
+            "weighted": write is not None,
+            "carried": carry is not None,
+            "half": x.dtype is torch.float16,
+        },
+    )
+    args = (*tokens(x), *tokens(right), states, *setting.vector(write))
+    constants = setting.widths() | {"BLOCK_N": setting.tile.keys, "PRECISION": setting.precision}
+    one = Launch(
+        found.states,
+        (chunks, setting.slices, batch),
+        (*args, length, setting.given.span, chunks),
+        constants,
+    )
+    carried = () if carry is None else (carry.flatten(1).expand(batch, -1).contiguous(),)
+    other = Launch(
+        found.prefix,
+        (-(-s * e // _SCAN), batch, 1),
+        (states, *carried, chunks),
+        {"SIZE": s * e, "BLOCK": _SCAN, "num_warps": 4},
+    )
+    return Sums(states, (one, other))
+
+
+def tokens(x: Tensor) -> Iterator[Any]:
+    """A tensor [B, T, width] and its strides."""
+    x = dense(x)
+    yield from (x, *x.stride()[:2])
+
+
+def module(name: str, structure: dict[str, Any]) -> Any:
+    """The kernels of a structure."""
+    return load(name, _source(name, tuple(structure.items())))
 
 
 def _given(x: Tensor | None) -> Tensor:
     if x is None:
-        raise ValueError("a call without chunks has no kernel: ask `refusal` first")
+        raise ValueError("chunks have linear keys")
     return x
 
 
-def _vector(x: Tensor | None, batch: int) -> tuple[Any, ...]:
-    """A vector [b, T] and its stride of the batch; nothing for none."""
-    return () if x is None else (x.contiguous(), x.shape[1] if x.shape[0] == batch > 1 else 0)
-
-
-def _carry(carry: Tensor, batch: int) -> Tensor:
-    return carry.flatten(1).expand(batch, -1).contiguous()
-
-
-def _structure(given: GauInputs, sweep: Sweep) -> tuple[tuple[str, bool], ...]:
-    """What decides the text of the kernels."""
-    biased = given.bias is not None
-    return (
-        ("causal", given.causal),
-        ("gated", given.gate is not None),
-        ("biased", biased),
-        ("spread", biased and given.inside),
-        ("documents", given.documents is not None),
-        ("valid", given.valid is not None),
-        ("weighted", sweep.write is not None),
-        ("carried", sweep.carry is not None),
-        ("half", given.q.dtype is torch.float16),
-    )
-
-
-@lru_cache(maxsize=128)
-def _source(structure: tuple[tuple[str, bool], ...]) -> str:
-    found = dict(structure)
-    title = ", ".join(name for name, holds in found.items() if holds)
-    return render("gau", title=title or "both directions", **found)
+@lru_cache(maxsize=256)
+def _source(name: str, structure: tuple[tuple[str, Any], ...]) -> str:
+    title = ", ".join(word for word, holds in structure if holds is True)
+    return render(name, title=title or "both directions", **dict(structure))

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from attn_compiler.ir.lasting import on_device, recorded
 from attn_compiler.kernels import blocks, schedule
+from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.frame import Frame, Inputs
 from attn_compiler.kernels.schedule import Visit
 from attn_compiler.kernels.triton_source import Structure, Visits
 from attn_compiler.kernels.triton_text import Kind
 
 # numbers of two axes of a launch, and of elements that 32 bits can count, are below these
-_MOST_OF_AN_AXIS = 65535
+MOST_OF_AN_AXIS = 65535
 _FAR = 2**31
 
 
@@ -141,9 +142,13 @@ def program_arguments(given: Inputs) -> list[Any]:
         found += [read, *read.stride(), *read.shape]
     found += given.ints
     if given.drop.rate > 0:
-        threshold = round(given.drop.rate * 2.0**32) - 2**31
-        found += [given.drop.seed, min(threshold, 2**31 - 1), given.drop.gain]
+        found += [*drop_arguments(given.drop), given.drop.gain]
     return found
+
+
+def drop_arguments(drop: Drop) -> tuple[Tensor | None, int]:
+    """The seed, and the threshold below which a hash is dropped."""
+    return drop.seed, min(round(drop.rate * 2.0**32) - 2**31, 2**31 - 1)
 
 
 @lru_cache(maxsize=256)
@@ -151,8 +156,8 @@ def folded(pairs: int) -> tuple[int, int]:
     """Pairs of batch item and head as the second and third size of a launch: a device takes so many
     along either, and any number along the first. (0, 0) where no two numbers give that many.
     """
-    parts = -(-pairs // _MOST_OF_AN_AXIS)
-    while parts <= _MOST_OF_AN_AXIS:
+    parts = -(-pairs // MOST_OF_AN_AXIS)
+    while parts <= MOST_OF_AN_AXIS:
         if pairs % parts == 0:
             return pairs // parts, parts
         parts += 1

@@ -4,6 +4,8 @@ within the chip's limit. Run in a process of its own: a driver stands in for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 pytest.importorskip("triton")
@@ -12,18 +14,31 @@ import torch
 from ahead import SHARED, compile_for
 from gau_cases import TENSORS, Case
 
-from attn_compiler.kernels import gau_triton
+from attn_compiler.kernels import gau_triton, gau_triton_backward
 from attn_compiler.kernels.gau_schema import GauInputs
+from attn_compiler.kernels.launch import Launch
 
 pytestmark = pytest.mark.aot
 
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async"}
+MATRIX = {
+    "sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma",
+}  # fmt: skip
 PAPER = Case(length=512, s=128, e=1024, chunk=256)
+CROWDED = PAPER.but(packed=True, inside=True, dropout=0.1)
 CASES = [
-    (PAPER, torch.bfloat16),
-    (PAPER.but(packed=True, inside=True), torch.bfloat16),
-    (PAPER.but(causal=False, padded=True), torch.float16),
-    (PAPER, torch.float32),
+    ("sm_80", PAPER.but(packed=True, inside=True), torch.bfloat16),
+    ("sm_80", PAPER.but(chunk=None, dropout=0.1), torch.bfloat16),
+    ("sm_80", PAPER, torch.float32),
+    ("sm_90", PAPER, torch.bfloat16),
+    ("sm_90", PAPER.but(causal=False, padded=True), torch.float16),
+]
+# fewer of each: compilation takes seconds
+BACKWARD = [
+    ("sm_90", PAPER, torch.bfloat16, ("queries", "keys", "values")),
+    ("sm_80", CROWDED, torch.bfloat16, ("queries", "keys")),
+    ("sm_100", PAPER.but(chunk=None), torch.bfloat16, ("queries",)),
+    ("gfx942", PAPER, torch.float16, ("keys", "values")),
+    ("sm_90", PAPER, torch.float32, ("keys",)),
 ]
 
 
@@ -33,16 +48,41 @@ def _folders(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         monkeypatch.setenv(name, str(tmp_path_factory.getbasetemp() / name))
 
 
-@pytest.mark.parametrize(("case", "dtype"), CASES)
-@pytest.mark.parametrize("target", MATRIX)
-def test_kernels(target: str, case: Case, dtype: torch.dtype) -> None:
+def inputs(case: Case, dtype: torch.dtype) -> GauInputs:
     drawn = case.drawn(dtype)
-    given = GauInputs.of(*(drawn[n] for n in TENSORS), **case.options)
+    return GauInputs.of(*(drawn[n] for n in TENSORS), **case.options)
+
+
+def compiled(target: str, launch: Launch, matrix: bool) -> None:
+    found = compile_for(target, launch)
+    assert found.spilled == 0
+    assert found.shared <= SHARED[target]
+    if matrix:
+        assert MATRIX[target] in found.text
+
+
+@pytest.mark.parametrize(("target", "case", "dtype"), CASES)
+def test_kernels(target: str, case: Case, dtype: torch.dtype) -> None:
+    given = inputs(case, dtype)
     out = torch.empty_like(given.v), torch.empty_like(given.v)
-    states, prefix, mix = gau_triton.prepare(given, gau_triton.tile(given), out)
-    for launch in (states, prefix, mix):
-        compiled = compile_for(target, launch)
-        assert compiled.spilled == 0
-        assert compiled.shared <= SHARED[target]
-        if launch is not prefix and dtype is not torch.float32:
-            assert MATRIX[target] in compiled.text
+    *sums, mix = gau_triton.prepare(given, gau_triton.tile(given), out)
+    assert len(sums) == (0 if case.chunk is None else 2)
+    matrix = dtype is not torch.float32
+    compiled(target, mix, matrix)
+    if sums:
+        states, prefix = sums
+        compiled(target, states, matrix)
+        compiled(target, prefix, False)
+
+
+@pytest.mark.parametrize(("target", "case", "dtype", "names"), BACKWARD)
+def test_backward(target: str, case: Case, dtype: torch.dtype, names: Sequence[str]) -> None:
+    given = inputs(case, dtype)
+    tile = gau_triton_backward.tile(given, "amd" if target == "gfx942" else "")
+    wanted = ["q", "k", "v", *(["q_lin", "k_lin"] if case.chunk else []), "bias"]
+    launches, into = gau_triton_backward.prepare(given, tile, torch.empty_like(given.v), wanted)
+    assert set(into) == set(wanted)
+    found = [launch for launch in launches if launch.kernel.__name__ in names]
+    assert len(launches) == (7 if case.chunk else 3) and len(found) == len(names)
+    for launch in found:
+        compiled(target, launch, dtype is not torch.float32)

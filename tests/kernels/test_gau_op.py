@@ -227,6 +227,15 @@ def test_results_look_as_promised() -> None:
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
+def test_gradients_lie_as_promised_whatever_the_order_of_the_incoming_one() -> None:
+    given = Case().drawn()
+    args, needs = [given[n] for n in TENSORS], [True] * 7
+    found = gau_attention(*args, **Case().options)
+    grad = found[0].transpose(0, 1).contiguous().transpose(0, 1)
+    grads = gau_attention_backward(grad, *args, *found, needs, **Case().options)
+    assert all(x.is_contiguous() for x in grads)
+
+
 @pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)])
 def test_nothing_in_nothing_out(sizes: tuple[int, int, int]) -> None:
     batch, length, e = sizes

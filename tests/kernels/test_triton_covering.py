@@ -164,7 +164,7 @@ def test_numbers_and_gradients(
     monkeypatch.setattr(blocks, "_LEAST", 0 if row["lists"] else 2**40)
     monkeypatch.setattr(launch, "_FAR", 0 if row["index"] == 64 else 2**31)
     monkeypatch.setattr(launch, "precision", lambda: row["precision"])
-    monkeypatch.setattr(launch, "_MOST_OF_AN_AXIS", 3 if row["folded"] else 65535)
+    monkeypatch.setattr(launch, "MOST_OF_AN_AXIS", 3 if row["folded"] else 65535)
     launch.folded.cache_clear()
 
     case, reads = case_of(row, shape)
