@@ -10,13 +10,15 @@ both directions in chunks there is no kernel: `gau_cpu` runs on any device.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attn_compiler.ir.lasting import on_device, recorded
+from attn_compiler.kernels.dropout import Drop
 from attn_compiler.kernels.gau_reach import Direction, Reach, Sweep
 from attn_compiler.kernels.gau_schema import GauInputs
 from attn_compiler.kernels.launch import (
@@ -101,26 +103,90 @@ def prepare(given: GauInputs, tile: GauTile, into: tuple[Tensor, Tensor]) -> lis
     return [*(() if sums is None else sums.launches), mix]
 
 
+# ---------------------------------------------------------------- vectors over the tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """What is the same for all features, [b, T].
+
+    Attributes:
+        outer: factors of the rows of A, that of dropout included.
+        spread: what a bias is multiplied by where scores are divided, else None.
+        ends: first key and the one after the last that a row sees, None without documents.
+        sweep: the way of the states, None without chunks.
+    """
+
+    outer: Tensor
+    spread: Tensor | None
+    ends: tuple[Tensor, Tensor] | None
+    sweep: Sweep | None
+
+
+def vectors(given: GauInputs) -> Vectors:
+    """Of a call; those that only its sizes decide are made once and stay on the device."""
+    if given.valid is not None or given.documents is not None:
+        return _vectors(given)
+    options = given.chunk, given.causal, given.scale_mode, given.inside, given.drop.rate
+    found = _lasting(given.q.device, given.size[1], given.dtype, options)
+    sweep = None if found.sweep is None else found.sweep.read
+    recorded(*(x for x in (found.outer, found.spread, sweep) if x is not None))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _lasting(
+    device: torch.device,
+    length: int,
+    dtype: torch.dtype,
+    options: tuple[int | None, bool, str, bool, float],
+) -> Vectors:
+    """Of a call of any tensors, for chunk, causal, scale_mode, inside and the rate of dropout."""
+    chunk, causal, scale_mode, inside, rate = options
+    x = torch.empty((), dtype=dtype, device="cpu").expand(1, length, 1)
+    found = _vectors(
+        GauInputs(
+            x, x, x, None, None, None, None, None, None, Drop(None, rate),
+            chunk=chunk, causal=causal, scale=1.0, scale_mode=scale_mode, inside=inside,
+        )
+    )  # fmt: skip
+    spread = None if found.spread is None else on_device(found.spread, device)
+    sweep = found.sweep
+    sweep = None if sweep is None else replace(sweep, read=on_device(sweep.read, device))
+    return replace(found, outer=on_device(found.outer, device), spread=spread, sweep=sweep)
+
+
+def _vectors(given: GauInputs) -> Vectors:
+    reach = Reach(given)
+    # relu(a S + b)^2 = a^2 relu(S + b / a)^2
+    outer = reach.rows(reach.near.square()) if given.inside else reach.outer
+    spread = torch.where(reach.near > 0, 1 / reach.near, 0.0) if given.inside else None
+    ends = None
+    if given.documents is not None:
+        lo, hi = (x.expand(given.size[:2]).int().contiguous() for x in (reach.lo, reach.hi))
+        ends = lo, hi
+    return Vectors(outer * given.drop.gain, spread, ends, next(reach.sweeps(), None))
+
+
 # ---------------------------------------------------------------- what all launches of a call share
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A call with its vectors.
-
-    Attributes:
-        sweep: the way of its states, None without chunks.
-    """
+    """A call with its vectors."""
 
     given: GauInputs
     tile: GauTile
-    reach: Reach
-    sweep: Sweep | None
+    vectors: Vectors
 
     @staticmethod
     def of(given: GauInputs, tile: GauTile) -> Setting:
-        reach = Reach(given)
-        return Setting(given, tile, reach, next(reach.sweeps(), None))
+        return Setting(given, tile, vectors(given))
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """The way of its states, None without chunks."""
+        return self.vectors.sweep
 
     @property
     def chunks(self) -> int:
@@ -151,17 +217,13 @@ class Setting:
 
     def arguments(self) -> list[Any]:
         """What tells how scores become weights: see `arguments` of templates/gau_parts.jinja."""
-        given, reach = self.given, self.reach
-        # relu(a S + b)^2 = a^2 relu(S + b / a)^2
-        outer = reach.rows(reach.near.square()) if given.inside else reach.outer
-        found = [*self.vector(outer * given.drop.gain)]
+        given, vectors = self.given, self.vectors
+        found = [*self.vector(vectors.outer)]
         if given.bias is not None:
             found += [given.bias.contiguous(), given.bias.shape[0] // 2]
-            if given.inside:
-                found += self.vector(torch.where(reach.near > 0, 1 / reach.near, 0.0))
-        if given.documents is not None:
-            batch = given.size[0]
-            found += [x.expand(batch, -1).int().contiguous() for x in (reach.lo, reach.hi)]
+            found += self.vector(vectors.spread)
+        if vectors.ends is not None:
+            found += vectors.ends
         if given.valid is not None:
             found.append(given.valid.to(torch.int8).contiguous())
         if given.drop.rate > 0:

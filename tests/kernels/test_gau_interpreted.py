@@ -226,3 +226,17 @@ def test_double_and_mixed_dtypes_have_no_kernel() -> None:
     drawn = BASE.drawn(torch.float32)
     drawn["v"] = drawn["v"].half()
     assert "float16, torch.float32" in gau_triton.refusal(inputs(BASE, drawn))
+
+
+def test_vectors_of_a_length_are_made_once(
+    monkeypatch: pytest.MonkeyPatch, generated: Callable[..., list[str]]
+) -> None:
+    """A call has no launches beside those of its kernels."""
+    case = BASE.but(length=21, inside=True, batch=1)
+    drawn = case.drawn(torch.float32)
+    exact = with_gradients(case, drawn)
+    generated(TILES[1])
+    with_gradients(case, drawn)
+    monkeypatch.setattr(gau_triton, "Reach", None)
+    for a, b in zip(with_gradients(case, drawn), exact, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from attn_compiler.ir.score import Program
-from attn_compiler.kernels import el, gau, gau_triton
+from attn_compiler.kernels import el, gau, gau_triton, gau_triton_backward
 from attn_compiler.kernels.gau import gau_attention
 
 pytestmark = pytest.mark.gpu
@@ -80,14 +80,17 @@ PAPER = GauCase(length=700, s=128, e=256, chunk=128)
         PAPER.but(causal=False, padded=True),
         PAPER.but(packed=True, inside=True, s=64),
         PAPER.but(gated=False, biased=False, e=100, padded=True),
+        PAPER.but(chunk=None),
+        PAPER.but(chunk=None, causal=False, packed=True, dropout=0.1),
     ],
-    ids=["causal", "padded", "documents", "bare"],
+    ids=["causal", "padded", "documents", "bare", "all pairs", "dropout"],
 )
 def test_gau(case: GauCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = heard(monkeypatch, gau_triton, "forward")
+    forward = heard(monkeypatch, gau_triton, "forward")
+    backward = heard(monkeypatch, gau_triton_backward, "backward")
     drawn = case.drawn(dtype)
     ours = gau_cases.with_gradients(case, drawn, there(gau_attention))
-    assert calls
+    assert forward and backward
     monkeypatch.setattr(gau, "runs_triton", lambda given: False)
     plain = gau_cases.with_gradients(case, drawn)
     exact = gau_cases.with_gradients(
@@ -97,3 +100,10 @@ def test_gau(case: GauCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     for a, b, c in zip(ours, plain, exact, strict=True):
         error, allowed = (a.double() - c).norm(), (b.double() - c).norm()
         assert error <= 2 * allowed + torch.finfo(dtype).eps / 2 * c.norm()
+
+
+def test_gau_twice() -> None:
+    """Nothing is added to from two places."""
+    drawn = PAPER.drawn(torch.bfloat16)
+    one, other = (gau_cases.with_gradients(PAPER, drawn, there(gau_attention)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
