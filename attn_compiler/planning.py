@@ -27,7 +27,7 @@ from attn_compiler.cost.roofline import Time, time_of
 from attn_compiler.cost.search import choose
 from attn_compiler.crossing import crossing
 from attn_compiler.errors import BadOption
-from attn_compiler.variants import Flash, core_of, costed, ordinary, without_kernels
+from attn_compiler.variants import Flash, core_of, costed, ordinary
 from attn_compiler.variants.base import Scope, Shape, VariantSpec
 
 _SHOWN, _WIDTH = 5, 100
@@ -308,7 +308,7 @@ def _variant(
         _plan(name, spec, ours, numbers, hardware),
         keep=ours.seconds >= theirs.seconds,
         alternatives=(kept,),
-        assumed=_assumed(spec, shape, hardware),
+        assumed=_assumed(spec, hardware),
     )
 
 
@@ -356,13 +356,12 @@ def _on_a_cpu(
     return _scaled(found, _WITH_BACKWARD if shape.training else 1.0)
 
 
-def _assumed(spec: VariantSpec, shape: Shape, hardware: Hardware) -> str:
+def _assumed(spec: VariantSpec, hardware: Hardware) -> str:
     """What of a prediction nobody has measured."""
     if hardware.kind == "cpu":
         return "" if hardware.mark == "measured" else "the constants of this CPU: see calibrate()"
-    name, missing = type(spec).__name__, without_kernels(spec, shape.work)
-    text = f"{name} computes at {_EFFICIENCY[name]:.0%} of the rate of an ordinary product"
-    return text + (f"; a kernel for its {missing}, which is not there" if missing else "")
+    name = type(spec).__name__
+    return f"{name} computes at {_EFFICIENCY[name]:.0%} of the rate of an ordinary product"
 
 
 def cost_of_a_layer(spec: VariantSpec | None, shape: Shape, dtype: torch.dtype) -> Cost:

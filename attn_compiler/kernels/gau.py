@@ -103,7 +103,8 @@ def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     check_gau(given)
     with full_precision(given.q.device.type):
         if runs_triton(given):
-            return gau_triton.forward(given, gau_triton.tile(given))
+            tile = gau_triton.tile(given, gpu.family(given.q.device))
+            return gau_triton.forward(given, tile)
         return gau_cpu.forward(given)
 
 

@@ -40,14 +40,21 @@ _STEP = 32
 
 @dataclass(frozen=True, slots=True)
 class GauTile:
-    """What is chosen for the launches: rows, keys and channels of a program, warps, stages.
+    """What is chosen for the launches.
 
-    Rows are no more than keys.
+    Attributes:
+        rows, keys: of a square, rows no more than keys.
+        channels: of the expanded width, of which a program has the result.
+        states: those of which a program adds up a state.
+        part: those that are multiplied at once where a program needs all of them.
+        warps, stages: of a program.
     """
 
     rows: int = 64
     keys: int = 64
-    channels: int = 128
+    channels: int = 256
+    states: int = 128
+    part: int = 64
     warps: int = 8
     stages: int = 2
 
@@ -67,11 +74,18 @@ def refusal(given: GauInputs) -> str:
     return ""
 
 
-def tile(given: GauInputs) -> GauTile:
-    """The tile of a call: without spills on sm_80 and sm_90, not yet measured on a GPU."""
+def tile(given: GauInputs, family: str = "") -> GauTile:
+    """The tile of a call: without spills on sm_80, sm_90, sm_100 and gfx942, not yet measured.
+
+    Args:
+        family: of the device, as `gpu.family` names it.
+    """
     if given.q.dtype.itemsize == 4:
-        return GauTile(32, 32, 64)
-    return GauTile(channels=64 if given.drop.rate else 128)
+        return GauTile(32, 32, 64, 64)
+    if family == "amd":
+        return GauTile(channels=64, states=64, warps=4)
+    half = given.q.dtype is torch.float16
+    return GauTile(channels=64 if given.drop.rate else 128 if half else 256)
 
 
 def forward(given: GauInputs, tile: GauTile) -> tuple[Tensor, Tensor]:
@@ -96,9 +110,9 @@ def prepare(given: GauInputs, tile: GauTile, into: tuple[Tensor, Tensor]) -> lis
     structure = {**setting.structure(), "gated": given.gate is not None}
     mix = Launch(
         module("gau", structure).mix,
-        (setting.blocks(tile.rows), setting.slices, given.size[0]),
+        (setting.blocks(tile.rows), setting.slices(tile.channels), given.size[0]),
         (*args, *setting.arguments()),
-        setting.constants(power(given.size[2])),
+        setting.constants(tile.channels, power(given.size[2])),
     )
     return [*(() if sums is None else sums.launches), mix]
 
@@ -192,10 +206,9 @@ class Setting:
     def chunks(self) -> int:
         return -(-self.given.size[1] // self.given.span)
 
-    @property
-    def slices(self) -> int:
+    def slices(self, channels: int) -> int:
         """Programs that share the expanded width."""
-        return -(-self.given.size[3] // self.tile.channels)
+        return -(-self.given.size[3] // channels)
 
     def blocks(self, size: int) -> int:
         """Programs that have so many tokens of their own."""
@@ -237,21 +250,24 @@ class Setting:
         several = x.shape[0] == self.given.size[0] > 1
         return x.contiguous(), x.shape[1] if several else 0
 
-    def widths(self) -> dict[str, Any]:
+    def widths(self, channels: int) -> dict[str, Any]:
         """Constants of every launch."""
         _, _, s, e = self.given.size
-        found = {"S": s, "E": e, "BLOCK_S": power(s), "BLOCK_E": self.tile.channels}
+        found = {"S": s, "E": e, "BLOCK_S": power(s), "BLOCK_E": channels}
         return found | {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
 
-    def constants(self, read: int) -> dict[str, Any]:
+    def constants(self, channels: int, read: int) -> dict[str, Any]:
         """Of launches that compute squares.
 
         Args:
+            channels: that a program has, or multiplies, at once.
             read: the width of a state along which it is read.
         """
         tile = self.tile
         found = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "STEP": min(_STEP, read)}
-        return self.widths() | found | {"PRECISION": self.precision, "STATES": self.precision}
+        return (
+            self.widths(channels) | found | {"PRECISION": self.precision, "STATES": self.precision}
+        )
 
     @property
     def precision(self) -> str:
@@ -298,12 +314,13 @@ def sums(
         },
     )
     args = (*tokens(x), *tokens(right), states, *setting.vector(write))
-    constants = setting.widths() | {"BLOCK_N": setting.tile.keys, "PRECISION": setting.precision}
+    tile = setting.tile
+    constants = {"BLOCK_N": tile.keys, "PRECISION": setting.precision}
     one = Launch(
         found.states,
-        (chunks, setting.slices, batch),
+        (chunks, setting.slices(tile.states), batch),
         (*args, length, setting.given.span, chunks),
-        constants,
+        setting.widths(tile.states) | constants,
     )
     carried = () if carry is None else (carry.flatten(1).expand(batch, -1).contiguous(),)
     other = Launch(

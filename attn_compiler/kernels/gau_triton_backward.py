@@ -39,9 +39,15 @@ def tile(given: GauInputs, family: str = "") -> GauTile:
         family: of the device, as `gpu.family` names it.
     """
     if given.q.dtype.itemsize == 4:
-        return GauTile(16, 32, 32)
-    crowded = given.documents is not None or given.drop.rate > 0
-    return GauTile(32 if crowded else 64, 64, 64, warps=4 if family == "amd" else 8)
+        return GauTile(16, 32, 32, 64, 32)
+    half = given.q.dtype is torch.float16
+    rows = keys = 64
+    channels = 128 if half else 256
+    if given.documents is not None or given.drop.rate:  # more numbers for every token
+        rows, keys, channels = 32, 32 if half else 64, 64
+    if family == "amd":
+        return GauTile(rows, keys, 64, 64, warps=4)
+    return GauTile(rows, keys, channels)
 
 
 def backward(
@@ -155,11 +161,14 @@ class _Call:
 
     def _launch(self, name: str, args: list[Any], own: int) -> Launch:
         setting, batch = self._setting, self._given.size[0]
-        slices = setting.slices if name == "values" else 1
-        read = power(self._given.size[2]) if name == "values" else setting.tile.channels
+        slices, constants = 1, setting.constants(setting.tile.part, setting.tile.part)
+        if name == "values":
+            channels = setting.tile.channels
+            slices = setting.slices(channels)
+            constants = setting.constants(channels, power(self._given.size[2]))
         return Launch(
             getattr(module("gau_backward", self._structure), name),
             (setting.blocks(own), slices, batch),
             (*args, *setting.arguments()),
-            setting.constants(read),
+            constants,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from attn_compiler.errors import BadOption
 from attn_compiler.variants import el, flash, gau, linear_attention, selective, spion, switchhead
-from attn_compiler.variants.base import Scope, Shape, VariantSpec, Work
+from attn_compiler.variants.base import Scope, Shape, VariantSpec
 from attn_compiler.variants.blocks.switchhead import SWITCHALL
 from attn_compiler.variants.el import EL, ELAttention
 from attn_compiler.variants.flash import FLASH, Flash
@@ -39,7 +39,6 @@ __all__ = [
     "is_measured",
     "needs_data",
     "ordinary",
-    "without_kernels",
 ]
 
 
@@ -63,16 +62,6 @@ def ordinary(shape: Shape, scope: Scope) -> Cost:
 def _is_cross(shape: Shape) -> bool:
     """Do keys come from another sequence?"""
     return not shape.causal and shape.query != shape.key
-
-
-def without_kernels(spec: VariantSpec, work: Work) -> str:
-    """Which passes are counted as kernels of a GPU that are not there: PyTorch's operators run
-    them. Empty for none.
-    """
-    if not isinstance(spec, gau.GAU) or work == "decode":
-        return ""
-    passes = ["forward"] if spec.chunk is None else []
-    return " and ".join([*passes, *(["backward"] if work == "training" else [])])
 
 
 def core_of(spec: VariantSpec, shape: Shape, letters: dict[str, float]) -> Shape | None:
@@ -103,7 +92,8 @@ def costed(
 
     Args:
         gpu: as a GPU runs it: experts by `kernels.experts_triton`, or all of them for every row
-            (`kernels.expert_forms`), and Selective's F as a tensor (`kernels.selective_paths`).
+            (`kernels.expert_forms`), Selective's F as a tensor (`kernels.selective_paths`),
+            gated units by `kernels.gau_triton`.
     """
     work, causal, width = shape.work, shape.causal, shape.channels
     cross = _is_cross(shape)
@@ -147,7 +137,7 @@ def costed(
         unit = gau.filled(
             spec, width=width, replaced=12 * width**2, length=shape.key, causal=causal
         )
-        return unit, gau.cost(unit, work, causal=causal), Scope.BLOCK, {}
+        return unit, gau.cost(unit, work, causal=causal, gpu=gpu), Scope.BLOCK, {}
     raise BadOption(
         f"no costs are known of {type(spec).__name__}", do="give a spec of this package"
     )

@@ -89,15 +89,18 @@ class GAU(VariantSpec):
             demand(self, "relative_bias", self.relative_bias, 'leave it True, or init="fresh"', why)
 
 
-def cost(spec: GAU, work: Work, *, causal: bool = False) -> Cost:
+def cost(spec: GAU, work: Work, *, causal: bool = False, gpu: bool = False) -> Cost:
     """What a pair of units costs, which replaces a block, in the letters of `cost.letters`: d is
     the width s, e the expanded width, C the chunk. Numbers that the spec gives stand in their
     place; a chunk that is "auto" is a chunk, C.
+
+    Args:
+        gpu: by the generated kernels, which do more than has to be done.
     """
     from attn_compiler.variants.costs import gau, parts
 
     share = parts.visited(work, causal)
-    found = gau.pair(work, chunked=spec.chunk is not None, share=share)
+    found = gau.pair(work, chunked=spec.chunk is not None, share=share, gpu=gpu)
     expanded = None if spec.expansion == "auto" else spec.expansion
     return parts.filled(gau.expanded(found, expanded), d=spec.s, C=spec.chunk)
 

@@ -122,15 +122,9 @@ def test_a_plan_says_what_is_assumed() -> None:
     assert text.splitlines()[-1] == (
         "assumed: SwitchHead computes at 70% of the rate of an ordinary product"
     )
-    missing = "a kernel for its {}, which is not there"
-    training, whole = replace(LONG, training=True), ac.GAU(chunk=None)
-    for spec, shape, what in (
-        (ac.GAU(), LONG, ""), (ac.GAU(), training, "backward"), (whole, LONG, "forward"),
-        (whole, training, "forward and backward"),
-    ):  # fmt: skip
-        found = ac.plan(spec, shape, hardware="h200").assumed
-        assert missing.format(what) in found if what else "kernel" not in found
-        assert "kernel" not in ac.plan(spec, shape, hardware="cpu").assumed
+    for spec in (ac.GAU(), ac.GAU(chunk=None)):
+        found = ac.plan(spec, replace(LONG, training=True), hardware="h200").assumed
+        assert found == "GAU computes at 80% of the rate of an ordinary product"
     assert "see calibrate()" in str(ac.plan(ac.SPION(), LONG, hardware="cpu"))
     measured = replace(ac.Hardware.named("cpu"), mark="measured")
     assert "assumed" not in str(ac.plan(ac.SPION(), LONG, hardware=measured))

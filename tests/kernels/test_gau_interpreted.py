@@ -42,7 +42,9 @@ CASES = [
     BASE.but(chunk=None, dropout=0.4, padded=True, batch=1),
     BASE.but(dropout=1.0, causal=False, length=20),
 ]
-TILES = (GauTile(16, 16, 16), GauTile(32, 32, 32), GauTile(16, 32, 64))
+TILES = (
+    GauTile(16, 16, 16, 16, 16), GauTile(32, 32, 32, 32, 32), GauTile(16, 32, 64, 16, 32),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -168,6 +168,27 @@ def test_training_keeps_no_scores() -> None:
     assert sympy.expand(inside - pairs * (d + e) - pairs * (4 * d + 3 * e)) == 0
 
 
+@pytest.mark.parametrize("chunk", [256, None])
+def test_kernels_of_a_gpu_do_more(chunk: int | None) -> None:
+    """A pair at e = 2048: eight slices of 256 columns, in the forward pass and for dV."""
+    spec, shape = GAU(chunk=chunk), PAPER | {"D": 1024, "e": 2048, "T": 8192, "S": 8192}
+    found = {}
+    for work in ("prefill", "training"):
+        with_kernels = cost(spec, work, causal=True, gpu=True).numbers(**shape)  # type: ignore[arg-type]
+        found[work] = with_kernels.beyond(cost(spec, work, causal=True).numbers(**shape))  # type: ignore[arg-type]
+    scores = 2 * 8192 * 128 * (chunk or 8192)  # of both units, half of the pairs
+    again = 2 * 2 * 8192 * 128 * 2048 if chunk else 0  # states in the backward
+    assert found["prefill"].flops == 7 * scores
+    assert found["training"].flops == 15 * scores + again
+    # of two units: three or one launch in a forward pass, seven or three and two products more
+    base = {"prefill": 2 * 1, "training": 2 * 3}
+    launches = {"prefill": 3, "training": 3 + 9} if chunk else {"prefill": 1, "training": 1 + 5}
+    for work, count in launches.items():
+        assert found[work].launches == 2 * count - base[work]
+    states = 4 * 8192 / 256 * 128 * 2048 if chunk else 0
+    assert found["prefill"].written == 2 * 2 * states
+
+
 def test_numbers_of_a_spec_stand_in_its_costs() -> None:
     found = cost(GAU(chunk=64, s=32, expansion=1.5), "prefill")
     general = cost(GAU(), "prefill").numbers(B=2, T=7, S=7, D=22, n=2, C=64, d=32, e=33)

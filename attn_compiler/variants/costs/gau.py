@@ -8,29 +8,41 @@ token, f the share of the pairs that is visited:
 
     12 D e + 4 D d   +   4 f C (d + e) + 8 d e   in chunks,   4 f T (d + e)   over all pairs
 
+On a GPU the kernels (kernels/gau_triton) do more than that: a program has some of the e columns of
+a result, so scores are computed once for each such slice, and states go through memory.
+
 Source: Transformer Quality in Linear Time (arXiv 2202.10447); costs derived from its equations.
 """
 
 from __future__ import annotations
 
+import sympy
+
 from attn_compiler.cost.letters import B, C, Cost, D, K, M, Number, S, T, d, e, n
 from attn_compiler.variants.base import Work
 from attn_compiler.variants.costs.parts import filled, linear
 
+# columns of a program
+_SLICE = 256
 
-def pair(work: Work, *, chunked: bool, share: Number = 1) -> Cost:
+
+def pair(work: Work, *, chunked: bool, share: Number = 1, gpu: bool = False) -> Cost:
     """Two units.
 
     Args:
         work: see `Work`.
         chunked: chunks of C tokens and a state, else all pairs.
         share: of the pairs that are visited (of a chunk's pairs if chunked).
+        gpu: by the generated kernels.
     """
     training = work == "training"
     rows = B * K * T if work == "decode" else B * T
     into = linear(rows, D, 2 * e + d, training=training) + Cost(exps=rows * (2 * e + d))
     out = linear(rows, e, D, training=training, keeps=False)
-    return (into + core(work, chunked=chunked, share=share) + out).times(2)
+    inner = core(work, chunked=chunked, share=share)
+    if gpu and work != "decode":
+        inner += _sliced(work == "training", chunked, share)
+    return (into + inner + out).times(2)
 
 
 def core(work: Work, *, chunked: bool, share: Number = 1) -> Cost:
@@ -74,6 +86,27 @@ def _backward(chunked: bool, share: Number) -> Cost:
         saved=n * rows * (2 * e + d + e),
         near=2 * n * share * rows * keys * (d + 2 * e) / M + 2 * (inputs + n * rows * e) + inputs,
     )
+
+
+def _sliced(training: bool, chunked: bool, share: Number) -> Cost:
+    """What the kernels of a GPU do beyond that. Their backward has a kernel for dq, one for dk and
+    one for dV, which has slices, and two products with the gate before them.
+    """
+    rows, keys = B * T, C if chunked else S
+    slices = sympy.ceiling(e / _SLICE)
+    scores = (2 * slices if training else slices) - 1
+    found = Cost(
+        flops=2 * share * rows * keys * d * scores,
+        near=n * share * rows * keys * d * scores / M,
+    )
+    if training:
+        found += Cost(read=3 * n * rows * e, written=n * rows * e, launches=3)
+    if chunked:  # of one direction; the backward makes the forward's again, and its own
+        state, inputs = 4 * rows * d * e / C, n * rows * (d + e)
+        flops = 2 * rows * d * e if training else 0
+        once = Cost(read=2 * state + inputs, written=2 * state, launches=2)
+        found += once.times(3 if training else 1) + Cost(flops=flops)
+    return found
 
 
 def _keys(chunked: bool) -> Number:
