@@ -15,8 +15,8 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "tiles backward", "variants",
     "variants backward", "selective", "selective training", "selective decode", "decode", "el",
-    "summaries", "blocks", "expert project", "expert merge", "switchhead", "gau", "gau block",
-    "numerics", "launch",
+    "summaries", "blocks", "expert project", "expert merge", "switchhead", "gau", "gau backward",
+    "gau block", "gau block training", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -231,13 +231,16 @@ def _units() -> Iterator[Case]:
     """Gated attention units of width 1024 beside 16 or 8 heads: what mixes tokens, then whole
     blocks over 65536 tokens, short enough for the dense one and so long that it cannot win.
     """
-    ways = ("gau", "chunk kernel", "triton", "cudnn")
+    ways = ("gau", "plain", "chunk kernel", "triton", "cudnn")
     for dim, length in product((128, 64), (8192, 16384)):
         sizes = Sizes(32768 // length, 1024 // dim, 1024 // dim, length, length, dim)
         yield Case("gau", "causal", sizes, ways, 3, 6)
+        yield Case("gau backward", "causal", sizes, ("gau", "plain", "triton", "cudnn"), 3, 8)
     for length in (8192, 32768, 2048, 3072, 16384, 65536):
         sizes = Sizes(65536 // length, 16, 16, length, length, 64)
         yield Case("gau block", "causal", sizes, ("pair", "own", "cudnn"), 3, 10)
+        if length in (8192, 32768):
+            yield Case("gau block training", "causal", sizes, ("pair", "own", "cudnn"), 3, 16)
 
 
 def _numerics() -> Iterator[Case]:

@@ -23,6 +23,7 @@ _NAMES = {
     "keys_and_values": "dk and dv alone", "cublas": "a plain product",
     "grouped mm": "gathered rows, grouped product, index_add", "masked": "all experts",
     "kernel": "the kernel alone", "switchhead": "SwitchHead", "own": "our own attention",
+    "plain": "PyTorch's operators",
 }  # fmt: skip
 # what a section shows, and against what
 SECTIONS = {
@@ -44,7 +45,9 @@ SECTIONS = {
     "expert merge": ("merge by experts", "a plain product, PyTorch's grouped product"),
     "switchhead": ("a block of SwitchHead", "a dense block with our attention, cuDNN, flash"),
     "gau": ("two gated units, what mixes tokens", "own dense kernel, cuDNN"),
+    "gau backward": ("its backward", "PyTorch's operators, own dense kernels, cuDNN"),
     "gau block": ("two gated units, whole block", "dense block on own attention, on cuDNN"),
+    "gau block training": ("its forward and backward", "dense block on own attention, on cuDNN"),
     "numerics": ("error in bfloat16 against float64", "SDPA"),
     "launch": ("seconds of the host per call", "SDPA"),
 }
@@ -275,17 +278,18 @@ def _per_second(row: Row, way: str) -> list[float]:
 
 
 def _mixing(row: Row, ceiling: float) -> tuple[str, str]:
-    """How many times as fast two units are, and how many operations a second the kernel of a chunk
-    does for one of a dense kernel.
+    """How many times as fast two units are, and how many operations a second the kernel of a chunk,
+    or the backward pass, does for one of a dense kernel.
     """
-    parts = [f"{_milliseconds(row, 'gau')}, chunk kernel {_speed(row, 'chunk kernel')}"]
-    for way in (way for way in row["ways"] if way not in ("gau", "chunk kernel")):
+    own = "chunk kernel" if "chunk kernel" in row["ways"] else "gau"
+    parts = [f"{_milliseconds(row, 'gau')}, {own} {_speed(row, own)}"]
+    for way in (way for way in row["ways"] if way not in ("gau", own)):
         text = f"{_name(way)}: {_milliseconds(row, way)}"
         if found := ratios(row, way, "gau"):
             text += f", gau is {spread(found)}x as fast"
-        rates = (_rates(row, w, 1.0, "flops") for w in ("chunk kernel", way))
+        rates = (_rates(row, w, 1.0, "flops") for w in (own, way) if way != "plain")
         if found := [ours / theirs for ours, theirs in zip(*rates, strict=False)]:
-            text += f", chunk kernel {spread(found)}x the TFLOP/s"
+            text += f", {own} {spread(found)}x the TFLOP/s"
         parts.append(text)
     return parts[0], "; ".join(parts[1:])
 
@@ -389,7 +393,7 @@ _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     "el": _steps, "summaries": _samples, "expert project": _rated, "expert merge": _rated,
     "switchhead": _whole, "selective": _overheads, "selective training": _overheads,
     "selective decode": _budgets,
-    "gau": _mixing, "gau block": _blocks,
+    "gau": _mixing, "gau backward": _mixing, "gau block": _blocks, "gau block training": _blocks,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip
 
