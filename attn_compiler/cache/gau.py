@@ -21,7 +21,7 @@ from attn_compiler.cache.place import placed
 from attn_compiler.cache.summed import SummedLayer
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.kernels.gau_layer import GauForm, GauParameters, gau_layer
-from attn_compiler.kernels.gau_state import GauState, empty_state, gau_step
+from attn_compiler.kernels.gau_state import GauState, empty_state, gau_keep, gau_step
 
 Unit = tuple[GauParameters, GauForm]
 _ROOM = 64
@@ -83,7 +83,7 @@ class GauLayer(SummedLayer):
             x, valid = first
             room = None if form.chunk is not None else x.shape[1] + max(more, _ROOM)
             state = empty_state(x.shape[0], weights, form, capacity=room)
-            _, state = gau_step(x, weights, form, state, valid=valid)
+            state = gau_keep(x, weights, form, state, valid=valid)
             self._first[number] = None
         assert state is not None
         if form.chunk is None and state.length + more > state.k.shape[1]:

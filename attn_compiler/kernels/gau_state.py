@@ -9,6 +9,7 @@ differentiable. Source: derived from `gau_schema`, of which this is the causal f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -118,6 +119,53 @@ def gau_step(
     Raises:
         UnsupportedCall: there is no room for these tokens; gamma has too few rows.
     """
+    gate, tokens = _tokens(x, weights, form, state, valid)
+    table = relative(weights, form, state.length + x.shape[1])
+    mixed = []
+    for part in _parts(state, x.shape[1]):
+        reader = _Reader(state, form, scale_of(weights, form), table)
+        rows, state = reader.read(tokens.part(part))
+        mixed.append(rows)
+    out = (torch.cat(mixed, 1) * gate).to(tokens.v.dtype)
+    return leave(out, weights), state
+
+
+@torch.no_grad()
+def gau_keep(
+    x: Tensor,
+    weights: GauParameters,
+    form: GauForm,
+    state: GauState,
+    *,
+    valid: Tensor | None = None,
+) -> GauState:
+    """The state after tokens whose rows somebody has already; arguments as in `gau_step`."""
+    _, tokens = _tokens(x, weights, form, state, valid)
+    for part in _parts(state, x.shape[1]):
+        state = _closed(state, _written(state, tokens.part(part)))
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """[B, n, ...] of tokens that are read; no linear queries and keys without chunks."""
+
+    v: Tensor
+    counts: Tensor
+    q: Tensor
+    k: Tensor
+    q_lin: Tensor | None = None
+    k_lin: Tensor | None = None
+
+    def part(self, rows: slice) -> _Tokens:
+        found = (getattr(self, f.name) for f in fields(self))
+        return _Tokens(*(None if x is None else x[:, rows] for x in found))  # type: ignore[arg-type]
+
+
+def _tokens(
+    x: Tensor, weights: GauParameters, form: GauForm, state: GauState, valid: Tensor | None
+) -> tuple[Tensor, _Tokens]:
+    """The gate, and what else a unit makes of its input."""
     if form.chunk is None and state.length + x.shape[1] > state.k.shape[1]:
         raise UnsupportedCall(
             f"the state has room for {state.k.shape[1]} tokens",
@@ -125,19 +173,40 @@ def gau_step(
             do="make a state of a larger capacity",
         )
     gate, v, z = projected(x, weights)
-    tokens = (v, *queries_and_keys(z, weights, form, state.length))
     counts = torch.ones_like(x[..., 0], dtype=torch.bool) if valid is None else valid
-    table = relative(weights, form, state.length + x.shape[1])
-    mixed, first = [], 0
-    while first < x.shape[1]:
-        room = state.k.shape[1] - state.filled
-        part = slice(first, min(first + room, x.shape[1]))
-        reader = _Reader(state, form, scale_of(weights, form), table)
-        rows, state = reader.read([t[:, part] for t in tokens], counts[:, part])
-        mixed.append(rows)
-        first = part.stop
-    out = (torch.cat(mixed, 1) * gate).to(v.dtype)
-    return leave(out, weights), state
+    return gate, _Tokens(v, counts, *queries_and_keys(z, weights, form, state.length))
+
+
+def _parts(state: GauState, length: int) -> Iterator[slice]:
+    """Tokens that the open chunk has room for, and those of the chunks after it."""
+    first, room = 0, state.k.shape[1] - state.filled
+    while first < length:
+        yield slice(first, min(first + room, length))
+        first, room = first + room, state.k.shape[1]
+
+
+def _written(state: GauState, tokens: _Tokens) -> slice:
+    """The rows of the open chunk that hold the tokens now."""
+    rows = slice(state.filled, state.filled + tokens.v.shape[1])
+    for kept, new in (
+        (state.v, tokens.v),
+        (state.k, tokens.k),
+        (state.valid, tokens.counts),
+        (state.k_lin, tokens.k_lin),
+    ):
+        if new is not None:
+            kept[:, rows] = new
+    return rows
+
+
+def _closed(state: GauState, rows: slice) -> GauState:
+    """With so many more tokens; a full chunk is added to the sum."""
+    seen = state.seen
+    if state.memory.numel() and rows.stop == state.k.shape[1]:
+        keys = state.k_lin.to(state.memory.dtype) * state.valid[..., None]
+        state.memory.baddbmm_(keys.mT, state.v.to(keys.dtype))
+        seen = seen + state.valid.sum(1)
+    return replace(state, seen=seen, length=state.length + rows.stop - rows.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,24 +218,16 @@ class _Reader:
     scale: float
     table: Tensor | None
 
-    def read(self, tokens: list[Tensor], counts: Tensor) -> tuple[Tensor, GauState]:
-        """`mixed` of v, q, k, and q_lin, k_lin in chunks; and the state after them."""
-        v, q, k, *linear = tokens
-        state, dtype = self.state, accumulator(q, v)
-        rows = slice(state.filled, state.filled + v.shape[1])
-        for kept, new in ((state.v, v), (state.k, k), (state.valid, counts)):
-            kept[:, rows] = new
-        mixed = self._weights(q.to(dtype), rows) @ state.v[:, : rows.stop].to(dtype)
-        seen = state.seen
-        if linear:
-            q_lin, state.k_lin[:, rows] = linear[0], linear[1]
-            mixed += (q_lin.to(dtype) * self._divided(seen)[:, None, None]) @ state.memory
-            if rows.stop == state.k.shape[1]:
-                keys = state.k_lin.to(dtype) * state.valid[..., None]
-                state.memory.baddbmm_(keys.mT, state.v.to(dtype))
-                seen = seen + state.valid.sum(1)
-        mixed *= counts[..., None]
-        return mixed, replace(state, seen=seen, length=state.length + v.shape[1])
+    def read(self, tokens: _Tokens) -> tuple[Tensor, GauState]:
+        """`mixed` of the tokens, and the state after them."""
+        state, dtype = self.state, accumulator(tokens.q, tokens.v)
+        rows = _written(state, tokens)
+        mixed = self._weights(tokens.q.to(dtype), rows) @ state.v[:, : rows.stop].to(dtype)
+        if tokens.q_lin is not None:
+            factors = self._divided(state.seen)[:, None, None]
+            mixed += (tokens.q_lin.to(dtype) * factors) @ state.memory
+        mixed *= tokens.counts[..., None]
+        return mixed, _closed(state, rows)
 
     def _weights(self, q: Tensor, rows: slice) -> Tensor:
         """A of these rows, [B, rows, keys of the open chunk]."""

@@ -20,7 +20,7 @@ from attn_compiler.kernels.gau_layer import (
     relative,
     rotated,
 )
-from attn_compiler.kernels.gau_state import empty_state, gau_step
+from attn_compiler.kernels.gau_state import GauState, empty_state, gau_keep, gau_step
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
 WIDTH, EXPANDED, S = 6, 13, 4
@@ -196,6 +196,20 @@ def test_steps_are_the_rows_of_the_whole(
             start += number
             assert state.nbytes == size and state.length == start
         assert torch.allclose(torch.cat(rows, 1), whole, **TIGHT)
+
+
+@pytest.mark.parametrize("chunk", [4, None])
+def test_tokens_that_are_only_kept(chunk: int | None) -> None:
+    """The state is that of a step, also in the middle of a chunk, and no weights are made."""
+    form = GauForm(chunk=chunk, causal=True)
+    w, x = trained(chunk), tokens()
+    valid = torch.rand(2, 23, generator=torch.Generator().manual_seed(2)) > 0.3
+    kept, read = (empty_state(2, w, form, capacity=None if chunk else 23) for _ in range(2))
+    for part in (slice(0, 3), slice(3, 17), slice(17, 23)):
+        _, read = gau_step(x[:, part], w, form, read, valid=valid[:, part])
+        kept = gau_keep(x[:, part], w, form, kept, valid=valid[:, part])
+        for name in GauState.__slots__:
+            assert torch.equal(*(torch.as_tensor(getattr(s, name)) for s in (kept, read))), name
 
 
 def test_a_state_is_of_float32_and_the_open_chunk() -> None:
