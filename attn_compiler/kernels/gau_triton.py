@@ -84,8 +84,10 @@ def tile(given: GauInputs, family: str = "") -> GauTile:
         return GauTile(32, 32, 64, 64)
     if family == "amd":
         return GauTile(channels=64, states=64, warps=4)
-    half = given.q.dtype is torch.float16
-    return GauTile(channels=64 if given.drop.rate else 128 if half else 256)
+    if given.drop.rate:
+        return GauTile(channels=64)
+    narrow = given.q.dtype is torch.float16 or given.documents is not None
+    return GauTile(channels=128 if narrow else 256)
 
 
 def forward(given: GauInputs, tile: GauTile) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def tile(given: GauInputs, family: str = "") -> GauTile:
     half = given.q.dtype is torch.float16
     rows = keys = 64
     channels = 128 if half else 256
-    if given.documents is not None or given.drop.rate:  # more numbers for every token
+    if given.documents is not None or given.drop.rate or given.inside:  # more for every token
         rows, keys, channels = 32, 32 if half else 64, 64
     if family == "amd":
         return GauTile(rows, keys, 64, 64, warps=4)
@@ -56,7 +56,7 @@ def backward(
     """The gradients that `needs` marks, which has an entry for each tensor of the call."""
     wanted, found = given.wanted(needs), {}
     if given.gate is not None:
-        found["gate"] = (grad * mixed).contiguous()
+        found["gate"] = (grad * mixed).to(given.gate.dtype).contiguous()
         grad = grad * given.gate
     launches, into = prepare(given, tile, grad.to(given.v.dtype), wanted)
     for launch in launches:
