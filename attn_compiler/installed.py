@@ -290,17 +290,13 @@ def install(
     `restore`, until `settle`.
     """
     owner.__class__ = rewritten_class(base_of(owner))
-    new = [item for site in sites for item in site.decision.tensors]
-    values = swap.made(owner, new)
-    taken = swap.take(owner, [path for site in sites for path in site.decision.taken])
     owner.__dict__.update(
-        _attn_variants=variants,
-        _attn_plan=plan,
-        _attn_failures=(),
-        _attn_sites=sites,
-        _attn_taken=taken,
+        _attn_variants=variants, _attn_plan=plan, _attn_failures=(), _attn_sites=sites
     )
-    swap.put(owner, new, values)
+    values = swap.made(owner, added(owner))
+    paths = [path for site in sites for path in site.decision.taken]
+    owner.__dict__["_attn_taken"] = swap.take(owner, paths)
+    swap.put(owner, added(owner), values)
 
 
 def added(owner: nn.Module) -> tuple[NewTensor | NewModule, ...]:

@@ -11,9 +11,11 @@ sigmoids of logits above 17 are all 1 in float32. Entropies: sigma-MoE (arXiv 23
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -141,3 +143,18 @@ def entropy(shares: Tensor) -> Tensor:
         shares: [..., E], rows sum to 1.
     """
     return -torch.xlogy(shares, shares).sum(-1)
+
+
+@lru_cache
+def mixture_deviation(k: int, experts: int) -> float:
+    """Deviation of the outputs of k chosen among E independent maps with their gates, for one of
+    such a map: the root of E integral P(chosen | z) sigma(z)^2 dN(z), where logits z are standard
+    normal, as they are for inputs of unit variance and rows of length 1.
+    """
+    logits = torch.linspace(-8, 8, 1601, dtype=torch.float64)
+    density = torch.exp(-logits.square() / 2) / math.sqrt(2 * math.pi)
+    above = torch.special.ndtr(-logits)
+    others = experts - 1
+    chosen = sum(math.comb(others, n) * above**n * (1 - above) ** (others - n) for n in range(k))
+    square = torch.trapezoid(density * chosen * logits.sigmoid().square(), logits)
+    return math.sqrt(experts * float(square))

@@ -12,6 +12,7 @@ import torch
 from attn_compiler.errors import BadOption
 from attn_compiler.ir.score import Program
 from attn_compiler.ir.site import AttentionSite, Reason
+from attn_compiler.variants.starts import Start
 
 V = TypeVar("V")
 
@@ -97,61 +98,6 @@ def demand_flag(spec: VariantSpec, *names: str) -> None:
 def is_size(value: object, least: int = 1) -> bool:
     """Is it a whole number, at least so large?"""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-@dataclass(frozen=True, slots=True)
-class Like:
-    """The scale of weights that are replaced: their authors chose it for this model.
-
-    Attributes:
-        paths: of modules and parameters below the owner; the largest matrix among them counts.
-        gain: what its root mean square is multiplied with.
-    """
-
-    paths: tuple[str, ...]
-    gain: float = 1.0
-
-    def deviation(self, owner: torch.nn.Module) -> float | None:
-        """None where no matrix of them has numbers: on the meta device, or in integers."""
-        held = (p for path in self.paths for p in _weights(owner, path))
-        matrices = [p for p in held if p.dim() >= 2 and p.is_floating_point() and not p.is_meta]
-        if not matrices:
-            return None
-        largest = max(matrices, key=torch.Tensor.numel).detach()
-        return self.gain * float(largest.float().square().mean().sqrt())
-
-
-def _weights(owner: torch.nn.Module, path: str) -> list[torch.nn.Parameter]:
-    home, _, name = path.rpartition(".")
-    value = getattr(owner.get_submodule(home), name)
-    return list(value.parameters()) if isinstance(value, torch.nn.Module) else [value]
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """How a new tensor starts, where it is not full of one number.
-
-    Attributes:
-        write: write(tensor, *numbers) fills a tensor in place, and draws from the global generator;
-            a function of a module, so that it compares, and is pickled, by its name.
-        numbers: what it needs to know.
-        like: the one number is the deviation of these weights, where they have one.
-    """
-
-    write: Callable[..., Any]
-    numbers: tuple[float, ...] = ()
-    like: Like | None = None
-
-
-def normal(tensor: torch.Tensor, deviation: float) -> None:
-    """Independent normal numbers with mean 0."""
-    tensor.normal_(0.0, deviation)
-
-
-def rows_of_length(tensor: torch.Tensor, length: float) -> None:
-    """Rows in random directions, all of one length."""
-    tensor.normal_()
-    tensor.mul_(length / torch.linalg.vector_norm(tensor, dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,15 +26,14 @@ from attn_compiler.variants.base import (
     NewModule,
     NewTensor,
     Scope,
-    Start,
     Variant,
     VariantSpec,
     Work,
     demand,
     demand_one_of,
     is_size,
-    normal,
 )
+from attn_compiler.variants.starts import Start, normal
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost

@@ -5,7 +5,7 @@
 Neither k nor E is in the deviations, as in the paper's code: with gates near 1/2, values and
 outputs each start with about k / 4 of the variance. Rows of routers get one length, so that no
 expert starts with an advantage; their deviation stays. What replaces a layer of a model starts at
-the scale of that layer instead, and with `mixed`.
+the scale of that layer instead: see `starts`.
 
 Source: SwitchHead (arXiv 2312.07987v3) and its code; sigma-MoE (arXiv 2310.10837).
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,21 +47,6 @@ class Drawing:
         drawn = self.normal(rows, width, deviation=1.0)
         lengths = torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
         return torch.mul(drawn, self.scale / lengths)
-
-
-@lru_cache
-def mixed(k: int, experts: int) -> float:
-    """Deviation of the outputs of k chosen among E independent maps with their gates, for one of
-    such a map: the root of E integral P(chosen | z) sigma(z)^2 dN(z), where logits z are standard
-    normal, as they are for inputs of unit variance and rows of length 1.
-    """
-    logits = torch.linspace(-8, 8, 1601, dtype=torch.float64)
-    density = torch.exp(-logits.square() / 2) / math.sqrt(2 * math.pi)
-    above = torch.special.ndtr(-logits)
-    others = experts - 1
-    chosen = sum(math.comb(others, n) * above**n * (1 - above) ** (others - n) for n in range(k))
-    square = torch.trapezoid(density * chosen * logits.sigmoid().square(), logits)
-    return math.sqrt(experts * float(square))
 
 
 def fresh(mixture: Mixture, width: int, head_dim: int, drawing: Drawing) -> Weights:

@@ -13,7 +13,8 @@ from attn_compiler.installed import Variant, as_before, install, restore, settle
 from attn_compiler.ir.mask import classify
 from attn_compiler.ir.score import Program
 from attn_compiler.ir.site import AttentionSite, Decision, Kind
-from attn_compiler.variants.base import NewTensor, Start
+from attn_compiler.variants.base import NewTensor
+from attn_compiler.variants.starts import Start
 
 TEXT = """
 def covers(self, x):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import attn_compiler as ac
-from attn_compiler.variants.switchhead_fresh import mixed
+from attn_compiler.kernels.routing import mixture_deviation
 from tests.doors.switched import Fused, Separate
 
 D, H, HEAD = 64, 8, 8
@@ -56,7 +56,7 @@ def test_deviations_are_those_of_the_weights_that_are_replaced(packed: bool) -> 
     for layer, scale in zip(new, scales, strict=True):
         found = {n: p.detach() for n, p in layer.named_parameters() if p.dim() == 3}
         inner = found["w_q"].shape[-1]
-        mixture = mixed(2, 4)
+        mixture = mixture_deviation(2, 4)
         wanted = dict.fromkeys(("w_q", "w_k", "w_1"), scale) | {"w_v": scale / mixture}
         wanted["w_o"] = scale / mixture * (D / (2 * inner)) ** 0.5
         for name, deviation in wanted.items():
@@ -96,4 +96,4 @@ def test_what_a_mixture_keeps_of_a_deviation(k: int, experts: int) -> None:
     draw = torch.Generator().manual_seed(0)
     gates = torch.randn(200_000, experts, generator=draw).topk(k).values.sigmoid()
     drawn = float(gates.square().sum(1).mean().sqrt())
-    torch.testing.assert_close(mixed(k, experts), drawn, rtol=5e-3, atol=0)
+    torch.testing.assert_close(mixture_deviation(k, experts), drawn, rtol=5e-3, atol=0)

@@ -19,20 +19,17 @@ from attn_compiler.ir.no_attention import NotAttention
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import sigma_moe
+from attn_compiler.kernels.routing import mixture_deviation
 from attn_compiler.variants.base import (
     Fidelity,
-    Like,
     NewTensor,
     Replacement,
     Scope,
-    Start,
     Variant,
-    normal,
-    rows_of_length,
 )
 from attn_compiler.variants.sites import switchhead
+from attn_compiler.variants.starts import Like, Start, normal, rows_of_length
 from attn_compiler.variants.switchhead import NetSizes, SwitchHead, net_sizes
-from attn_compiler.variants.switchhead_fresh import mixed
 
 if TYPE_CHECKING:
     from attn_compiler.ir.net_piece import Net
@@ -112,7 +109,7 @@ def _tensors(sizes: NetSizes, net: Net) -> tuple[NewTensor, ...]:
     for the router: as `switchhead_fresh.fresh_sigma_moe` starts them.
     """
     experts, hidden, width = sizes.experts, sizes.hidden, net.width
-    gain = math.sqrt(net.hidden / hidden) / mixed(sizes.k, experts)
+    gain = math.sqrt(net.hidden / hidden) / mixture_deviation(sizes.k, experts)
     starts: tuple[tuple[tuple[int, ...], Start], ...] = (
         ((experts, width), Start(rows_of_length, (1.0,))),
         ((experts, width, hidden), Start(normal, (width**-0.5,), Like((net.up,)))),

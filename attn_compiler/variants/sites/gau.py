@@ -24,15 +24,13 @@ from attn_compiler.kernels import gau_unit
 from attn_compiler.kernels.gau_layer import deviations
 from attn_compiler.variants.base import (
     Fidelity,
-    Like,
     NewTensor,
     Replacement,
     Scope,
-    Start,
     Variant,
-    normal,
 )
 from attn_compiler.variants.gau import GAU, break_even_length, filled, parameters, second_of
+from attn_compiler.variants.starts import Like, Start, normal
 
 # offsets of a causal mask that lets a row see up to itself
 _DIAGONALS = ("0", "S - T")

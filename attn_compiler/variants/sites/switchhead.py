@@ -16,20 +16,17 @@ from attn_compiler.ir.expr import DOT, Expr, Var, parse, substitute, walk
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import switchhead_call
+from attn_compiler.kernels.routing import mixture_deviation
 from attn_compiler.variants.base import (
     CachedLayer,
     Fidelity,
-    Like,
     NewTensor,
     Replacement,
     Scope,
-    Start,
     Variant,
-    normal,
-    rows_of_length,
 )
+from attn_compiler.variants.starts import Like, Start, normal, rows_of_length
 from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
-from attn_compiler.variants.switchhead_fresh import mixed
 
 if TYPE_CHECKING:
     from attn_compiler.ir.layer import Layer
@@ -249,11 +246,16 @@ def _tensors(
     shapes: dict[str, tuple[int, ...]] = {}
     starts: dict[str, Start] = {}
     replaced = _replaced(piece.facts["layer"])
+    mixture = mixture_deviation(int(spec.k), int(spec.experts))
     for name in "qkvo":
         rows, width = experts if name in spec.experts_on else heads, getattr(widths, name)
         shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
         inputs = heads * inner if name == "o" else width
-        gain = 1 / mixed(int(spec.k), int(spec.experts)) if name in spec.experts_on else 1.0
+        gain = (
+            1 / mixture_deviation(int(spec.k), int(spec.experts))
+            if name in spec.experts_on
+            else 1.0
+        )
         if name == "o":
             gain *= math.sqrt(_inputs(site) / inputs)
         starts[f"w_{name}"] = Start(normal, (inputs**-0.5,), Like(replaced[name], gain))
