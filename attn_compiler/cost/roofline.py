@@ -94,11 +94,11 @@ def time_of_work(
         ("launch", launch),
     )
     return Time(
-        launch + _together(processors, l2, dram), _limit(parts, even, uneven, machine), parts
+        launch + together(processors, l2, dram), _limit(parts, even, uneven, machine), parts
     )
 
 
-def _together(*seconds: float) -> float:
+def together(*seconds: float) -> float:
     """Of units that work at the same time: the 8-norm, 9 percent above two equal ones (assumed)."""
     longest = max(seconds)
     if longest == 0.0:
@@ -199,4 +199,4 @@ def time_of(
     )  # fmt: skip
     busy = max(tensor, special) + (1.0 - fit.hidden) * min(tensor, special)
     limit = max(parts, key=lambda part: part[1])[0]
-    return Time(launch + _together(busy, moved / rate), limit, parts)
+    return Time(launch + together(busy, moved / rate), limit, parts)

@@ -214,13 +214,35 @@ def find_update(
     places = [_place(functional, operand) for operand in (core.k, core.v)]
     calls = [node.meta.get("opaque") if node is not None else None for node in places]
     if calls == [None, None]:
-        return None, ()
+        square = ax.equal(core.sizes["T"], core.sizes["S"])
+        if square or not any(_comes_out(functional, x) for x in (core.k, core.v)):
+            return None, ()
+        text = "keys and values are made of what a cache hands over, and not what it holds"
+        return None, (Reason("cache_form", text, location(end)),)
     update = None if None in calls else updated(*calls)  # type: ignore[arg-type]
     if update is None or places[0] is None or places[1] is None:
         text = "keys and values do not come from one call of `update` of a cache"
         return None, (Reason("cache_form", text, location(end)),)
     kept = Kept((places[0], places[1]), update, None, None, None, False)
     return kept, tuple(layouts(core, [places[0], places[1]]))
+
+
+def _comes_out(functional: FunctionalRegion, operand: Operand) -> bool:
+    """Is it made of what the `update` of a cache gave, as keys are of latents?"""
+    start = _start(functional, operand)
+    stack, seen = [] if start is None else [start], set[fx.Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        call = node.meta.get("opaque")
+        if isinstance(call, fx.Node) and call.target is operator.getitem:
+            call = call.args[0]
+        if isinstance(call, fx.Node) and call.target == "update":
+            return True
+        stack.extend(node.all_input_nodes)
+    return False
 
 
 def single_source(functional: FunctionalRegion, core: Core) -> fx.Node | None:

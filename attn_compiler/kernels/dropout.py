@@ -19,10 +19,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The dropout of one call: int64 seed of one element, probability to drop (0 draws nothing)."""
+    """The dropout of one call.
+
+    Attributes:
+        seed: int64, one element.
+        rate: probability to drop; 0 draws nothing.
+        part: where the call is some rows of another: the first of them, and how many that has.
+    """
 
     seed: Tensor | None
     rate: float
+    part: tuple[int, int] | None = None
 
     @property
     def gain(self) -> float:
@@ -39,7 +46,7 @@ class Drop:
         """Which probabilities are set to zero, None for none.
 
         Args:
-            shape: heads H and query rows T of the whole attention.
+            shape: heads H and query rows T of the call.
             items: first and last + 1 batch item; `rows` and `cols` likewise.
 
         Returns:
@@ -48,11 +55,13 @@ class Drop:
         if self.rate == 0 or self.seed is None:
             return None
         heads, length = shape
+        first, length = self.part or (0, length)
         device = self.seed.device
         start = _splitmix(self.seed.reshape(()).to(torch.int64))
         pairs = torch.arange(items[0] * heads, items[1] * heads, device=device).view(-1, heads, 1)
         row = _splitmix(
-            start + 2 * (pairs * length + torch.arange(rows[0], rows[1], device=device))
+            start
+            + 2 * (pairs * length + torch.arange(first + rows[0], first + rows[1], device=device))
         )
         column = _splitmix(start + 2 * torch.arange(cols[0], cols[1], device=device) + 1)
         x = row.to(torch.int32).unsqueeze(-1) ^ column.to(torch.int32)

@@ -33,8 +33,9 @@ from attn_compiler.kernels import devices, eviction_triton
 from attn_compiler.kernels.grid import spans
 from attn_compiler.kernels.masking import PROTECTED
 from attn_compiler.kernels.schema import LIBRARY
+from attn_compiler.kernels.selection import Selection
 from attn_compiler.kernels.selective import selection_of
-from attn_compiler.kernels.selective_paths import Selection, scan_of
+from attn_compiler.kernels.selective_paths import form_of, scan_of
 
 _BUDGET = 2**20
 _ROWS = 128
@@ -84,15 +85,19 @@ def _see_themselves(selection: Selection) -> Tensor:
 def _by_kernels(selection: Selection, cached: Tensor, budget: int) -> Tensor | None:
     """None where there are no kernels."""
     (batch, _, keys, _), state = selection.given.k.shape, None
-    death = torch.zeros(batch, keys, dtype=torch.int64, device=cached.device)
-    for start, end in selection.bands():
+    budget = min(budget, keys)
+    if not eviction_triton.runs(budget) or scan_of(selection) is None:
+        return None
+    death = cached.long() * keys
+    kept = eviction_triton.nothing_kept(batch, budget, cached.device)
+    each = form_of(selection, "forward", inside=False).rows
+    for start, end in selection.bands(each):
         part = selection.band(start, end, state)
         scan = scan_of(part)
-        if scan is None or not eviction_triton.runs(keys):
-            return None
+        assert scan is not None  # as for the whole
         amount, state = scan.amounts()
         own = cached[:, start:end].contiguous()
-        eviction_triton.evict(amount, scan.protected, own, death, start, budget)
+        eviction_triton.evict(amount, scan.protected, own, death, kept, start, budget)
     return death
 
 

@@ -19,6 +19,7 @@ from attn_compiler.kernels.launch import (
     Tile,
     constants_of,
     folded,
+    made_arguments,
     power,
     program_arguments,
     rows_visited,
@@ -93,10 +94,11 @@ def prepare(frame: Frame, tile: Tile, part: Tensor, part_lse: Tensor) -> Launch:
         load("forward", forward_source(structure_of(frame, tile, visited.kind))).forward,
         (-(-grid.T * tile.heads // tile.rows), pairs, max(folds, tile.splits)),
         (
-            *(q, k, v, part, part_lse, *described, *visited.args, *program_arguments(given)),
-            *(*strides, *sizes, given.scale),
+            *(q, k, v, part, part_lse, *described, *visited.args, *made_arguments(frame)),
+            *(*program_arguments(given), *strides, *sizes, given.scale),
         ),
-        constants_of(given, tile) | {"num_warps": tile.warps, "num_stages": tile.stages},
+        constants_of(given, tile, made=frame.made)
+        | {"num_warps": tile.warps, "num_stages": tile.stages},
     )
 
 

@@ -101,13 +101,37 @@ class _Env(dict[str, Tensor | int]):
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Made:
+    """F of Selective attention where kernels make it inside; see `kernels.masking`.
+
+    Attributes:
+        slot: of the read that stands for it.
+        alone: the selecting head as an attention of its own.
+        past: keys before row 0.
+        protected: keys that nobody masks, [B, S], int8.
+        carries: F in the first row of every `rows` rows, [B, tiles, S], float32.
+        rows: see `carries`.
+        gate: what F is multiplied with, or None.
+    """
+
+    slot: int
+    alone: Inputs
+    past: int
+    protected: Tensor
+    carries: Tensor
+    rows: int
+    gate: Tensor | None
+
+
 class Frame:
     """A plan together with the tensors and sizes of one call."""
 
     # may all reads be looked at anywhere, or only by blocks of rows from above?
     random_access = True
 
-    def __init__(self, given: Inputs) -> None:
+    def __init__(self, given: Inputs, made: Made | None = None) -> None:
+        self.made = made
         (batch, heads, rows, _), ints = given.q.shape, tuple(given.ints)
         self.given, self.dtype, self.device = given, given.dtype, given.q.device
         self.grid = Grid(given.program, batch, heads, rows, given.k.shape[2], ints)

@@ -16,9 +16,9 @@ from torch import Tensor
 from attn_compiler.ir.lasting import on_device, recorded
 from attn_compiler.kernels import blocks, schedule
 from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.frame import Frame, Inputs
+from attn_compiler.kernels.frame import Frame, Inputs, Made
 from attn_compiler.kernels.schedule import Visit
-from attn_compiler.kernels.triton_source import Structure, Visits
+from attn_compiler.kernels.triton_source import MadeInside, Structure, Visits
 from attn_compiler.kernels.triton_text import Kind
 
 # numbers of two axes of a launch, and of elements that 32 bits can count, are below these
@@ -115,7 +115,7 @@ def structure_of(
     given = frame.given
     kinds = tuple(_kind(read) for read in given.reads)
     ranks = tuple(read.dim() for read in given.reads)
-    drops = given.drop.rate > 0
+    drops, made = given.drop.rate > 0, frame.made
     return Structure(
         given.program,
         kinds,
@@ -127,6 +127,7 @@ def structure_of(
         tile.descriptors,
         folded(frame.grid.B * frame.grid.H)[1] > 1,
         needs,
+        None if made is None else MadeInside(made.slot, made.alone.program, made.gate is not None),
     )
 
 
@@ -142,13 +143,25 @@ def program_arguments(given: Inputs) -> list[Any]:
         found += [read, *read.stride(), *read.shape]
     found += given.ints
     if given.drop.rate > 0:
-        found += [*drop_arguments(given.drop), given.drop.gain]
+        drawn = given.drop.part or (0, given.q.shape[2])
+        found += [*drop_arguments(given.drop), given.drop.gain, *drawn]
     return found
 
 
 def drop_arguments(drop: Drop) -> tuple[Tensor | None, int]:
     """The seed, and the threshold below which a hash is dropped."""
     return drop.seed, min(round(drop.rate * 2.0**32) - 2**31, 2**31 - 1)
+
+
+def made_arguments(frame: Frame) -> tuple[Any, ...]:
+    """Of a read that the kernels of a frame make inside; nothing where there is none."""
+    made = frame.made
+    if made is None:
+        return ()
+    q, k = dense(made.alone.q), dense(made.alone.k)
+    gate = () if made.gate is None else (made.gate,)
+    strides = (q.stride(0), q.stride(2), k.stride(0), k.stride(2))
+    return (q, k, made.protected, made.carries, *gate, *strides, made.carries.shape[1], made.past)
 
 
 @lru_cache(maxsize=256)
@@ -164,16 +177,20 @@ def folded(pairs: int) -> tuple[int, int]:
     return 0, 0
 
 
-def constants_of(given: Inputs, tile: Tile, *others: Tensor) -> dict[str, Any]:
+def constants_of(
+    given: Inputs, tile: Tile, *others: Tensor, made: Made | None = None
+) -> dict[str, Any]:
     """What a kernel of a call is compiled for.
 
     Args:
         others: what it reads beside the tensors of the call.
+        made: what it makes instead of reading it.
     """
     import triton.language as tl
 
     width, value_width = given.q.shape[3], given.v.shape[3]
-    tensors = (*given.qkv, *given.reads, *others)
+    reads = [x for i, x in enumerate(given.reads) if made is None or i != made.slot]
+    tensors = (*given.qkv, *reads, *others, *([] if made is None else [made.carries]))
     # gradients of reads are dense, also where a read is expanded
     reach = max(
         max(x.numel(), sum((n - 1) * abs(s) for n, s in zip(x.shape, x.stride(), strict=True)))
@@ -191,7 +208,13 @@ def constants_of(given: Inputs, tile: Tile, *others: Tensor) -> dict[str, Any]:
         "BLOCK_N": tile.keys,
         "PRECISION": precision(),
         "INDEX": tl.int64 if reach >= _FAR else tl.int32,
+        **({} if made is None else _of_made(made)),
     }
+
+
+def _of_made(made: Made) -> dict[str, Any]:
+    width = made.alone.q.shape[3]
+    return {"E": width, "BLOCK_E": power(width), "CARRY": made.rows}
 
 
 def precision() -> str:
@@ -218,11 +241,14 @@ class Visited:
     args: tuple[Any, ...]
 
 
-def rows_visited(frame: Frame, tile: Tile) -> Visited:
-    """Blocks of rows that run over keys."""
+def rows_visited(frame: Frame, tile: Tile, band: tuple[int, int] | None = None) -> Visited:
+    """Blocks of rows that run over keys, all or those from one to before another."""
     if tile.heads == tile.splits == 1 and blocks.wanted(frame):
         return _lists(frame, tile, blocks.by_rows(frame, tile.rows, tile.keys))
-    return _table(schedule.by_rows(frame.grid, tile.rows, tile.keys, tile.heads), frame.device)
+    visits = schedule.by_rows(frame.grid, tile.rows, tile.keys, tile.heads)
+    if visits is not None and band is not None:
+        visits = tuple(v for v in visits if band[0] <= v.block < band[1])
+    return _table(visits, frame.device)
 
 
 def keys_visited(frame: Frame, tile: Tile) -> Visited:

@@ -28,7 +28,6 @@ from attn_compiler.kernels.rows import pull_back, through
 from attn_compiler.kernels.slope import slope
 
 PROTECTED = -1.0
-Pull = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,21 @@ class Masking:
         self._protected[span.b0 : span.b1, first:last] = alone
 
 
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """Gradients of the selecting query and key, of F in the first row [B, S], and the part of the
+    gradient of what F was multiplied with that the rows' own S have.
+    """
+
+    dq: Tensor
+    dk: Tensor
+    above: Tensor
+    gate: Tensor
+
+
+Pull = Callable[[Tensor, Tensor], Pulled]
+
+
 class Unmasking:
     """The gradient of F, brought to the selecting head by blocks of rows from below.
 
@@ -180,9 +194,10 @@ class Unmasking:
         if self._gate is not None:
             self.dgate += (grad * amount).sum()
             grad = grad * self._gate
-        dq, dk, self.total = pull(grad, self.total)
-        self._dq += dq
-        self._dk += dk
+        found = pull(grad, self.total)
+        self._dq += found.dq
+        self._dk += found.dk
+        self.total = found.above
 
     def block(self, span: Span, grad: Tensor) -> None:
         """`grad` [b, rows, keys] is that of what was subtracted in the rows of `span`."""

@@ -41,7 +41,7 @@ from attn_compiler.kernels.derivatives import derive
 from attn_compiler.kernels.frame import Inputs, accumulator, empty_heads, empty_lse, in_heads_layout
 from attn_compiler.kernels.masking import PROTECTED
 from attn_compiler.kernels.schema import LIBRARY, check
-from attn_compiler.kernels.selective_paths import Selection
+from attn_compiler.kernels.selection import Selection
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor[] reads, SymInt[] ints, Tensor? seed, "

@@ -30,8 +30,9 @@ from attn_compiler.kernels.frame import accumulator, empty_heads, in_heads_layou
 from attn_compiler.kernels.grid import Span, spans
 from attn_compiler.kernels.masking import Masked, Masking
 from attn_compiler.kernels.schema import LIBRARY
+from attn_compiler.kernels.selection import Selection
 from attn_compiler.kernels.selective import masking, selection_of
-from attn_compiler.kernels.selective_paths import Selection, unmasking_of
+from attn_compiler.kernels.selective_paths import unmasking_of
 
 _BUDGET = 2**20
 _ROWS = 256

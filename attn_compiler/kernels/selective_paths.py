@@ -14,96 +14,33 @@ Source: the two passes are those of Selective Attention (arXiv 2410.02703) cut i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from attn_compiler.cost import subtracting
 from attn_compiler.kernels import attention as composite
-from attn_compiler.kernels import devices, masking_triton, rows
+from attn_compiler.kernels import (
+    devices,
+    gpu,
+    masking_triton,
+    rows,
+    selective_inside,
+    selective_tiles,
+)
 from attn_compiler.kernels import flash_cpu as flash
-from attn_compiler.kernels.dropout import Drop
-from attn_compiler.kernels.frame import Frame, Inputs, accumulator, empty_heads, empty_lse
+from attn_compiler.kernels.frame import Frame, Inputs, empty_heads, empty_lse
+from attn_compiler.kernels.gpu_tiles import problem_of
 from attn_compiler.kernels.grid import Grid, Span, spans
 from attn_compiler.kernels.masking import Masking, Unmasking
 from attn_compiler.kernels.plan import Slice
-from attn_compiler.kernels.selecting import lower, selecting, subtracting
-from attn_compiler.kernels.selective_tiles import left_out
+from attn_compiler.kernels.selection import Gradients, Selection
 
 # elements of a block of the selecting head alone
 _BUDGET = 2**20
 _ROWS = 256
-# bytes of F as a tensor; its gradient has as many. A band has whole tiles of rows
-_LARGEST, _TILE = 2**29, 128
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The arguments of attn_compiler::selective_attention (see `selective`)."""
-
-    given: Inputs
-    selector: Sequence[Tensor]
-    gate: Tensor | None
-    carry: Tensor | None
-    head: int
-    select_from: str
-
-    @property
-    def past(self) -> int:
-        """Keys before row 0."""
-        return 0 if self.carry is None else self.carry.shape[1]
-
-    @property
-    def key_head(self) -> int:
-        """The kv head of the selecting head."""
-        return self.head // (self.given.q.shape[1] // self.given.k.shape[1])
-
-    @property
-    def alone(self) -> Inputs:
-        """The selecting head as an attention of its own."""
-        given, heads = self.given, self.given.q.shape[1]
-        if self.selector:
-            q, k = self.selector
-        else:
-            q = given.q[:, self.head : self.head + 1]
-            k = given.k[:, self.key_head : self.key_head + 1]
-        if accumulator(q, k) != given.dtype:  # its arithmetic is that of the attention
-            q, k = q.to(given.dtype), k.to(given.dtype)
-        program = selecting(given.program, self.head, heads, self.select_from)
-        return replace(given, q=q, k=k, v=k, drop=Drop(None, 0.0), program=program)
-
-    def masking(self, keep: bool = False) -> Masking:
-        return Masking(Frame(self.alone), self.past, self.carry, keep)
-
-    def bands(self) -> list[tuple[int, int]]:
-        """Rows that run at a time where F is a tensor; dropout draws for all of them."""
-        given = self.given
-        rows, wide = given.q.shape[2], 4 * given.q.shape[0] * given.k.shape[2]
-        each = max(_TILE, _LARGEST // wide // _TILE * _TILE)
-        each = rows if given.drop.rate else each
-        return [(start, min(start + each, rows)) for start in range(0, rows, each)]
-
-    def band(self, start: int, end: int, state: Tensor | None) -> Selection:
-        """Some rows as a call of its own, after those that ended with `state`."""
-        given = self.given
-        if end - start == given.q.shape[2]:
-            return self
-        mine = slice(None), slice(None), slice(start, end)
-        ints = [*given.ints, start, given.q.shape[2]]
-        part = replace(given, q=given.q[mine], program=lower(given.program, len(given.ints)))
-        carry = self.carry if state is None else state[:, : self.past + start]
-        selector = [x[mine] for x in self.selector[:1]] + list(self.selector[1:])
-        return replace(self, given=replace(part, ints=ints), selector=selector, carry=carry)
-
-    def reading(self, amount: Tensor) -> Inputs:
-        """The attention with F, or what stands for it, as one more tensor."""
-        given = self.given
-        program = subtracting(given.program, len(given.reads))
-        return replace(given, reads=[*given.reads, amount], program=program)
-
-    def weighed(self, amount: Tensor) -> Tensor:
-        return amount if self.gate is None else amount * self.gate.to(amount.dtype)
 
 
 class _Subtracted(Frame):
@@ -142,7 +79,10 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         return *composite.forward(given), masking.state()
     frame = _blocked(selection, masking)
     if frame is None:
-        return _banded(selection)
+        scan, form = _form(selection, "forward", ())
+        if scan is not None and form.kind == "inside":
+            return selective_inside.forward(selection, scan)
+        return _banded(selection, form.rows)
     if flash.fits(frame):
         out, lse = flash.forward(frame)
     else:
@@ -152,10 +92,10 @@ def forward(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, masking.state()
 
 
-def _banded(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+def _banded(selection: Selection, each: int) -> tuple[Tensor, Tensor, Tensor]:
     outs, totals = [], []
     state: Tensor | None = None
-    for start, end in selection.bands():
+    for start, end in selection.bands(each):
         part = selection.band(start, end, state)
         read, _, state = _reading(part, part.masking(), scan_of(part))
         out, lse = devices.kernels_for(read).forward(read)
@@ -170,19 +110,6 @@ def _banded(selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(outs, 2, out=out), torch.cat(totals, 2, out=lse), state
 
 
-@dataclass(frozen=True, slots=True)
-class Gradients:
-    """Of one call, in the dtype of its arithmetic; `reads` by slot, `carry` for all keys."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    reads: dict[int, Tensor]
-    selector: list[Tensor]
-    gate: Tensor
-    carry: Tensor
-
-
 def backward(
     selection: Selection, grad: Tensor, saved: tuple[Tensor, Tensor], reads: Sequence[int]
 ) -> Gradients:
@@ -195,18 +122,23 @@ def backward(
         unmasking, selector = unmasking_of(selection, masking, into, (dq, dk))
         return Gradients(dq, dk, dv, into, selector, unmasking.dgate, unmasking.total)
     frame = _blocked(selection, masking)
-    steps = _whole_steps if frame is None else _blocked_steps
-    return steps(selection, masking, grad, saved, into)
+    if frame is not None:
+        return _blocked_steps(frame, selection, masking, grad, saved, into)
+    scan, form = _form(selection, "backward", reads)
+    if scan is not None and form.kind == "inside":
+        return selective_inside.backward(selection, scan, grad, saved, into, form.rows)
+    return _whole_steps(selection, form.rows, grad, saved, into)
 
 
 def _blocked_steps(
+    frame: _Subtracted,
     selection: Selection,
     masking: Masking,
     grad: Tensor,
     saved: tuple[Tensor, Tensor],
     into: dict[int, Tensor],
 ) -> Gradients:
-    given, frame = selection.given, _Subtracted(selection, masking)
+    given = selection.given
     order = list(rows.blocks(frame))
     for span in order:
         masking.block(span)
@@ -221,13 +153,13 @@ def _blocked_steps(
 
 def _whole_steps(
     selection: Selection,
-    masking: Masking,
+    each: int,
     grad: Tensor,
     saved: tuple[Tensor, Tensor],
     into: dict[int, Tensor],
 ) -> Gradients:
     """Bands of rows from below; before the last one can run, those above tell where it starts."""
-    order = selection.bands()
+    order = selection.bands(each)
     states: list[Tensor | None] = [None]
     for start, end in order[:-1]:
         part = selection.band(start, end, states[-1])
@@ -303,6 +235,32 @@ def scan_of(selection: Selection) -> masking_triton.Scan | None:
     return masking_triton.Scan.of(alone, selection.past, selection.carry)
 
 
+def form_of(
+    selection: Selection, work: Literal["forward", "backward"], inside: bool
+) -> subtracting.Form:
+    """Where F lives in a call on a device that has no way by blocks.
+
+    Args:
+        inside: whether there are kernels that make it inside.
+    """
+    given = selection.given
+    row = gpu.hardware(given.q.device)
+    if row is None or row.kind == "cpu":
+        return subtracting.unknown(given.q.shape[2], inside=inside)
+    problem, width = problem_of(given).bucketed(), selection.alone.q.shape[3]
+    return subtracting.choose(row, problem, width, backward=work == "backward", inside=inside)
+
+
+def _form(
+    selection: Selection, work: Literal["forward", "backward"], reads: Sequence[int]
+) -> tuple[masking_triton.Scan | None, subtracting.Form]:
+    scan = scan_of(selection)
+    inside = scan is not None and selective_inside.possible(selection, scan)
+    if inside and scan is not None:
+        inside = masking_triton.differentiates(scan.alone, reads)
+    return scan, form_of(selection, work, inside)
+
+
 def unmasking_of(
     selection: Selection,
     masking: Masking,
@@ -341,7 +299,9 @@ def _reading(
     if scan is not None:
         amount, state = scan.amounts()
         read = selection.reading(selection.weighed(amount))
-        return left_out(read, given, amount, selection.past, selection.gate), amount, state
+        first = amount[:, :: selective_tiles.SIDE]
+        read = selective_tiles.left_out(read, given, first, selection.past, selection.gate)
+        return read, amount, state
     shape = (given.q.shape[0], given.q.shape[2], given.k.shape[2])
     amount = torch.zeros(shape, dtype=given.dtype, device=given.q.device)
     for span in _spans(masking):

@@ -31,13 +31,13 @@ from attn_compiler.kernels.frame import Frame, Inputs
 SIDE = 128
 
 
-def left_out(read: Inputs, given: Inputs, amount: Tensor, past: int, gate: Tensor | None) -> Inputs:
+def left_out(read: Inputs, given: Inputs, first: Tensor, past: int, gate: Tensor | None) -> Inputs:
     """An attention that reads F, without the tiles that F has masked away.
 
     Args:
         read: the attention with F.
         given: the same without.
-        amount: F, [B, T, S]; a row has no smaller F than the one before.
+        first: F in the first row of every SIDE, [B, row tiles, S]; no later row has a smaller one.
         past: keys before row 0.
         gate: what F is multiplied with; where it is negative nothing is left out.
 
@@ -47,7 +47,7 @@ def left_out(read: Inputs, given: Inputs, amount: Tensor, past: int, gate: Tenso
     program = Program.parse(read.program)
     if Program.parse(given.program).score != DOT or given.k.shape[2] < past + given.q.shape[2]:
         return read
-    kept = _kept(given, _smallest(amount), past, gate)
+    kept = _kept(given, _smallest(first), past, gate)
     index = (Var("b"), Var("h"), *(call("floordiv", Var(x), SIDE) for x in "qk"))
     near = Read(len(read.reads), index)
     mask = near if program.mask == TRUE else call("and", near, program.mask)
@@ -92,8 +92,8 @@ def _largest(x: Tensor) -> Tensor:
     return found
 
 
-def _smallest(amount: Tensor) -> Tensor:
-    """Of F [B, T, S] in each tile, [B, row tiles, key tiles]."""
-    first = pad(amount[:, ::SIDE], (0, -amount.shape[2] % SIDE), value=torch.inf)
+def _smallest(first: Tensor) -> Tensor:
+    """Of F in each tile, [B, row tiles, key tiles]; see `left_out`."""
+    first = pad(first, (0, -first.shape[2] % SIDE), value=torch.inf)
     found: Tensor = first.unflatten(2, (-1, SIDE)).amin(3)
     return found

@@ -20,6 +20,21 @@ Visits = Literal["all", "table", "lists", "whole lists"]
 
 
 @dataclass(frozen=True, slots=True)
+class MadeInside:
+    """F of Selective attention where no tensor holds it.
+
+    Attributes:
+        slot: of the read that stands for it.
+        program: of the selecting head.
+        gated: is F multiplied with a number?
+    """
+
+    slot: int
+    program: str
+    gated: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Structure:
     """What decides the text of a kernel.
 
@@ -35,6 +50,7 @@ class Structure:
         descriptors: what a loop runs over is read through tensor descriptors.
         folded: pairs of batch item and head lie along two axes of the launch.
         needs: slots whose gradient the score has to give.
+        made: a read that is made inside, None for none.
     """
 
     program: str
@@ -47,10 +63,17 @@ class Structure:
     descriptors: bool = False
     folded: bool = False
     needs: tuple[int, ...] = ()
+    made: MadeInside | None = None
+
+    def lines(self, inner: str = "k") -> Lines:
+        return Lines(self.kinds, inner, made=None if self.made is None else self.made.slot)
 
     def common(self) -> dict[str, Any]:
-        program = Program.parse(self.program)
+        program, made = Program.parse(self.program), self.made
         return {
+            "made": made is not None,
+            "gated": made is not None and made.gated,
+            "selected": None if made is None else _selected(made.program, self.kinds),
             "title": str(program),
             "tensors": [_Tensor(f"t{i}", rank) for i, rank in enumerate(self.ranks)],
             "ints": [f"n{i}" for i in range(self.ints)],
@@ -102,7 +125,7 @@ def keep(lines: Lines, score: Expr, mask: Expr) -> _Keep:
 def forward_source(structure: Structure) -> str:
     """The text of the forward kernel."""
     program, masks = Program.parse(structure.program), structure.masks()
-    lines = Lines(structure.kinds)
+    lines = structure.lines()
     sink = None if program.sink is None else lines.as_kind(program.sink, "float")
     full, cut = lines.fork(), lines.fork()
     full_keep = keep(full, program.score, masks["full"])
@@ -166,15 +189,15 @@ def backward_source(structure: Structure) -> str:
     """The text of the three backward kernels."""
     program = Program.parse(structure.program)
     dead = program.empty if program.empty not in ("any", "zero") and program.sink is None else ""
-    rows = Lines(structure.kinds, "k")
+    rows = structure.lines("k")
     sink = None if program.sink is None else rows.as_kind(program.sink, "float")
     return render(
         "backward",
         dead=dead,
-        wide=_wide(program, structure.kinds),
+        wide=_wide(program, structure),
         sink=sink,
         grads=[_Tensor(f"dt{i}", structure.ranks[i]).arguments for i in structure.needs],
-        **_both_tiles("key", Lines(structure.kinds, "hq"), structure, ()),
+        **_both_tiles("key", structure.lines("hq"), structure, ()),
         **_both_tiles("row", rows, structure, structure.needs),
         **structure.common(),
     )
@@ -185,22 +208,30 @@ def masking_source(structure: Structure) -> str:
     """The text of the kernels that compute what Selective attention subtracts; the program is that
     of the selecting head.
     """
-    program = Program.parse(structure.program)
-    by_row, by_key = Lines(structure.kinds, "k"), Lines(structure.kinds, "q")
-    mask = keep(by_row, DOT, program.mask).mask
-    kept = keep(by_key, program.score, program.mask)
-    through = slope(program.score, DOT)
-    chain = "" if through == ONE else by_key.as_kind(through, "float")
-    return render(
-        "masking",
-        row_lines=by_row.outer,
-        mask_lines=by_row.body,
-        mask=mask,
-        column_lines=by_key.outer,
-        lines=by_key.body,
-        kept=_Keep(kept.score, kept.mask, chain),
-        **structure.common(),
-    )
+    by_row = structure.lines()
+    mask = keep(by_row, DOT, Program.parse(structure.program).mask).mask
+    common = structure.common() | {"selected": _selected(structure.program, structure.kinds)}
+    return render("masking", row_lines=by_row.outer, mask_lines=by_row.body, mask=mask, **common)
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """Of a selecting head: the statements of its score and mask, and of the score's derivative."""
+
+    lines: tuple[str, ...]
+    score: str
+    mask: str
+    slope_lines: tuple[str, ...]
+    slope: str
+
+
+def _selected(text: str, kinds: tuple[Kind, ...]) -> _Selected:
+    program = Program.parse(text)
+    lines, chain = Lines(kinds), Lines(kinds)
+    kept, through = keep(lines, program.score, program.mask), slope(program.score, DOT)
+    name = "" if through == ONE else chain.as_kind(through, "float")
+    both = (*lines.outer, *lines.body), (*chain.outer, *chain.body)
+    return _Selected(both[0], kept.score, kept.mask, both[1], name)
 
 
 def _both_tiles(
@@ -223,11 +254,13 @@ def _both_tiles(
     return found | {f"{name}_lines": lines.outer}
 
 
-def _wide(program: Program, kinds: tuple[Kind, ...]) -> bool:
-    """May a score be so large that nothing can be added to it?"""
+def _wide(program: Program, structure: Structure) -> bool:
+    """May a score be so large that nothing can be added to it? F only lowers scores."""
     nodes = list(walk(program.score))
+    made = None if structure.made is None else structure.made.slot
+    reads = {n.slot for n in nodes if isinstance(n, Read)} - {made}
     constants = [abs(n.value) for n in nodes if isinstance(n, Const)]
-    return any(isinstance(n, Read) and kinds[n.slot] == "float" for n in nodes) or any(
+    return any(structure.kinds[slot] == "float" for slot in reads) or any(
         c > 1e4 for c in constants
     )
 

@@ -50,7 +50,11 @@ UNPRINTABLE = frozenset({"pow"})
 
 @dataclass
 class Lines:
-    """Statements in order: `outer` stand before the loop over the indices `inner`, `body` in it."""
+    """Statements in order: `outer` stand before the loop over the indices `inner`, `body` in it.
+
+    The read of slot `made` is no load: the kernel holds it as `made`, and its gradient in a tensor
+    of the rows from `first_row` on.
+    """
 
     kinds: Sequence[Kind]
     inner: str = "k"
@@ -59,6 +63,7 @@ class Lines:
     _outer_names: dict[Expr, str] = field(default_factory=dict)
     _body_names: dict[Expr, str] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    made: int | None = None
 
     def name(self, expr: Expr) -> str:
         """The name (or the literal) that holds the value of `expr`; adds what computes it.
@@ -74,7 +79,7 @@ class Lines:
     def fork(self) -> Lines:
         """Other statements in the loop, the same before it."""
         outer, numbers = self._outer_names, self._numbers
-        return Lines(self.kinds, self.inner, self.outer, [], outer, {}, numbers)
+        return Lines(self.kinds, self.inner, self.outer, [], outer, {}, numbers, self.made)
 
     def _in_loop(self, expr: Expr) -> bool:
         return depends(expr, *self.inner) or any(isinstance(node, Dot) for node in walk(expr))
@@ -88,6 +93,8 @@ class Lines:
             return f"n{expr.slot}"
         if isinstance(expr, Dot):
             return "s"
+        if isinstance(expr, Read) and expr.slot == self.made:
+            return "made"
         text = self._read(expr) if isinstance(expr, Read) else self._call(expr)
         name = f"v{next(self._numbers)}"
         (self.body if self._in_loop(expr) else self.outer).append(f"{name} = {text}")
@@ -126,7 +133,10 @@ class Lines:
     def accumulate(self, read: Read, gradient: str) -> list[str]:
         """Statements that add a gradient [rows, keys] to where a read looked, dt0 for t0."""
         tensor = f"dt{read.slot}"
-        terms = [f"{i} * {tensor}_s{axis}" for axis, i in enumerate(self.indices(read))]
+        looks = self.indices(read)
+        if read.slot == self.made:
+            looks = ["(q - first_row)" if name == "q" else name for name in looks]
+        terms = [f"{i} * {tensor}_s{axis}" for axis, i in enumerate(looks)]
         axes = [axis for axis, name in enumerate("qk") if not depends(read, name)]
         for axis in axes:
             gradient = f"tl.sum({gradient}, {axis}, keep_dims=True)"

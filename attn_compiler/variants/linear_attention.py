@@ -60,7 +60,7 @@ def legality(site: AttentionSite, spec: LinearAttention) -> Iterator[Reason]:
     from attn_compiler.kernels.linear_masks import plain_mask, plain_score, says_causal
     from attn_compiler.kernels.selecting import forbidding
 
-    if site.length is None and not site.cached:
+    if site.length is None and not site.cached and not site.obstacles:
         text = "the rows are not those of the keys, and no cache says where they stand"
         yield Reason("linear.not_square", text, site.location)
     for obstacle in site.obstacles or ():

@@ -82,8 +82,8 @@ class Selective(VariantSpec):
 
 
 def legality(site: AttentionSite, spec: Selective) -> Iterator[Reason]:
-    # a cache says which keys came before the rows
-    if site.length is None and not site.cached:
+    # a cache says which keys came before the rows, and may be an obstacle of its own
+    if site.length is None and not site.cached and not site.obstacles:
         text = "a row masks keys for later rows: the rows have to be those of the keys"
         yield Reason("selective.not_square", text, site.location)
     if not (_told(site) or _by_and_by(site)):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from doors.cached import draw
+from doors.cached import FEATURES, Attend, Sides, draw
 from doors.test_rewrite_el_refused import Form, Part, Shown
 from torch import nn
 
@@ -21,6 +21,28 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "selective.cache_layout": Part,
     "selective.kv_read_elsewhere": Shown,
 }
+
+
+class Latent(Attend):
+    """A cache keeps what keys and values are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(FEATURES, 2 * FEATURES)
+
+    def cached(self, sides: Sides, past: Any) -> Sides:
+        latents, _ = past.update(*sides, 0)
+        k, v = self.both(latents).chunk(2, -1)
+        return k, v
+
+
+def test_what_a_cache_holds_is_named_where_it_is_neither_keys_nor_values() -> None:
+    ac.rewrite(Latent().eval(), (draw(2, 7), tf.DynamicCache()), to=ac.Selective())
+    (site,) = ac.last_report().sites
+    (reason,) = site.decision.reasons
+    assert reason.code == "selective.cache_form" and "made of what a cache hands over" in str(
+        reason
+    )
 
 
 @pytest.mark.parametrize("code", REFUSED)

@@ -40,9 +40,9 @@ def test_numbers_and_gradients(
     ran: list[str] = []
     plain = masking_triton.Scan.launch
 
-    def launch(scan: Any, kernel: str, tensors: Any) -> Any:
+    def launch(scan: Any, kernel: str, *args: Any) -> Any:
         ran.append(kernel)
-        return plain(scan, kernel, tensors)
+        return plain(scan, kernel, *args)
 
     monkeypatch.setattr(masking_triton.Scan, "launch", launch)
     case = CASES[name]

@@ -48,8 +48,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(rows, "_CPU_BUDGET", 2**8)
         monkeypatch.setattr(selective_paths.flash, "_BIAS_BUDGET", 2**8)
     if request.param == "F by bands":  # of 16 rows
-        monkeypatch.setattr(selective_paths, "_LARGEST", 0)
-        monkeypatch.setattr(selective_paths, "_TILE", 16)
+        monkeypatch.setattr(selective_paths.subtracting, "_USUAL", 16)
     if request.param.startswith("F "):
         monkeypatch.setattr(selective_paths, "_blocked", lambda *_: None)
         monkeypatch.setattr(selective_paths, "_BUDGET", 2**8)

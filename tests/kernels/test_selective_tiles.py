@@ -23,7 +23,7 @@ def test_the_first_row_of_a_tile_has_its_smallest() -> None:
     amount = steps.cumsum(1)
     brute = [[x.amin((1, 2)) for x in y.split(SIDE, 2)] for y in amount.split(SIDE, 1)]
     exact = torch.stack([torch.stack(row, -1) for row in brute], -2)
-    assert torch.equal(selective_tiles._smallest(amount), exact)
+    assert torch.equal(selective_tiles._smallest(amount[:, ::SIDE]), exact)
 
 
 @pytest.mark.parametrize(("gate", "left"), [(None, 1), (0.5, 1), (0.0, 1), (-0.5, 0), (-9.0, 0)])

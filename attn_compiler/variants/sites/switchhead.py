@@ -251,11 +251,7 @@ def _tensors(
         rows, width = experts if name in spec.experts_on else heads, getattr(widths, name)
         shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
         inputs = heads * inner if name == "o" else width
-        gain = (
-            1 / mixture_deviation(int(spec.k), int(spec.experts))
-            if name in spec.experts_on
-            else 1.0
-        )
+        gain = 1 / mixture if name in spec.experts_on else 1.0
         if name == "o":
             gain *= math.sqrt(_inputs(site) / inputs)
         starts[f"w_{name}"] = Start(normal, (inputs**-0.5,), Like(replaced[name], gain))
