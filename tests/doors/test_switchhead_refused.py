@@ -232,6 +232,18 @@ def test_a_module_that_cannot_be_looked_into_hides_it() -> None:
     assert "switchhead.hidden" in reasons(model)
 
 
+def test_a_layer_with_a_hook_does_not_follow_one_without() -> None:
+    model, calls = Stack(Separate), list[int]()
+    model.layers[1].v.register_forward_hook(lambda *_: calls.append(1))
+    new = ac.rewrite(model, (draw(),), to=SPEC)
+    first, second = ac.last_report().sites
+    assert first.decision.accepted
+    assert {r.code for r in second.decision.reasons} == {"switchhead.no_projection"}
+    calls.clear()
+    new(draw())
+    assert calls == [1]
+
+
 def test_a_weight_that_the_embedding_holds_too() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
