@@ -32,6 +32,7 @@ from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
 from attn_compiler.variants.switchhead_fresh import mixed
 
 if TYPE_CHECKING:
+    from attn_compiler.ir.core import Core
     from attn_compiler.ir.layer import Layer
 
 # how far the parameters may be from those that are replaced; the widths that are tried for it, the
@@ -80,7 +81,13 @@ def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
-    program = site.program
+    program = site.remaining or site.program
+    if site.remaining is not None and spec.init == "convert":
+        text = (
+            "trained heads cannot do without the relative positions that the layer makes of its "
+            'own queries or keys; init="fresh" replaces them, "fastest" keeps the layer'
+        )
+        yield Reason("switchhead.positions", text, site.location)
     if _names_head(program.score) or _names_head(program.mask):
         text = "the scores depend on the head, and there are going to be other heads"
         yield Reason("switchhead.per_head", text, site.location)
@@ -199,7 +206,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("experts_on", made.experts_on),
         ("shared", made.shared_selection),
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
-        ("program", _program(site, made, len(facts["core"].reads))),
+        ("program", _program(facts["core"], made)),
         ("dropout", site.dropout),
         ("turned", _TURNED if made.positions == "rope" else None),
         ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
@@ -219,15 +226,17 @@ def _placed(spec: SwitchHead, layer: Layer) -> SwitchHead:
     """The spec with the positions that a layer gets."""
     mine = layer.key is not None and layer.key.x is layer.query.x
     if spec.positions == "auto" or not mine:
+        if layer.relative and mine:
+            return replace(spec, positions="transformer_xl")
         return replace(spec, positions="rope" if layer.turned else "none")
     return spec
 
 
-def _program(site: AttentionSite, spec: SwitchHead, reads: int) -> str:
-    """What happens between the products; `reads`: how many tensors it reads already."""
-    program = site.program
+def _program(core: Core, spec: SwitchHead) -> str:
+    """What happens between the products."""
+    program = core.program
     if spec.positions == "transformer_xl":
-        distance = f"dot + t{reads}[b, h, q, q - k + S - 1]"
+        distance = f"dot + t{len(core.reads)}[b, h, q, q - k + S - 1]"
         score = substitute(program.score, {DOT: parse(distance)})
         program = replace(program, score=score)
     return str(program)
