@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from attn_compiler.ir.expr import DOT, Expr, Var, parse, substitute, walk
+from attn_compiler.ir.expr import Expr, Var, walk
 from attn_compiler.ir.piece import Piece
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import switchhead_call
+from attn_compiler.kernels.relative import programs
 from attn_compiler.variants.base import (
     CachedLayer,
     Fidelity,
@@ -198,6 +199,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
             f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
             f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
         )
+    program, later = _programs(facts["core"], made)
     options = (
         ("names", tuple(bare(t) for t in tensors)),
         ("heads", made.heads),
@@ -206,7 +208,8 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("experts_on", made.experts_on),
         ("shared", made.shared_selection),
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
-        ("program", _program(facts["core"], made)),
+        ("program", program),
+        ("later", later),
         ("dropout", site.dropout),
         ("turned", _TURNED if made.positions == "rope" else None),
         ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
@@ -232,14 +235,11 @@ def _placed(spec: SwitchHead, layer: Layer) -> SwitchHead:
     return spec
 
 
-def _program(core: Core, spec: SwitchHead) -> str:
-    """What happens between the products."""
-    program = core.program
+def _programs(core: Core, spec: SwitchHead) -> tuple[str, str]:
+    """What happens between the products, and for later rows alone, where that is asked."""
     if spec.positions == "transformer_xl":
-        distance = f"dot + t{len(core.reads)}[b, h, q, q - k + S - 1]"
-        score = substitute(program.score, {DOT: parse(distance)})
-        program = replace(program, score=score)
-    return str(program)
+        return programs(core.program, len(core.reads), len(core.ints))
+    return str(core.program), ""
 
 
 def bare(tensor: NewTensor) -> str:
