@@ -181,7 +181,7 @@ def _without_positions(
             'Leave it out of `to`, or give it "fastest", which keeps the function'
         )
         raise Strange(layer.query.node, "positions", text)
-    return left, made_of(reads, functional, maps)
+    return left, made_of(reads, functional, maps, core)
 
 
 def _node(value: Any, at: fx.Node) -> fx.Node:

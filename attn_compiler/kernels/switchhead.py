@@ -76,7 +76,8 @@ class Scores:
 
     Attributes:
         program: the text of an `ir.score` program, over `reads` and `ints`.
-        scale: of the dot products; c ** -0.5 if None.
+        scale: of the dot products; c ** -0.5 / gain if None.
+        gain: what the program multiplies them by.
         offsets: projected distances, whose products with queries are one more read, the last: see
             `relative`, whose `programs` make `program` and `later`.
         dropout: of the weights of attention, drawn anew in every call.
@@ -86,6 +87,7 @@ class Scores:
     reads: Sequence[Tensor] = ()
     ints: Sequence[int] = ()
     scale: float | None = None
+    gain: float = 1.0
     offsets: Tensor | None = None
     later: str = ""
     dropout: float = 0.0
@@ -184,7 +186,7 @@ def attend(
     """
     q = _project("q", x_q, weights.w_q, mixture, routes)
     q = q if rotate is None else rotate(q)
-    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+    scale = q.shape[-1] ** -0.5 / scores.gain if scores.scale is None else scores.scale
     seed = drawn(q) if scores.dropout else None
     if scores.offsets is None:
         out, _ = attention(

@@ -58,6 +58,7 @@ class _Options:
     turned: tuple[float, float] | None
     speeds: tuple[float, ...] = ()
     later: str = ""
+    gain: float = 1.0
 
     @property
     def turns(self) -> bool:
@@ -85,8 +86,9 @@ class _Options:
         """`sizes`: rows, keys, and the place of the first row among the keys."""
         offsets = None if w_p is None else relative_positions(w_p, *sizes)
         return Scores(
-            self.program, reads, ints, offsets=offsets, later=self.later, dropout=self.dropout
-        )
+            self.program, reads, ints, gain=self.gain, offsets=offsets, later=self.later,
+            dropout=self.dropout,
+        )  # fmt: skip
 
     def weights(self, given: Sequence[Tensor]) -> tuple[Weights, Tensor | None, Tensor | None]:
         """And the bias of the outputs and the projection of distances, where there are such."""

@@ -166,8 +166,11 @@ class Relative(Separate):
         p = heads(self.apart(torch.cat([angles.sin(), angles.cos()], -1)[None]))
         apart = nn.functional.pad((q + self.of_distances) @ p.mT, (1, 0))
         shifted = apart.view(batch, H, 2 * rows, rows)[:, :, 1:].reshape(batch, H, rows, -1)
-        dot = (q + self.of_keys) @ k.mT + shifted[..., :rows]
-        return self.result(causal(dot * FEATURES**-0.5).softmax(-1) @ v)
+        dot = self.sum((q + self.of_keys) @ k.mT, shifted[..., :rows])
+        return self.result((dot * FEATURES**-0.5).softmax(-1) @ v)
+
+    def sum(self, dot: Tensor, apart: Tensor) -> Tensor:
+        return causal(dot + apart)
 
 
 class Stack(nn.Module):

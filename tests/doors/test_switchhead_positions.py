@@ -134,6 +134,18 @@ def test_positions_that_a_layer_makes_itself_leave_with_it() -> None:
         close(new(x), expected(new, x, x, to, below(11), turned=positions == "rope"))
 
 
+class MaskedByDistance(switched.Relative):
+    """The mask is upon what leaves."""
+
+    def sum(self, dot: Tensor, apart: Tensor) -> Tensor:
+        return dot + switched.causal(apart) + 0.0
+
+
+def test_a_mask_upon_positions_that_leave_stays() -> None:
+    new, x = rewritten(MaskedByDistance(), to=spec("auto")), draw(2)
+    close(new(x), by_equations(new, x, spec("auto")))
+
+
 def test_positions_of_its_own_in_two_layers_and_a_library() -> None:
     new = rewritten(switched.Stack(switched.Relative), to=spec("auto"))
     assert ac.last_report().rewritten == 2 and len(list(new.parameters())) == 14

@@ -147,6 +147,19 @@ class CrossRelative(ByDistance):
         return self.result((q @ k.mT + self.apart(q)).softmax(-1) @ v)
 
 
+class Relations(Separate):
+    """What each token is to each other is given, as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relations = nn.Embedding(5, FEATURES)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self.sides(x, x)
+        apart = torch.einsum("bhqf,bqkf->bhqk", q, self.relations(given))
+        return self.result(causal(q @ k.mT + apart).softmax(-1) @ v)
+
+
 class WatchedPositions(Relative):
     def __init__(self) -> None:
         super().__init__()
@@ -253,6 +266,10 @@ SLOW = (
 def test_it_is_refused_with_a_reason(name: str) -> None:
     kind, code = REFUSED[name]
     assert code in reasons(kind())
+
+
+def test_relations_of_tokens_are_no_distances() -> None:
+    assert "switchhead.positions" in reasons(Relations(), draw(), torch.ones(3, 11, 11).long())
 
 
 def test_a_module_that_cannot_be_looked_into_hides_it() -> None:

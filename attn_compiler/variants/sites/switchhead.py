@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from attn_compiler.ir.expr import Expr, Var, walk
 from attn_compiler.ir.piece import Piece
+from attn_compiler.ir.score import gain
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import switchhead_call
 from attn_compiler.kernels.relative import programs
@@ -210,6 +211,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
         ("program", program),
         ("later", later),
+        ("gain", gain(facts["core"].program.score) if made.init == "fresh" else 1.0),
         ("dropout", site.dropout),
         ("turned", _TURNED if made.positions == "rope" else None),
         ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
