@@ -59,17 +59,3 @@ def test_what_cancels_out_is_verified_in_float64_too() -> None:
         model, x = Differences().eval().to(dtype), torch.randn(2, 7, WIDTH, dtype=dtype)
         new = ac.rewrite(model, (x,), to=ac.Flash())
         assert _operators(new, x) == 1, str(ac.last_report())
-
-
-def test_a_model_without_numbers_is_rewritten_where_nobody_asks_for_them() -> None:
-    x, model = torch.randn(2, 7, WIDTH), nn.Sequential(Apart())
-    bare = nn.Sequential(Apart()).to("meta")
-    ac.rewrite(bare, (x.to("meta"),), to=ac.Flash())
-    (site,) = ac.last_report().sites
-    assert [(r.code, "verify=False" in r.text) for r in site.decision.reasons] == [
-        ("verify.failed", True)
-    ]
-    new = ac.rewrite(bare, (x.to("meta"),), to=ac.Flash(), verify=False).to_empty(device="cpu")
-    new.load_state_dict(model.state_dict())
-    torch.testing.assert_close(new(x), model(x))
-    assert _operators(new, x) == 1

@@ -29,11 +29,11 @@ from attn_compiler.ir.expr import (
     substitute,
     walk,
 )
+from attn_compiler.ir.score import gain
 
 _ONE = ["not", "neg", "abs", "exp", "log2", "tanh", "floor", "sign", "int", "float", "bool"]
 _TWO = ["add", "sub", "mul", "div", "floordiv", "mod", "and", "or", "xor", "min", "max", "pow"]
 _TWO += ["eq", "ne", "lt", "le", "gt", "ge"]
-from attn_compiler.ir.score import gain
 
 numbers = st.one_of(
     st.booleans(),
