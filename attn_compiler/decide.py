@@ -151,7 +151,8 @@ def _replaced(
         return replace(site, decision=Decision(False, reasons=NEEDS_REWRITE))
     find, carry_out = WIDER[variant.scope]
     sought = find(region, functional, core, work.state)
-    piece, site = sought.piece, replace(site, obstacles=sought.obstacles)
+    piece = sought.piece
+    site = replace(site, obstacles=sought.obstacles, remaining=sought.remaining)
     reasons = tuple(variant.legality(site, spec))
     if piece is None or variant.replace is None or reasons:
         return replace(site, decision=Decision(False, reasons=reasons))

@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
 from attn_compiler.constants import RealConstants
 from attn_compiler.installed import SIMPLE
+from attn_compiler.ir.affine import is_listened_to
 from attn_compiler.listen import kind_of, patched, watched
 from attn_compiler.opaque import CONSTANTS, Assumption, made, unwrap
 from attn_compiler.snapshot import Snapshot
@@ -301,14 +302,14 @@ class Recorder(PreDispatchTorchFunctionMode):
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `module(*args, **kwargs)` does while the trace runs."""
         path = self._modules.get(id(module))
-        own = id(module) in self.made and is_bare(module) and plain_module(module)
+        own = id(module) in self.made and is_bare(module) and not is_listened_to(module)
         if self._busy or own:  # nn.Softmax(dim=-1)(scores) is softmax(scores, -1)
             return module.forward(*args, **kwargs)
         if path is None:
             text = f"it calls a {type(module).__name__} that is not its submodule"
             raise CaptureError("owner.not_pure", text)
         if path in self.kinds:
-            if not plain_module(module):
+            if is_listened_to(module):
                 raise CaptureError("owner.hooks", f"{path} has hooks or a forward of its own", path)
             self.writer.stack.append((path, module))
             try:
@@ -355,19 +356,8 @@ def is_bare(module: nn.Module) -> bool:
     return not module._parameters and not module._buffers and not module._modules
 
 
-def plain_module(module: nn.Module) -> bool:
-    """Does calling the module run its class's forward and nothing else?"""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _likeness(root: nn.Module) -> Any:
-    """Equal for modules that give results of the same type and shape."""
+    """Equal for modules that give results of the same type and shape, and may be replaced alike."""
     found = []
     for path, module in root.named_modules():
         owned = [
@@ -376,7 +366,7 @@ def _likeness(root: nn.Module) -> Any:
         simple = [(n, v) for n, v in module.__dict__.items() if type(v) in SIMPLE]
         if kind_of(module).__module__.startswith("torch.nn."):
             simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
-        found.append((path, kind_of(module), owned, simple))
+        found.append((path, kind_of(module), is_listened_to(module), owned, simple))
     return found
 
 

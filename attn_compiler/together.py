@@ -30,8 +30,8 @@ def join(work: Work, raised: Raised, site: AttentionSite, spec: VariantSpec) -> 
     if not work.config.installs:
         note(work, place, replace(site, decision=Decision(False, reasons=NEEDS_REWRITE)))
         return
-    work.sites.append(site)
     found = find_layer(*raised, work.state)
+    work.sites.append(replace(site, remaining=found.remaining))
     net, (where, missing) = None, _added(raised[0].end)
     near = (g for g in work.groups if where and g.last and where.behind(g.last))
     group = next(near, None) or Group()

@@ -10,7 +10,7 @@ named, and the layer is left alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core, Operand
 from attn_compiler.ir.expr import Var, walk
 from attn_compiler.ir.maps import Made, Strange, made_by, read_by
+from attn_compiler.ir.own_positions import made_of, own_reads, without
 from attn_compiler.ir.piece import Piece, Sought
 from attn_compiler.ir.provenance import location, module
 from attn_compiler.ir.pull import val
@@ -45,6 +46,7 @@ class Layer:
         places: host nodes of the keys and values that a cache hands over.
         update: the call that gives it new ones; None where it is only read.
         swapped: is time the first dimension, and batch the second?
+        relative: does it make relative positions of its own, which leave with it?
     """
 
     query: Made
@@ -55,6 +57,7 @@ class Layer:
     places: tuple[fx.Node, fx.Node] | None
     update: fx.Node | None
     swapped: bool
+    relative: bool = False
 
     @property
     def made(self) -> tuple[Made, ...]:
@@ -62,9 +65,10 @@ class Layer:
 
 
 def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: State) -> Sought:
-    """The layer around an attention, or what stands in the way. Facts: the `layer`, the `core`,
-    its `widths`, how many `parameters` of which `dtype` and `device` it has, whether it is in
-    `training`, and the decision of `before`, if the module has been rewritten.
+    """The layer around an attention, or what stands in the way. Facts: the `layer`, the `core`
+    without relative positions of the layer's own, its `widths`, how many `parameters` of which
+    `dtype` and `device` it has, whether it is in `training`, and the decision of `before`, if the
+    module has been rewritten.
 
     Codes of obstacles: no_projection, no_output, qk_norm, between, rotation, cross_rotary,
     cache_form, layout, positions, hidden (in a module that was not looked into), nested.
@@ -75,8 +79,9 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
     try:
         if PREFIX not in owner.meta:
             raise Strange(region.end, "nested", "it stands in a graph inside of the graph")
-        layer = _layer(region, functional, core)
+        layer, core, beside = _layer(region, functional, core)
         taken = dict.fromkeys(path for made in layer.made for path in made.taken)
+        taken |= dict.fromkeys(beside[1])
         before = decided(owner, path, taken)
         if layer.key is None and before is None:
             text = "keys and values come out of a cache that this call does not fill"
@@ -97,9 +102,11 @@ def find_layer(region: Region, functional: FunctionalRegion, core: Core, state: 
         "before": before,
     }
     nodes = frozenset(n for made in layer.made for n in made.nodes if n.op != "placeholder")
+    nodes |= beside[0]
     given = tuple(made.x for made in layer.made[:-1])
     home = path[len(prefix) :].lstrip(".") if prefix else path
-    return Sought(Piece(layer.out.node, given, nodes, tuple(taken), home, facts))
+    piece = Piece(layer.out.node, given, nodes, tuple(taken), home, facts)
+    return Sought(piece, remaining=core.program if layer.relative else None)
 
 
 def decided(owner: fx.GraphModule, path: str, taken: Iterable[str]) -> Decision | None:
@@ -131,7 +138,10 @@ def _parameters(owner: fx.GraphModule, paths: Mapping[str, None]) -> list[torch.
     return list(found.values())
 
 
-def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
+def _layer(
+    region: Region, functional: FunctionalRegion, core: Core
+) -> tuple[Layer, Core, tuple[frozenset[fx.Node], tuple[str, ...]]]:
+    """The layer, the core without its relative positions, and what makes these."""
     host = {node: h for h, node in reversed(list(functional.of_host.items()))}
     query = made_by(_start(core.q, host, "queries", region), "queries")
     starts = [_start(x, host, name, region) for x, name in ((core.k, "keys"), (core.v, "values"))]
@@ -148,40 +158,30 @@ def _layer(region: Region, functional: FunctionalRegion, core: Core) -> Layer:
         key, value = made_by(starts[0], "keys"), made_by(starts[1], "values")
     out = read_by(region.end)
     swapped = _swapped(query, query.x, core)
-    _check_rows(query, swapped, core)
     layer = Layer(query, key, value, out, query.turned, places, update, swapped)
     _check(layer, core)
-    _check_scores(layer, functional, core)
-    return layer
+    left, beside = _without_positions(layer, functional, core)
+    _check_rows(query, swapped, left)
+    return replace(layer, relative=left is not core), left, beside
 
 
-def _check_scores(layer: Layer, functional: FunctionalRegion, core: Core) -> None:
-    """The scores may read nothing that the layer's own maps make."""
-    maps = {m.node for m in layer.made}
-    own = {functional.of_host.get(node) for node in maps}
-    for read in core.reads:
-        stack, seen = [read], set[fx.Node]()
-        while stack:
-            node = stack.pop()
-            if node in own or functional.read.get(node) in maps:
-                raise _positions(layer, functional, read)
-            if node not in seen:
-                seen.add(node)
-                stack += node.all_input_nodes
-
-
-def _positions(layer: Layer, functional: FunctionalRegion, read: fx.Node) -> Strange:
-    """Relative positions: a product that the queries make, added to that with the keys."""
-    host = functional.read.get(read)
-    host = host or next((h for h, node in functional.of_host.items() if node is read), None)
-    at = layer.query.node if host is None else host
-    text = (
-        f"the scores read {at.name}, a product of the layer's own queries or keys, as relative "
-        "positions are made; new heads have another number and width, which the projection of the "
-        'positions does not fit. Leave this layer out of `to`, or give it "fastest", which keeps '
-        "the function; rotary positions are replaced with the layer"
-    )
-    return Strange(at, "positions", text)
+def _without_positions(
+    layer: Layer, functional: FunctionalRegion, core: Core
+) -> tuple[Core, tuple[frozenset[fx.Node], tuple[str, ...]]]:
+    maps = [made for made in (layer.query, layer.key, layer.value) if made is not None]
+    own = own_reads({made.node for made in layer.made}, functional, core)
+    if not own:
+        return core, (frozenset(), ())
+    reads = [core.reads[slot] for slot in own]
+    left, crosses = without(core, own), layer.key is None or layer.key.x is not layer.query.x
+    if left is None or crosses:
+        text = (
+            "the scores read what the layer's own queries or keys make, which is not added to them "
+            "as relative positions of one sequence are, so that it cannot leave with the layer. "
+            'Leave it out of `to`, or give it "fastest", which keeps the function'
+        )
+        raise Strange(layer.query.node, "positions", text)
+    return left, made_of(reads, functional, maps, core)
 
 
 def _node(value: Any, at: fx.Node) -> fx.Node:

@@ -121,7 +121,7 @@ def made_by(start: fx.Node, name: str) -> Made:
         linear = _map(node)
         if linear is not None:
             found[node] = linear
-        elif node.op == "get_attr" and _is_parameter(node):
+        elif node.op == "get_attr" and is_parameter(node):
             (biases if _is_bias(node) else others).append(node)
         elif node.op in ("placeholder", "get_attr", "call_module"):
             others.append(node)
@@ -153,7 +153,7 @@ def _check_between(
             raise Strange(hidden, "hidden", text, str(hidden.target))
         text = f"the {name} are not made by one linear map of parameters"
         raise Strange(start, "no_projection", text)
-    trained = [n for n in others if _is_parameter(n) or any(True for _ in _trained(n))]
+    trained = [n for n in others if is_parameter(n) or any(True for _ in _trained(n))]
     allowed = VIEWS | _SCALES | _SUMS | (_ANGLES if turned else frozenset())
     if called - allowed or trained or (others and not turned):
         odd = ", ".join(sorted(called - allowed)) or "another tensor"
@@ -181,7 +181,8 @@ def _is_tensor(node: fx.Node) -> bool:
     return any(isinstance(item, torch.Tensor) for item in held)
 
 
-def _is_parameter(node: fx.Node) -> bool:
+def is_parameter(node: fx.Node) -> bool:
+    """Does it read a parameter of the graph's module?"""
     owner = node.graph.owning_module
     if node.op != "get_attr" or owner is None:
         return False
@@ -211,7 +212,7 @@ def _map(node: fx.Node) -> _Map | None:
         return None
     tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
     weights = {n: _leaves(n) for n in tensors}
-    trained = [n for n in tensors if weights[n] and all(map(_is_parameter, weights[n]))]
+    trained = [n for n in tensors if weights[n] and all(map(is_parameter, weights[n]))]
     given = [n for n in tensors if n not in trained]
     if len(given) != 1 or not trained:
         return None
@@ -311,7 +312,7 @@ def _map_of(reader: fx.Node, given: fx.Node) -> _Map | None:
         return None
     others = [n for n in reader.all_input_nodes if _is_tensor(n) and n is not given]
     leaves = [leaf for n in others for leaf in _leaves(n)]
-    if not others or len(leaves) != len(others) or not all(map(_is_parameter, leaves)):
+    if not others or len(leaves) != len(others) or not all(map(is_parameter, leaves)):
         return None
     made = reader
     nodes = {reader, *(m for n in others for m in _above(n))}
@@ -331,7 +332,7 @@ def _with_bias(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     if len(readers) == 1 and _name(readers[0]) in _SUMS:
         others = [n for n in readers[0].all_input_nodes if n is not node]
         leaves = [leaf for n in others for leaf in _leaves(n)]
-        bias = len(leaves) == len(others) == 1 and _is_parameter(leaves[0])
+        bias = len(leaves) == len(others) == 1 and is_parameter(leaves[0])
         if bias and ops.value(others[0]).dim() == 1:
             return readers[0], leaves
     return node, []

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from attn_compiler.ir.score import Program
 from attn_compiler.ir.site import Reason
 
 
@@ -38,7 +39,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sought:
-    """A piece, or why there is none: all reasons."""
+    """A piece, or why there is none: all reasons; `remaining` as of the site."""
 
     piece: Piece | None
     obstacles: tuple[Reason, ...] = ()
+    remaining: Program | None = None

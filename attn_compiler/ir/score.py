@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from attn_compiler.ir.expr import DOT, TRUE, Expr, parse
+from attn_compiler.ir.expr import DOT, TRUE, Call, Const, Expr, parse, walk
 
 Empty = Literal["nan", "nan_added", "zero", "uniform", "absorbed", "any"]
 _POLICIES = ("nan", "nan_added", "zero", "uniform", "absorbed", "any")
@@ -55,6 +55,22 @@ class Program:
             ValueError: `text` is not a program.
         """
         return _parse(text)
+
+
+def gain(score: Expr) -> float:
+    """What a score multiplies `dot` by where it is small: 0.5 of (dot + t0[q, k]) * 0.5, and 1 of
+    5 * tanh(dot / 5).
+    """
+    if score == DOT or not isinstance(score, Call):
+        return 1.0
+    inner = next((arg for arg in score.args if DOT in walk(arg)), None)
+    if inner is None:
+        return 1.0
+    found = gain(inner)
+    other = next((a for a in score.args if a is not inner), None)
+    if score.op in ("mul", "div") and isinstance(other, Const) and other.value:
+        return found * other.value if score.op == "mul" else found / other.value
+    return found
 
 
 @lru_cache(maxsize=1024)

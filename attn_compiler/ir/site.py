@@ -123,6 +123,8 @@ class AttentionSite:
             text, or an object with a "text".
         obstacles: why a cache cannot hold what keys and values are made of in their place; None
             where nobody has asked.
+        remaining: the program without relative positions that the layer makes of its own queries
+            or keys; None where there are none, or nobody has asked.
         line: the text at `location`.
         width: channels of the one tensor that linear maps make queries, keys and values of, None
             where there is no such tensor.
@@ -150,6 +152,7 @@ class AttentionSite:
     facts: dict[str, Any] = field(default_factory=dict)
     length: int | None = None
     obstacles: tuple[Reason, ...] | None = None
+    remaining: Program | None = None
     line: str = ""
     width: int | None = None
     cached: bool = False

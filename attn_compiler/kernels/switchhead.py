@@ -24,6 +24,7 @@ from attn_compiler.errors import UnsupportedCall
 from attn_compiler.ir.score import Program
 from attn_compiler.kernels.experts import expert_merge, expert_project, in_one_dtype
 from attn_compiler.kernels.library import attention
+from attn_compiler.kernels.relative import Relative, attend_by_distance
 from attn_compiler.kernels.routing import Routes, route
 
 Rotate = Callable[[Tensor], Tensor]
@@ -75,9 +76,10 @@ class Scores:
 
     Attributes:
         program: the text of an `ir.score` program, over `reads` and `ints`.
-        scale: of the dot products; c ** -0.5 if None.
-        offsets: [H, n, c], projected distances. scale * q offsets^T [B, H, T, n] is one more read,
-            the last: see `relative_positions`.
+        scale: of the dot products; c ** -0.5 / gain if None.
+        gain: what the program multiplies them by.
+        offsets: projected distances, whose products with queries are one more read, the last: see
+            `relative`, whose `programs` make `program` and `later`.
         dropout: of the weights of attention, drawn anew in every call.
     """
 
@@ -85,7 +87,9 @@ class Scores:
     reads: Sequence[Tensor] = ()
     ints: Sequence[int] = ()
     scale: float | None = None
+    gain: float = 1.0
     offsets: Tensor | None = None
+    later: str = ""
     dropout: float = 0.0
 
 
@@ -182,15 +186,18 @@ def attend(
     """
     q = _project("q", x_q, weights.w_q, mixture, routes)
     q = q if rotate is None else rotate(q)
-    scale = q.shape[-1] ** -0.5 if scores.scale is None else scores.scale
-    reads = list(scores.reads)
-    if scores.offsets is not None:
-        reads.append(scale * (q @ scores.offsets.mT.to(q.dtype)))
+    scale = q.shape[-1] ** -0.5 / scores.gain if scores.scale is None else scores.scale
     seed = drawn(q) if scores.dropout else None
-    out, _ = attention(
-        q, written.k, written.v, reads, list(scores.ints), seed,
-        program=scores.program, scale=scale, dropout=scores.dropout,
-    )  # fmt: skip
+    if scores.offsets is None:
+        out, _ = attention(
+            q, written.k, written.v, list(scores.reads), list(scores.ints), seed,
+            program=scores.program, scale=scale, dropout=scores.dropout,
+        )  # fmt: skip
+    else:
+        given = Relative(
+            scores.program, scores.later, scores.reads, scores.ints, scale, scores.dropout
+        )
+        out = attend_by_distance(q, written.k, written.v, scores.offsets, given, seed)
     if "o" not in mixture.experts_on:
         return torch.einsum("bhtc,hcd->btd", out, weights.w_o)
     return _by_experts(expert_merge, out, weights.w_o, mixture, routes)
@@ -267,24 +274,3 @@ def turned(x: Tensor, positions: Tensor, speeds: Tensor) -> Tensor:
     a, b = x[..., :n].to(dtype), x[..., n : 2 * n].to(dtype)
     pairs = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
     return torch.cat([pairs, x[..., 2 * n :]], -1)
-
-
-def relative_positions(w_p: Tensor, queries: int, keys: int, start: int | Tensor = 0) -> Tensor:
-    """Projected sinusoids of the distances from each query to each key: [H, T + S - 1, c].
-
-    With them as `Scores.offsets`, read number i, a score is dot + t<i>[b, h, q, q - k + S - 1].
-    Source: Transformer-XL (arXiv 1901.02860) less its two biases, which SwitchHead leaves out.
-
-    Args:
-        w_p: [H, D, c].
-        queries, keys: T and S.
-        start: the place of the first query among the keys.
-    """
-    width = w_p.shape[1]
-    dtype = torch.promote_types(w_p.dtype, torch.float32)
-    distances = torch.arange(1 - keys, queries, device=w_p.device) + start
-    exponents = torch.arange(0, width, 2, device=w_p.device, dtype=dtype) / width
-    angles = distances.to(dtype).unsqueeze(-1) * 10000.0**-exponents
-    # an odd width has one cosine less
-    table = torch.cat([angles.sin(), angles.cos()], -1)[:, :width]
-    return torch.einsum("nd,hdc->hnc", table.to(w_p.dtype), w_p)

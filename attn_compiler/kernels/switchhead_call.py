@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_compiler.kernels.relative import relative_positions
 from attn_compiler.kernels.switchhead import (
     Mixture,
     Rotate,
@@ -27,7 +28,6 @@ from attn_compiler.kernels.switchhead import (
     destination,
     drawn,
     keys_values,
-    relative_positions,
     rotary,
     turned,
 )
@@ -57,6 +57,8 @@ class _Options:
     dropout: float
     turned: tuple[float, float] | None
     speeds: tuple[float, ...] = ()
+    later: str = ""
+    gain: float = 1.0
 
     @property
     def turns(self) -> bool:
@@ -83,7 +85,10 @@ class _Options:
     ) -> Scores:
         """`sizes`: rows, keys, and the place of the first row among the keys."""
         offsets = None if w_p is None else relative_positions(w_p, *sizes)
-        return Scores(self.program, reads, ints, offsets=offsets, dropout=self.dropout)
+        return Scores(
+            self.program, reads, ints, gain=self.gain, offsets=offsets, later=self.later,
+            dropout=self.dropout,
+        )  # fmt: skip
 
     def weights(self, given: Sequence[Tensor]) -> tuple[Weights, Tensor | None, Tensor | None]:
         """And the bias of the outputs and the projection of distances, where there are such."""

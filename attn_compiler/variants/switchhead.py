@@ -57,8 +57,9 @@ class SwitchHead(VariantSpec):
             the function stays. It takes calibration.
         positions: what the layer itself knows of them, in self-attention: "rope" turns half of the
             channels, "transformer_xl" adds products of queries and projected distances, "none" is
-            none. "auto" is "rope" where the layer that is replaced turns, else "none". What the
-            model adds elsewhere stays.
+            none. "auto" is "rope" where the layer that is replaced turns, "transformer_xl" where it
+            makes relative positions of its queries or keys, else "none". These leave with it; what
+            the model adds elsewhere stays.
         feed_forward: "sigma_moe" replaces the feed-forward net too (SwitchAll).
 
     Raises:

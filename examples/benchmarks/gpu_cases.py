@@ -15,8 +15,8 @@ from gpu_rules import BLOCK, RULES, Rule, Sizes
 Section = Literal[
     "ceilings", "forward", "backward", "tiles", "tiles backward", "variants",
     "variants backward", "selective", "selective training", "selective decode", "decode", "el",
-    "summaries", "blocks", "expert project", "expert merge", "switchhead", "gau", "gau backward",
-    "gau block", "gau block training", "numerics", "launch",
+    "summaries", "blocks", "expert project", "expert merge", "switchhead", "switchhead training",
+    "gau", "gau backward", "gau block", "gau block training", "numerics", "launch",
 ]  # fmt: skip
 # by head dim, so that the work is nearly the same
 HEADS = {64: 32, 128: 16, 256: 8}
@@ -220,11 +220,11 @@ def _experts() -> Iterator[Case]:
         for section in ("expert project", "expert merge"):
             sizes = Sizes(1, 4, experts, length, length, 128)
             yield Case(section, "full", sizes, ways, early, 6)  # type: ignore[arg-type]
+    blocks = ("switchhead", "own", "cudnn", "flash")
     for early, length in ((2, 8192), (3, 1024), (3, 32768)):
         sizes = Sizes(32768 // length, 16, 16, length, length, 64)
-        yield Case(
-            "switchhead", "causal", sizes, ("switchhead", "own", "cudnn", "flash"), early, 10
-        )
+        yield Case("switchhead", "causal", sizes, blocks, early, 10)
+        yield Case("switchhead training", "causal", sizes, blocks, early, 12)
 
 
 def _units() -> Iterator[Case]:

@@ -5,12 +5,14 @@ dense one.
 
 "triton" is the whole operator, the sort of the routes included, "kernel" its product alone,
 "cublas" one plain product of as many rows and operations; "grouped mm" gathers and sorts rows,
-multiplies them by PyTorch's grouped product and adds them up.
+multiplies them by PyTorch's grouped product and adds them up. Blocks run forward, or forward and
+backward with the gradients of all weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -145,20 +147,22 @@ _BACKENDS = {
 
 
 def block(case: Case, machine: Machine) -> tuple[dict[str, Any], Makers]:
-    """Whether the planner would keep the dense block, and the ways; all without gradients."""
-    s = case.sizes
+    """Whether the planner would keep the dense block, and the ways: forward passes, or whole steps
+    without an optimiser.
+    """
+    s, training = case.sizes, case.section.endswith("training")
     sizes = Dense(s.H * s.d, s.H, s.d)
     x = torch.randn(s.B, s.T, sizes.width, device=machine.device, dtype=machine.dtype)
+    x, above = x.requires_grad_(training), torch.randn_like(x)
 
     def way(layer: nn.Module, backend: SDPBackend | None = None) -> Way:
         made = Block(layer, sizes.width).to(machine.device, machine.dtype)
+        learnt = [x, *made.parameters()]
 
-        def call() -> Tensor:
-            with torch.no_grad():
-                if backend is None:
-                    return made(x)
-                with sdpa_kernel(backend):
-                    return made(x)
+        def call() -> Any:
+            with torch.set_grad_enabled(training), _within(backend):
+                y = made(x)
+                return torch.autograd.grad(y, learnt, above) if training else y
 
         return Way(call, compared=False)
 
@@ -170,6 +174,10 @@ def block(case: Case, machine: Machine) -> tuple[dict[str, Any], Makers]:
         made[name] = lambda b=backend: way(Ordinary(sizes), b)
     facts: dict[str, Any] = {}
     if machine.hardware is not None:
-        shape = Shape(s.B, s.T, s.S, s.H, s.d, causal=True)
+        shape = Shape(s.B, s.T, s.S, s.H, s.d, causal=True, training=training)
         facts["declined"] = planned(SwitchHead(), shape, machine.hardware, machine.dtype).keep
     return facts, {name: made[name] for name in case.ways}
+
+
+def _within(backend: SDPBackend | None) -> AbstractContextManager[object]:
+    return nullcontext() if backend is None else sdpa_kernel(backend)

@@ -252,6 +252,7 @@ _SECTIONS: dict[str, Callable[..., Row]] = {
     "expert project": partial(_made, products),
     "expert merge": partial(_made, products),
     "switchhead": partial(_made, block),
+    "switchhead training": partial(_made, block),
     "gau": partial(_made, mixing),
     "gau backward": partial(_made, mixing),
     "gau block": partial(_made, blocks),

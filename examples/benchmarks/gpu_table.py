@@ -44,6 +44,7 @@ SECTIONS = {
     "expert project": ("projection by experts", "a plain product, PyTorch's grouped product"),
     "expert merge": ("merge by experts", "a plain product, PyTorch's grouped product"),
     "switchhead": ("a block of SwitchHead", "a dense block with our attention, cuDNN, flash"),
+    "switchhead training": ("the same block, forward and backward", "the same dense blocks"),
     "gau": ("two gated units, what mixes tokens", "own dense kernel, cuDNN"),
     "gau backward": ("its backward", "PyTorch's operators, own dense kernels, cuDNN"),
     "gau block": ("two gated units, whole block", "dense block on own attention, on cuDNN"),
@@ -391,8 +392,8 @@ _WRITTEN: dict[str, Callable[[Row, float], tuple[str, str]]] = {
     **dict.fromkeys(SECTIONS, _speeds),
     "ceilings": _ceilings, "tiles": _tiles, "tiles backward": _tiles, "decode": _bandwidth,
     "el": _steps, "summaries": _samples, "expert project": _rated, "expert merge": _rated,
-    "switchhead": _whole, "selective": _overheads, "selective training": _overheads,
-    "selective decode": _budgets,
+    "switchhead": _whole, "switchhead training": _whole,
+    "selective": _overheads, "selective training": _overheads, "selective decode": _budgets,
     "gau": _mixing, "gau backward": _mixing, "gau block": _blocks, "gau block training": _blocks,
     "numerics": _errors, "launch": _launches,
 }  # fmt: skip

@@ -150,6 +150,29 @@ class Rotary(Separate):
         return q, k, v
 
 
+class Relative(Separate):
+    """Transformer-XL's positions: queries times projected distances, shifted row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = nn.Linear(D, H * FEATURES, bias=False)
+        self.of_keys, self.of_distances = (nn.Parameter(torch.randn(H, 1, FEATURES)) for _ in "uv")
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        q, k, v = self.sides(x, x)
+        batch, _, rows, _ = q.shape
+        rates = 100.0 ** (-torch.arange(0, D, 2, device=x.device) / D)
+        angles = torch.arange(rows - 1, -rows, -1, device=x.device)[:, None] * rates
+        p = heads(self.apart(torch.cat([angles.sin(), angles.cos()], -1)[None]))
+        apart = nn.functional.pad((q + self.of_distances) @ p.mT, (1, 0))
+        shifted = apart.view(batch, H, 2 * rows, rows)[:, :, 1:].reshape(batch, H, rows, -1)
+        dot = self.sum((q + self.of_keys) @ k.mT, shifted[..., :rows])
+        return self.result((dot * FEATURES**-0.5).softmax(-1) @ v)
+
+    def sum(self, dot: Tensor, apart: Tensor) -> Tensor:
+        return causal(dot + apart)
+
+
 class Stack(nn.Module):
     """Layers with a residual."""
 

@@ -36,8 +36,9 @@ def by_equations(
     x: Tensor,
     made: ac.SwitchHead,
     between: Callable[[Tensor], Tensor] = lambda scores: scores,
+    causal: bool = True,
 ) -> Tensor:
-    """q k^T + q p^T, one distance after the other, causal, in float64."""
+    """q k^T + q p^T, one distance after the other, in float64."""
     h, e, k = made.heads, made.experts, made.k
     own = {n: p.detach().double() for n, p in module.named_parameters(recurse=False)}
     x = x.double()
@@ -50,7 +51,8 @@ def by_equations(
             p = torch.einsum("d,hdc->hc", sinusoid, own["w_p"])
             scores[:, :, i, j] += (q[:, :, i] * p).sum(-1)
     scores = between(scores / math.sqrt(q.shape[-1]))
-    scores = scores.masked_fill(~below(x.shape[1]), float("-inf"))
+    if causal:
+        scores = scores.masked_fill(~below(x.shape[1]), float("-inf"))
     r = scores.softmax(-1) @ routed(x, own["w_v"], own["w_s"], h, e, k)
     gate = gates(x, own["w_d"], h, e, k)
     return torch.einsum("bhtc,hecd,bthe->btd", r, own["w_o"].unflatten(0, (-1, e)), gate)
@@ -112,6 +114,70 @@ def test_beside_what_the_scores_read() -> None:
     new = rewritten(Biased(), to=to)
     x, bias = draw(2), new.bias.detach().double()
     close(new(x), by_equations(new, x, to, lambda dot: 5.0 * torch.tanh((dot + bias) / 5.0)))
+
+
+def test_positions_that_a_layer_makes_itself_leave_with_it() -> None:
+    model, x = switched.Relative(), draw(2)
+    new = rewritten(model, to=spec("auto"))
+    report = str(ac.last_report())
+    assert {n for n, _ in new.named_parameters()} == NAMES | {"w_p"}
+    assert (
+        not hasattr(new, "apart")
+        and f"for {sum(p.numel() for p in model.parameters()):,}" in report
+    )
+    for given in (x, draw(3, batch=2, length=5)):
+        close(new(given), by_equations(new, given, spec("auto")))
+    for positions in ("none", "rope"):
+        to = spec(positions)
+        new = rewritten(switched.Relative(), to=to)
+        assert {n for n, _ in new.named_parameters()} == NAMES
+        close(new(x), expected(new, x, x, to, below(11), turned=positions == "rope"))
+
+
+class MaskedByDistance(switched.Relative):
+    """The mask is upon what leaves."""
+
+    def sum(self, dot: Tensor, apart: Tensor) -> Tensor:
+        return dot + switched.causal(apart) + 0.0
+
+
+def test_a_mask_upon_positions_that_leave_stays() -> None:
+    new, x = rewritten(MaskedByDistance(), to=spec("auto")), draw(2)
+    close(new(x), by_equations(new, x, spec("auto")))
+
+
+def test_positions_of_its_own_in_two_layers_and_a_library() -> None:
+    new = rewritten(switched.Stack(switched.Relative), to=spec("auto"))
+    assert ac.last_report().rewritten == 2 and len(list(new.parameters())) == 14
+    conformer = pytest.importorskip("transformers.models.wav2vec2_conformer")
+    configs, code = (
+        conformer.configuration_wav2vec2_conformer,
+        conformer.modeling_wav2vec2_conformer,
+    )
+    config = configs.Wav2Vec2ConformerConfig(
+        hidden_size=D, num_attention_heads=6, attention_dropout=0.0, max_source_positions=50
+    )
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = code.Wav2Vec2ConformerSelfAttention(config)
+            self.positions = code.Wav2Vec2ConformerRelPositionalEmbedding(config)
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = {"relative_position_embeddings": self.positions(x)}
+            return self.attention(x, **given)[0]  # type: ignore[no-any-return]
+
+    new, x = rewritten(Encoder().eval(), to=spec("auto")), draw(2)
+    assert {n for n, _ in new.attention.named_parameters()} == NAMES | {"w_p"}
+    close(new(x), by_equations(new.attention, x, spec("auto"), causal=False))
+
+
+def test_trained_heads_keep_positions_of_their_own() -> None:
+    to = ac.SwitchHead(init="convert")
+    ac.rewrite(switched.Relative(), (draw(),), to=to, calibration=[((draw(),), {})])
+    (site,) = ac.last_report().sites
+    assert [r.code for r in site.decision.reasons] == ["switchhead.positions"]
 
 
 def test_sizes_cost_what_is_replaced() -> None:

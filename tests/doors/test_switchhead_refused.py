@@ -14,7 +14,18 @@ from attn_compiler.capture import each_graph
 from attn_compiler.config import make_config
 from attn_compiler.pipeline import compile_graph
 from attn_compiler.variants.sites.switchhead import legality
-from tests.doors.switched import FEATURES, D, H, Separate, Stack, causal, draw, heads, rotated
+from tests.doors.switched import (
+    FEATURES,
+    D,
+    H,
+    Relative,
+    Separate,
+    Stack,
+    causal,
+    draw,
+    heads,
+    rotated,
+)
 
 SPEC = ac.SwitchHead(heads=2, experts=3, k=2, head_dim=11)
 
@@ -108,19 +119,51 @@ class Alibi(Separate):
         return dot + slopes[:, None, None] * torch.arange(dot.shape[-1])
 
 
-class Relative(Separate):
-    """Transformer-XL's positions: queries times those of distances, shifted row by row."""
+class ByDistance(Separate):
+    """Products of queries and distances, moved by one column a row."""
 
     def __init__(self) -> None:
         super().__init__()
         self.distances = nn.Parameter(torch.randn(H, 11, FEATURES))
 
+    def apart(self, q: Tensor) -> Tensor:
+        found = nn.functional.pad(q @ self.distances.mT, (1, 0))
+        return found.view(q.shape[0], H, 12, 11)[:, :, 1:]
+
+
+class LeastByDistance(ByDistance):
+    """They are not added to the scores."""
+
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         q, k, v = self.sides(x, x)
-        batch, _, rows, _ = q.shape
-        apart = nn.functional.pad(q @ self.distances.mT, (1, 0))
-        shifted = apart.view(batch, H, rows + 1, rows)[:, :, 1:]
-        return self.result(causal(q @ k.mT + shifted).softmax(-1) @ v)
+        return self.result(causal(torch.maximum(q @ k.mT, self.apart(q))).softmax(-1) @ v)
+
+
+class CrossRelative(ByDistance):
+    """Two sequences."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        q, k, v = self.sides(x, x + 1)
+        return self.result((q @ k.mT + self.apart(q)).softmax(-1) @ v)
+
+
+class Relations(Separate):
+    """What each token is to each other is given, as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relations = nn.Embedding(5, FEATURES)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self.sides(x, x)
+        apart = torch.einsum("bhqf,bqkf->bhqk", q, self.relations(given))
+        return self.result(causal(q @ k.mT + apart).softmax(-1) @ v)
+
+
+class WatchedPositions(Relative):
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart.register_forward_hook(lambda *_: None)
 
 
 class Sink(Separate):
@@ -188,7 +231,9 @@ REFUSED: dict[str, tuple[type[nn.Module], str]] = {
     "no output projection": (NoOutput, "switchhead.no_output"),
     "rows first in the end": (TurnedOutput, "switchhead.layout"),
     "a bias for each head": (Alibi, "switchhead.per_head"),
-    "positions of queries": (Relative, "switchhead.positions"),
+    "queries by distances": (LeastByDistance, "switchhead.positions"),
+    "distances of two sequences": (CrossRelative, "switchhead.positions"),
+    "watched positions": (WatchedPositions, "switchhead.positions"),
     "a sink": (Sink, "switchhead.sink"),
     "a trained temperature": (Temperature, "switchhead.scale"),
     "keys read elsewhere": (KeptKeys, "piece.read_elsewhere"),
@@ -206,7 +251,13 @@ def reasons(model: nn.Module, *args: Any) -> set[str]:
 
 
 # other ways to the same reason
-SLOW = ("a module that normalises", "hooks", "four dimensions", "no output projection")
+SLOW = (
+    "watched positions",
+    "a module that normalises",
+    "hooks",
+    "four dimensions",
+    "no output projection",
+)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +266,10 @@ SLOW = ("a module that normalises", "hooks", "four dimensions", "no output proje
 def test_it_is_refused_with_a_reason(name: str) -> None:
     kind, code = REFUSED[name]
     assert code in reasons(kind())
+
+
+def test_relations_of_tokens_are_no_distances() -> None:
+    assert "switchhead.positions" in reasons(Relations(), draw(), torch.ones(3, 11, 11).long())
 
 
 def test_a_module_that_cannot_be_looked_into_hides_it() -> None:
@@ -230,6 +285,18 @@ def test_a_module_that_cannot_be_looked_into_hides_it() -> None:
     model = Separate()
     model.out = After()  # type: ignore[assignment]
     assert "switchhead.hidden" in reasons(model)
+
+
+def test_a_layer_with_a_hook_does_not_follow_one_without() -> None:
+    model, calls = Stack(Separate), list[int]()
+    model.layers[1].v.register_forward_hook(lambda *_: calls.append(1))
+    new = ac.rewrite(model, (draw(),), to=SPEC)
+    first, second = ac.last_report().sites
+    assert first.decision.accepted
+    assert {r.code for r in second.decision.reasons} == {"switchhead.no_projection"}
+    calls.clear()
+    new(draw())
+    assert calls == [1]
 
 
 def test_a_weight_that_the_embedding_holds_too() -> None:

@@ -29,6 +29,7 @@ from attn_compiler.ir.expr import (
     substitute,
     walk,
 )
+from attn_compiler.ir.score import gain
 
 _ONE = ["not", "neg", "abs", "exp", "log2", "tanh", "floor", "sign", "int", "float", "bool"]
 _TWO = ["add", "sub", "mul", "div", "floordiv", "mod", "and", "or", "xor", "min", "max", "pow"]
@@ -282,3 +283,17 @@ def test_questions_about_a_tree() -> None:
     assert len([n for n in walk(shared) if n is expr]) == 1
     with pytest.raises(KeyError):
         call("nope", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dot", 1.0),
+        ("(dot + t0[q, k]) * 0.5", 0.5),
+        ("t0[q, k] + dot / 4.0", 0.25),
+        ("where(k <= q, 3.0 * dot, -inf)", 3.0),
+        ("5.0 * tanh(dot / 5.0)", 1.0),
+    ],
+)
+def test_what_a_score_multiplies_the_products_by(text: str, expected: float) -> None:
+    assert gain(parse(text)) == expected

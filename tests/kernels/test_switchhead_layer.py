@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from attn_compiler.errors import UnsupportedCall
+from attn_compiler.ir.score import Program
 from attn_compiler.kernels import experts
 from attn_compiler.kernels.experts import expert_merge, expert_project
 from attn_compiler.kernels.library import attention, register_flops
+from attn_compiler.kernels.relative import programs, relative_positions
 from attn_compiler.kernels.routing import Routes, route
 from attn_compiler.kernels.switchhead import (
     Mixture,
@@ -26,7 +28,6 @@ from attn_compiler.kernels.switchhead import (
     attend,
     destination,
     keys_values,
-    relative_positions,
     rotary,
     switchhead_attention,
 )
@@ -386,16 +387,14 @@ def test_rotation_is_complex_multiplication_and_leaves_the_rest() -> None:
     torch.testing.assert_close(found[..., :4], torch.cat([turned.real, turned.imag], -1))
 
 
-@pytest.mark.parametrize("rows", [S, T])
+@pytest.mark.parametrize("rows", [S, T, 1])
 def test_relative_positions(rows: int) -> None:
     """The last rows of a longer context."""
     mixture, width = Mixture(2, 5, 2), 12
     weights, x = drawn(mixture), normal(B, S, D)
     w_p = normal(2, width, C)
-    scores = Scores(
-        "score: dot + t0[b, h, q, q - k + S - 1]; mask: k <= q + (S - T); empty: any",
-        offsets=relative_positions(w_p, rows, S, S - rows),
-    )
+    program, _ = programs(Program.parse(OFFSET.program), 0, 0)
+    scores = Scores(program, offsets=relative_positions(w_p, rows, S, S - rows))
     found = switchhead_attention(x[:, S - rows :], x, weights, mixture, scores)
     expected = torch.empty(B, 2, rows, S, dtype=WIDE)
     q = torch.einsum("btd,hdc->bhtc", x[:, S - rows :], weights.w_q)

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from attn_compiler.ir.expr import DOT, Expr, Var, parse, substitute, walk
+from attn_compiler.ir.expr import Expr, Var, walk
 from attn_compiler.ir.piece import Piece
+from attn_compiler.ir.score import gain
 from attn_compiler.ir.site import AttentionSite, Reason
 from attn_compiler.kernels import switchhead_call
+from attn_compiler.kernels.relative import programs
 from attn_compiler.kernels.routing import mixture_deviation
 from attn_compiler.variants.base import (
     CachedLayer,
@@ -29,6 +31,7 @@ from attn_compiler.variants.starts import Like, Start, normal, rows_of_length
 from attn_compiler.variants.switchhead import SwitchHead, filled, whole_width
 
 if TYPE_CHECKING:
+    from attn_compiler.ir.core import Core
     from attn_compiler.ir.layer import Layer
 
 # how far the parameters may be from those that are replaced; the widths that are tried for it, the
@@ -77,7 +80,13 @@ def legality(site: AttentionSite, spec: SwitchHead) -> Iterator[Reason]:
     """
     for obstacle in site.obstacles or ():
         yield replace(obstacle, code=f"switchhead.{obstacle.code}")
-    program = site.program
+    program = site.remaining or site.program
+    if site.remaining is not None and spec.init == "convert":
+        text = (
+            "trained heads cannot do without the relative positions that the layer makes of its "
+            'own queries or keys; init="fresh" replaces them, "fastest" keeps the layer'
+        )
+        yield Reason("switchhead.positions", text, site.location)
     if _names_head(program.score) or _names_head(program.mask):
         text = "the scores depend on the head, and there are going to be other heads"
         yield Reason("switchhead.per_head", text, site.location)
@@ -188,6 +197,7 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
             f"{made.heads} heads {made.head_dim} wide, {made.k} of {made.experts} experts on "
             f"{', '.join(made.experts_on)}; {count:,} parameters for {facts['parameters']:,}"
         )
+    program, later = _programs(facts["core"], made)
     options = (
         ("names", tuple(bare(t) for t in tensors)),
         ("heads", made.heads),
@@ -196,7 +206,9 @@ def replacement(site: AttentionSite, piece: Piece, spec: SwitchHead) -> Replacem
         ("experts_on", made.experts_on),
         ("shared", made.shared_selection),
         ("expert_dropout", made.expert_dropout if facts["training"] else 0.0),
-        ("program", _program(site, made, len(facts["core"].reads))),
+        ("program", program),
+        ("later", later),
+        ("gain", gain(facts["core"].program.score) if made.init == "fresh" else 1.0),
         ("dropout", site.dropout),
         ("turned", _TURNED if made.positions == "rope" else None),
         ("speeds", spec.speeds if isinstance(spec, Prepared) else ()),
@@ -216,18 +228,17 @@ def _placed(spec: SwitchHead, layer: Layer) -> SwitchHead:
     """The spec with the positions that a layer gets."""
     mine = layer.key is not None and layer.key.x is layer.query.x
     if spec.positions == "auto" or not mine:
+        if layer.relative and mine:
+            return replace(spec, positions="transformer_xl")
         return replace(spec, positions="rope" if layer.turned else "none")
     return spec
 
 
-def _program(site: AttentionSite, spec: SwitchHead, reads: int) -> str:
-    """What happens between the products; `reads`: how many tensors it reads already."""
-    program = site.program
+def _programs(core: Core, spec: SwitchHead) -> tuple[str, str]:
+    """What happens between the products, and for later rows alone, where that is asked."""
     if spec.positions == "transformer_xl":
-        distance = f"dot + t{reads}[b, h, q, q - k + S - 1]"
-        score = substitute(program.score, {DOT: parse(distance)})
-        program = replace(program, score=score)
-    return str(program)
+        return programs(core.program, len(core.reads), len(core.ints))
+    return str(core.program), ""
 
 
 def bare(tensor: NewTensor) -> str:
@@ -251,10 +262,10 @@ def _tensors(
         rows, width = experts if name in spec.experts_on else heads, getattr(widths, name)
         shapes[f"w_{name}"] = (rows, inner, width) if name == "o" else (rows, width, inner)
         inputs = heads * inner if name == "o" else width
-        gain = 1 / mixture if name in spec.experts_on else 1.0
+        factor = 1 / mixture if name in spec.experts_on else 1.0
         if name == "o":
-            gain *= math.sqrt(_inputs(site) / inputs)
-        starts[f"w_{name}"] = Start(normal, (inputs**-0.5,), Like(replaced[name], gain))
+            factor *= math.sqrt(_inputs(site) / inputs)
+        starts[f"w_{name}"] = Start(normal, (inputs**-0.5,), Like(replaced[name], factor))
     if spec.positions == "transformer_xl":
         shapes["w_p"] = (heads, widths.q, inner)
         starts["w_p"] = Start(normal, (widths.q**-0.5,), Like(replaced["k"]))
