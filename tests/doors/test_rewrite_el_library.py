@@ -14,7 +14,6 @@ from torch import nn
 import attn_compiler as ac
 
 tf = pytest.importorskip("transformers")
-layer = pytest.importorskip("attn_compiler.cache.layer")
 _PAIR = {
     "d_model": 64,
     "encoder_layers": 1,
@@ -220,25 +219,6 @@ def test_diverse_beams(name: str) -> None:
     assert torch.equal(diverse(new, example(name)), expected)
     # the groups differ, or nothing was reordered between them
     assert (expected.view(2, 2, 2, -1)[:, 0] != expected.view(2, 2, 2, -1)[:, 1]).any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "bart", "neox", "phi"])
-def test_a_static_cache_that_grows_holds_keys(name: str) -> None:
-    """That of cross-attention is filled at once and holds states."""
-    model, new = made(name, "eager")
-    options = {"cache_implementation": "static", "disable_compile": True, "do_sample": False}
-    options |= {"max_new_tokens": 12, "min_new_tokens": 12, "return_dict_in_generate": True}
-    for beams in (1, 3):
-        theirs, ours = (
-            m.generate(**example(name), **options, num_beams=beams) for m in (model, new)
-        )
-        assert torch.equal(ours.sequences, theirs.sequences)
-        past = ours.past_key_values
-        own = getattr(past, "self_attention_cache", past)
-        cross = getattr(past, "cross_attention_cache", None)
-        assert not any(type(held) is layer.StatesLayer for held in own.layers)
-        assert all(type(held) is layer.StatesLayer for held in getattr(cross, "layers", ()))
 
 
 @pytest.mark.slow
