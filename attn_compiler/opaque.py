@@ -326,7 +326,8 @@ def _tensor(
     """A fake for a tensor that an object gave, with these sizes or new symbols."""
     with torch._C.DisableTorchFunction():
         known = [None] * value.dim() if sizes is None else sizes
-        token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
+        shape = tuple(value.shape)  # on which the code may branch
+        token = ("opaque", shape, value.dtype, value.device, value.requires_grad)
     with recorder.paused():  # one without any symbolic size would be taken for a constant
         found = recorder.symbols.produce(token, lambda: recorder.symbols.renewed(value, known))
     recorder.learn(found, read_later(recorder.graph, node))

@@ -62,7 +62,7 @@ class _Holder(CacheLayerMixin):
         held = (self.states.x, *self.states.beside)
         return sum(t.untyped_storage().nbytes() for t in held)
 
-    def ordinary_tensors(self) -> tuple[Tensor, Tensor]:
+    def ordinary_tensors(self) -> tuple[Tensor, ...]:
         """What an ordinary layer would hold: a rewritten module is compared by it."""
         return self.states.keys_and_values(self.maps)
 
@@ -177,6 +177,9 @@ class StaticStatesLayer(_Holder, StaticLayer):
         if not torch.compiler.is_dynamo_compiling():
             for tensor in states.tensors:
                 torch._dynamo.mark_static_address(tensor)
+
+    def ordinary_tensors(self) -> tuple[Tensor, ...]:
+        return (*super().ordinary_tensors(), self.cumulative_length)
 
     def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
         """See `StatesLayer`."""

@@ -153,6 +153,12 @@ class States:
         twin.beside = copy.deepcopy(self.beside, memo)
         return twin
 
+    def first(self, length: int) -> States:
+        """The first keys, to read them."""
+        twin = copy.copy(self)
+        twin.x, twin.beside = self.x[:, :length], tuple(t[:, :, :length] for t in self.beside)
+        return twin
+
     def own(self) -> States:
         """The same for one layer alone."""
         return copy.copy(self)

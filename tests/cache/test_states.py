@@ -352,6 +352,21 @@ def test_attention_over_what_is_kept(rows: int, key_bias: bool) -> None:
         assert torch.allclose(found, other, 1e-11, 1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 29])
+@pytest.mark.parametrize("room", [0, 37])
+def test_attention_over_the_first_keys(room: int, rows: int) -> None:
+    made, x = Projections(), states(2, 31)
+    ours, theirs = (static(room), static(room)) if room else caches(made, x, False)
+    if room:
+        put(ours, theirs, made, x)
+    q = torch.randn(2, HEADS, rows, FEATURES, dtype=torch.float64)
+    options = {"program": "score: dot; mask: k <= q + (S - T); empty: any", "scale": 0.4}
+    wanted, _ = attention(q, *made(x[:, :29]), [], [], None, dropout=0.0, **options)
+    for cache in (ours, theirs):
+        found = el.attend(cache.layers[1], q, [], [], 29, key_bias=False, **options)
+        assert torch.allclose(found, wanted, 1e-11, 1e-12)
+
+
 def test_few_rows_read_x_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     made, x = Projections(), states(2, 31)
     ours, _ = caches(made, x, True)

@@ -32,7 +32,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 def ran(model: Any, **options: Any) -> Any:
     torch.manual_seed(3)
-    return model.generate(**example("gpt2"), **{**STATIC, **options})
+    return model.generate(**{**example("gpt2"), **STATIC, **options})
 
 
 def layers(past: Any) -> list[Any]:
@@ -61,6 +61,17 @@ def test_same_tokens_from_half_the_bytes(name: str) -> None:
         beside = sum(t.nbytes for one in held for t in one.states.beside)
         assert theirs_ == len(held) * shape.numel() * 2 * 4
         assert ours_ == theirs_ / 2 + beside
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_prompt_without_padding(name: str) -> None:
+    """Of a cache that is empty the library reads as many keys as the prompt has, without a mask."""
+    given = {"input_ids": torch.randint(4, 90, (2, 7)), "attention_mask": None}
+    for way in ("greedy", "beams"):
+        options = {**given, **WAYS[way], "return_dict_in_generate": True}
+        theirs, ours = (ran(m, **options) for m in pair(name))
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert {type(one) for one in layers(ours.past_key_values)} == {layer.StaticStatesLayer}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
