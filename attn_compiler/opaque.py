@@ -228,12 +228,12 @@ class _Method:
         node = recorder.graph.call_method(
             self.name, (self.owner._attn_node, *recorder.argument(args)), recorder.argument(kwargs)
         )
-        if self.name == "update" and _is_cache(self.owner._attn_value):
+        if self.name == "update" and is_cache(self.owner._attn_value):
             return _cached(recorder, value, node, args)
         return _wrap(recorder, value, node, text)
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     """Is it a cache of the library whose protocol says what `update` gives?"""
     library = sys.modules.get("transformers.cache_utils")
     return library is not None and isinstance(value, library.Cache)

@@ -297,3 +297,23 @@ def test_a_prompt_reads_the_beginning_of_a_static_cache() -> None:
         with torch.no_grad():
             torch.testing.assert_close(new(x, past := make()), model(x, make()))
         assert type(past.layers[0]) is kind
+
+
+class BeginsInside(Begins):
+    """The cache is one of two in one."""
+
+    def cached(self, sides: Sides, past: Any) -> Sides:
+        return super().cached(sides, past.self_attention_cache)
+
+
+def test_caches_inside_of_one_are_told_apart() -> None:
+    model, x, config = BeginsInside(), draw(2, 7), tf.GPT2Config(n_layer=1)
+
+    def both(make: Callable[[], Any]) -> Any:
+        return tf.EncoderDecoderCache(make(), tf.DynamicCache())
+
+    new, decision = rewritten(model, x, both(tf.DynamicCache))
+    assert decision.accepted, decision
+    for make in (lambda: tf.StaticCache(config, max_cache_len=17), tf.DynamicCache):
+        with torch.no_grad():
+            torch.testing.assert_close(new(x, both(make)), model(x, both(make)))
