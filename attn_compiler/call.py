@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from attn_compiler.errors import require
 from attn_compiler.installed import names_of, parameters_of
-from attn_compiler.opaque import CONSTANTS, Opaque, shadow
+from attn_compiler.opaque import CONSTANTS, Opaque, is_cache, shadow
 from attn_compiler.passes.emit import CONSTANT
 from attn_compiler.record import Recorder
 from attn_compiler.symbols import CaptureError
@@ -125,6 +125,10 @@ class Call:
         if self.recorder.symbols.static:
             raise CaptureError("owner.untraceable", f"{shown(text)} holds tensors of unknown sizes")
         self.check(f"type({text}) is {self.name(type(value))}")
+        # of two caches in one, a static one is as long before the prompt as behind it
+        for name, held in getattr(value, "__dict__", {}).items():
+            if is_cache(held):
+                self.check(f"type({text}.{name}) is {self.name(type(held))}")
         sites = self.recorder.root.__dict__.get("_attn_sites", ())
         seen = shadow(value, self.recorder.symbols, sites)
         return Opaque(self.recorder, seen, self._place(text), text)

@@ -43,7 +43,6 @@ from attn_compiler.variants.base import (
     Replacement,
     Scope,
     Shape,
-    Variant,
     VariantSpec,
 )
 from attn_compiler.work import NEEDS_REWRITE, Raised, Work, accepted, note
@@ -88,7 +87,7 @@ def _chosen(
     region, _, core = raised
     if variant.replace is not None:
         return _replaced(work, raised, site, spec)
-    site, kept = _with_cache(work, variant, raised, site)
+    site, kept = _with_cache(work, spec, raised, site)
     reasons = tuple(variant.legality(site, spec))
     new: tuple[NewTensor | NewModule, ...] = ()
     if variant.lower is not None and not reasons:
@@ -119,16 +118,19 @@ def _chosen(
 
 def _with_cache(
     work: Work,
-    variant: Variant,
+    spec: VariantSpec,
     raised: Raised,
     site: AttentionSite,
 ) -> tuple[AttentionSite, Kept | None]:
     """The call of a cache that the variant would replace, and what is in its way."""
+    variant = variant_of(spec)
     region, functional, core = raised
     if variant.scope is Scope.SITE and work.cache is not None:
         found = find_states(region.end, functional, core, work.state)
         kept, site = found.kept, replace(site, obstacles=found.obstacles)
-        told = show_states(region, core, kept, work.config.hardware) if kept is not None else None
+        beams, told = spec.beams if isinstance(spec, ELAttention) else 1, None
+        if kept is not None:
+            told = show_states(region, core, kept, work.config.hardware, beams)
         return replace(
             site, facts=site.facts | ({} if told is None else {variant.name: told})
         ), kept

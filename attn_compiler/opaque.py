@@ -228,12 +228,12 @@ class _Method:
         node = recorder.graph.call_method(
             self.name, (self.owner._attn_node, *recorder.argument(args)), recorder.argument(kwargs)
         )
-        if self.name == "update" and _is_cache(self.owner._attn_value):
+        if self.name == "update" and is_cache(self.owner._attn_value):
             return _cached(recorder, value, node, args)
         return _wrap(recorder, value, node, text)
 
 
-def _is_cache(value: Any) -> bool:
+def is_cache(value: Any) -> bool:
     """Is it a cache of the library whose protocol says what `update` gives?"""
     library = sys.modules.get("transformers.cache_utils")
     return library is not None and isinstance(value, library.Cache)
@@ -326,7 +326,8 @@ def _tensor(
     """A fake for a tensor that an object gave, with these sizes or new symbols."""
     with torch._C.DisableTorchFunction():
         known = [None] * value.dim() if sizes is None else sizes
-        token = ("opaque", value.dim(), value.dtype, value.device, value.requires_grad)
+        shape = tuple(value.shape)  # on which the code may branch
+        token = ("opaque", shape, value.dtype, value.device, value.requires_grad)
     with recorder.paused():  # one without any symbolic size would be taken for a constant
         found = recorder.symbols.produce(token, lambda: recorder.symbols.renewed(value, known))
     recorder.learn(found, read_later(recorder.graph, node))

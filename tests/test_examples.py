@@ -71,6 +71,19 @@ def test_benchmark_of_hidden_states_prints_json(capsys: pytest.CaptureFixture[st
     assert row["predicted"] > 0 and set(row["seconds"]) == {"stock", "compiled", "ours"}
 
 
+def test_benchmark_of_passes_over_hidden_states(capsys: pytest.CaptureFixture[str]) -> None:
+    el_cpu = _load(EXAMPLES / "benchmarks" / "el_cpu.py")
+    sizes = ["--only", "reads", "--rows", "1", "3", "--rounds", "2", "--batch", "2"]
+    sizes += ["--size", "2", "--near", "1", "--width", "64"]
+    assert el_cpu.main(sizes) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("passes more than near") == 4 and "3 rows an item" in printed
+    assert el_cpu.main(["--json", *sizes]) == 0
+    for row in json.loads(capsys.readouterr().out)["reads"]:
+        assert row["bytes"] == 2 * 2**20
+        assert all(len(found) == 2 and min(found) > 0 for found in row["seconds"].values())
+
+
 def test_texts_of_the_main_job() -> None:
     demo = _load(EXAMPLES / "demo.py")
     sentences = demo.sentences(300)

@@ -94,6 +94,7 @@ def attend(
     q: Tensor,
     reads: Sequence[Tensor],
     ints: Sequence[int],
+    length: int | None = None,
     *,
     program: str,
     scale: float,
@@ -104,12 +105,15 @@ def attend(
     Args:
         kept: what `keep` gave, or any layer of a cache.
         q, reads, ints, program, scale: as of the operators.
+        length: how many keys are there, the first that are held; None for all.
         key_bias: does the softmax see the keys' bias?
 
     Returns:
         [B, H, T, dv] in the dtype of q.
     """
     states = getattr(kept, "states", None)
+    if isinstance(states, States) and length is not None:
+        states = states.first(length)
     if isinstance(states, States) and _pays(states, kept.maps, q):
         w_k, b_k, w_v, b_v = kept.maps.views()
         x, call = states.read(), (q, w_k, b_k if key_bias else None, tuple(reads), program)
@@ -122,7 +126,7 @@ def attend(
     if isinstance(states, States):
         keys, values = states.keys_and_values(kept.maps)
     else:
-        keys, values = kept.keys, kept.values
+        keys, values = (t[:, :, :length] for t in (kept.keys, kept.values))
     keys, values = keys.to(q.dtype), values.to(q.dtype)
     out, _ = attention(
         q, keys, values, reads, ints, None, program=program, scale=scale, dropout=0.0

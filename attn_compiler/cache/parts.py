@@ -127,7 +127,7 @@ _READ: dict[str, tuple[Expr, ...]] = {
 }
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def with_terms(program: str, slots: tuple[tuple[str, int], ...]) -> str:
     """A program whose dot is multiplied by a key's size and has more addends.
 
@@ -135,6 +135,11 @@ def with_terms(program: str, slots: tuple[tuple[str, int], ...]) -> str:
         slots: what is read, and which of the reads it is: "size" [B, H, S] or "one" [B, 1, S]
             multiply; "row" [B, H, T] and "pair" [B, H, T, S] are added behind that.
     """
+    return _with_terms(program, slots)
+
+
+@lru_cache(maxsize=256)
+def _with_terms(program: str, slots: tuple[tuple[str, int], ...]) -> str:
     found = Program.parse(program)
     dot: Expr = DOT
     for kind, slot in slots:

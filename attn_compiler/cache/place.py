@@ -20,7 +20,9 @@ L = TypeVar("L", bound=CacheLayerMixin)
 
 def own_update(cache: Any) -> bool:
     """Is the `update` of a cache one that the library did not write?"""
-    return getattr(getattr(cache, "update", None), "__func__", None) is not Cache.update
+    # of the class: what a method of an object is, Dynamo answers otherwise
+    written = getattr(type(cache), "update", None)
+    return written is not Cache.update or "update" in getattr(cache, "__dict__", {})
 
 
 def layer_for(cache: Any, index: int) -> Any:

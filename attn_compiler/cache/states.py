@@ -14,7 +14,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,17 @@ class Repeated(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Repeated({tuple(self.states.shape)}, {self.beams})"
+
+    # by these torch.compile takes it apart and puts it together
+
+    def __tensor_flatten__(self) -> tuple[list[str], int]:
+        return ["states"], self.beams
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], beams: int, outer_size: Any, outer_stride: Any
+    ) -> Repeated:
+        return Repeated(inner["states"], beams)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -142,6 +153,12 @@ class States:
         twin.beside = copy.deepcopy(self.beside, memo)
         return twin
 
+    def first(self, length: int) -> States:
+        """The first keys, to read them."""
+        twin = copy.copy(self)
+        twin.x, twin.beside = self.x[:, :length], tuple(t[:, :, :length] for t in self.beside)
+        return twin
+
     def own(self) -> States:
         """The same for one layer alone."""
         return copy.copy(self)
@@ -198,6 +215,58 @@ class States:
         if maps.beside is not None:
             key = maps.beside.join(key, self.beside[0])
         return self._of_rows(key), self._of_rows(value)
+
+
+class Reserved(States):
+    """x with room for all keys that a static cache may get: written in place, its address stays.
+
+    Attributes:
+        written: how many keys there are, an integer as a tensor; what lies behind them is zero.
+    """
+
+    def __init__(self, x: Tensor, beside: Sequence[Tensor], length: int) -> None:
+        """Args: x [rows, t, D] are the first keys of `length`; beside, see `States`."""
+        self.x = x.new_zeros((x.shape[0], length, x.shape[2]))
+        self.beside = tuple(t.new_zeros((*t.shape[:2], length, t.shape[3])) for t in beside)
+        self.beams, self.borrowed, self.changes = 1, False, 0
+        self._given = self._version = None
+        self.written = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.append(x, beside)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is written in place."""
+        return (self.x, *self.beside, self.written)
+
+    def append(self, x: Tensor, beside: Sequence[Tensor] = ()) -> None:
+        places = torch.arange(x.shape[1], device=x.device) + self.written
+        self.written.add_(x.shape[1])
+        self.x.index_copy_(1, places, x)
+        for room, new in zip(self.beside, beside, strict=True):
+            room.index_copy_(2, places, new)
+
+    def select(self, index: Tensor) -> None:
+        for tensor in (self.x, *self.beside):
+            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+
+    def clear(self) -> None:
+        """Forget all keys."""
+        for tensor in self.tensors:
+            tensor.zero_()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reserved:
+        twin = cast("Reserved", super().__deepcopy__(memo))
+        twin._version, twin.written = None, copy.deepcopy(self.written, memo)
+        return twin
+
+    def keys_and_values(self, maps: Maps) -> tuple[Tensor, Tensor]:
+        """As a static cache holds them: zero where nothing was written, and not a bias."""
+        found = super().keys_and_values(maps)
+        if not isinstance(self.x, FakeTensor):
+            rest = torch.arange(self.x.shape[1], device=self.x.device) >= self.written
+            for side in found:
+                side.masked_fill_(rest[:, None], 0)
+        return found
 
 
 def _version(x: Tensor) -> int | None:

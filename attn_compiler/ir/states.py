@@ -39,6 +39,7 @@ class Kept:
         layer: otherwise, the node of the layer that is read.
         key, value: with `update`, how the new ones are made.
         cross: do they come from something else than the queries do?
+        length: how many keys are read, the first ones, where it is not all of them.
     """
 
     places: tuple[fx.Node, fx.Node]
@@ -47,6 +48,7 @@ class Kept:
     key: Side | None
     value: Side | None
     cross: bool
+    length: ax.Size | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def find_states(
     calls = [node.meta.get("opaque") if node is not None else None for node in places]
     if places[0] is None or places[1] is None or calls[0] is None or calls[1] is None:
         return Found(None, tuple(_uncached(region_end, functional, core, state)))
-    obstacles += layouts(core, places)  # type: ignore[arg-type]
+    obstacles += layouts(core, places, first=True)  # type: ignore[arg-type]
     update, layer = updated(calls[0], calls[1]), layer_read(calls[0], calls[1])
     if update is None and layer is None:
         text = "keys and values do not come from one call of `update` or one layer of a cache"
@@ -96,7 +98,10 @@ def find_states(
         obstacles += _larger(key, value)
     if obstacles:
         return Found(None, tuple(obstacles))
-    return Found(Kept((places[0], places[1]), update, layer, key, value, cross), ())
+    # a prompt at the beginning of a static cache is all that is there
+    length, whole = core.sizes["S"], ax.size_of(ops.value(places[0]).shape[2])
+    read = None if ax.equal(length, whole) else length
+    return Found(Kept((places[0], places[1]), update, layer, key, value, cross, read), ())
 
 
 def _larger(key: Side, value: Side) -> Iterator[Reason]:
@@ -118,17 +123,19 @@ def _place(functional: FunctionalRegion, operand: Operand) -> fx.Node | None:
     return functional.read.get(operand.node)
 
 
-def layouts(core: Core, places: list[fx.Node]) -> Iterator[Reason]:
-    """The attention must read them as they are: [batch, kv heads, keys, features], all of it."""
+def layouts(core: Core, places: list[fx.Node], *, first: bool = False) -> Iterator[Reason]:
+    """The attention must read them as they are: [batch, kv heads, keys, features], all of it; or
+    the first keys, where that can be served.
+    """
     roles = core.roles
     for operand, last, place in zip(
         (core.k, core.v), (roles.feature, roles.value), places, strict=True
     ):
         groups = (roles.batch, roles.heads, roles.key, last)
-        sizes = shape(operand.node)
+        sizes, loose = shape(operand.node), first or operand is core.v
         whole = len(sizes) == 4 and all(
             # that both have the same number of keys is seen when it runs
-            is_whole(index, group, None if operand is core.v and group is roles.key else size)
+            is_whole(index, group, None if loose and group is roles.key else size)
             for index, group, size in zip(operand.where, groups, sizes, strict=True)
         )
         if not whole:

@@ -1,7 +1,7 @@
 """One recognised attention keeps hidden states in its cache instead of keys and values.
 
     k, v = cache.update(W_k(x), W_v(x), 3)           kept = keep(cache, (x, ...), (...), 3)
-    softmax(q @ k.T * scale + mask) @ v        ->    attend(kept, q, reads, ints, program=..., ...)
+    softmax(q @ k.T * scale + mask) @ v        ->    attend(kept, q, reads, ints, None, program=...)
 
 What still asks for the size of a key is given something of its shape.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attn_compiler.ir import axes as ax
 from attn_compiler.ir import ops
 from attn_compiler.ir.core import Core
 from attn_compiler.ir.no_attention import NotAttention
@@ -47,7 +48,8 @@ class CacheCalls:
             else 0; beside is None, or the keys and which features of them (start, features, heads)
             are no linear image of x; norm is None, or how keys are normalised: two parameters, and
             (centred, eps, rows, offset, step).
-        attend: attend(kept or layer, q, reads, ints, ...) -> out.
+        attend: attend(kept or layer, q, reads, ints, length, ...) -> out; length is how many keys
+            are read, the first ones, None for all.
         shown: shown(kept or layer, 0 or 1) -> something of the shape of all keys or values.
         hold: hold(cache, None, None, index) -> None, None, what gated units keep, for `update`;
             None where they are not.
@@ -82,7 +84,7 @@ def rewrite_states(
     try:
         handle: fx.Node = kept.update or kept.layer  # type: ignore[assignment]
         width = ops.value(kept.places[1]).shape[3]
-        result = _emit(emitter, core, handle, calls, spec.keep_key_bias, width)
+        result = _emit(emitter, core, (handle, kept.length), calls, spec.keep_key_bias, width)
     except Exception:
         emitter.undo()
         raise
@@ -99,12 +101,14 @@ def rewrite_states(
 def _emit(
     emitter: Emitter,
     core: Core,
-    handle: fx.Node,
+    source: tuple[fx.Node, ax.Size | None],
     calls: CacheCalls,
     keep_key_bias: bool,
     width: Any,
 ) -> fx.Node:
     q, reads, ints = operands(emitter, core)
+    handle, length = source
+    length = None if length is None else emitter.size(length)
     kwargs = {
         "program": str(core.program),
         "scale": core.scale,
@@ -113,7 +117,7 @@ def _emit(
     value = ops.value(q)
     with emitter.mode, torch.no_grad():
         like = empty_heads(value, (*value.shape[:3], width))
-    out = emitter.opaque(calls.attend, (handle, q, reads, ints), kwargs, like)
+    out = emitter.opaque(calls.attend, (handle, q, reads, ints, length), kwargs, like)
     return finish(emitter, core, out)
 
 

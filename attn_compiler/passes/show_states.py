@@ -20,16 +20,19 @@ from attn_compiler.variants import ELAttention
 from attn_compiler.variants.base import Shape
 
 
-def show_states(region: Region, core: Core, kept: Kept, hardware: Hardware | None) -> str | None:
+def show_states(
+    region: Region, core: Core, kept: Kept, hardware: Hardware | None, beams: int
+) -> str | None:
     """Does EL-attention pay in a step behind the example, and by how much?
 
     Args:
         hardware: None for the device of the tensors.
+        beams: that a generation would have for each row of the example.
 
     Returns:
         A sentence; None where a size of the example is not known, or the device is not.
     """
-    shape = _step(region, core, kept)
+    shape = _step(region, core, kept, beams)
     device = ops.value(region.end).device
     try:
         machine = resolve(hardware, device)
@@ -45,18 +48,18 @@ def verdict(shape: Shape, hardware: Hardware, dtype: torch.dtype) -> str:
     found = planned(ELAttention(), shape, hardware, dtype)
     plain = found.alternatives[0]
     keys = f"{shape.batch} x {shape.key} keys"
-    beams = f" for {shape.beams} beams each" if shape.beams > 1 else ""
+    beams = f"{shape.beams} beam{'s' if shape.beams > 1 else ''} each"
     answer = "does not pay" if found.keep else "pays"
     return (
         f"{answer} in time: {found.seconds * 1e6:,.0f} us and not "
-        f"{plain.seconds * 1e6:,.0f} us for a step over {keys}{beams}, predicted for "
+        f"{plain.seconds * 1e6:,.0f} us for a step over {keys} for {beams}, predicted for "
         f"{hardware.name}; a cache of {found.memory / 1e3:,.1f} kB and not "
         f"{plain.memory / 1e3:,.1f} kB"
     )
 
 
-def _step(region: Region, core: Core, kept: Kept) -> Shape | None:
-    """One more token for each row, over as many keys."""
+def _step(region: Region, core: Core, kept: Kept, beams: int) -> Shape | None:
+    """One more token for each beam of each row, over as many keys."""
     known, roles = sizes_of_example(region), core.roles
     asked = [core.sizes[name] for name in "BHS"]
     asked += [extent(roles.heads), extent(roles.feature), extent(roles.value)]
@@ -78,6 +81,7 @@ def _step(region: Region, core: Core, kept: Kept) -> Shape | None:
         value_features,
         width,
         causal=not kept.cross,
+        beams=beams,
         rotated=None if beside is None else beside.features,
         rotated_heads=None if beside is None else beside.heads,
         norms=None if norm is None else norm.rows[2],

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from attn_compiler.ir.site import AttentionSite, Reason
-from attn_compiler.variants.base import Fidelity, Scope, Variant, VariantSpec, Work, demand_flag
+from attn_compiler.variants.base import (
+    Fidelity,
+    Scope,
+    Variant,
+    VariantSpec,
+    Work,
+    demand,
+    demand_flag,
+    is_size,
+)
 
 if TYPE_CHECKING:
     from attn_compiler.cost.letters import Cost
@@ -32,6 +41,8 @@ class ELAttention(VariantSpec):
             and falls out of a softmax over keys that all carry it.
         only_where_faster: a cache holds keys and values where the cost model says that a step of
             generation takes longer straight from X. Without it the smaller cache is what counts.
+        beams: of each sample, that the report's prediction assumes; `plan` reads those of its
+            shape, and a generation has its own.
 
     Raises:
         BadOption: a field has a wrong value.
@@ -39,9 +50,11 @@ class ELAttention(VariantSpec):
 
     keep_key_bias: bool = False
     only_where_faster: bool = False
+    beams: int = 1
 
     def __post_init__(self) -> None:
         demand_flag(self, "keep_key_bias", "only_where_faster")
+        demand(self, "beams", is_size(self.beams), "give at least 1")
 
 
 def legality(site: AttentionSite, spec: ELAttention) -> Iterator[Reason]:

@@ -4,12 +4,16 @@
     speed   one step of a decoder with a full cache: stock, stock compiled, rewritten, where
             cross-attention reads the encoder's states and self-attention, whose cache is short,
             keeps keys and values
+    reads   the kernel over states far larger than the caches, beside one and two passes of
+            reading them, two products that read them twice, and the kernel over states that stay in
+            the caches, for as many keys; then the kernel in bfloat16, and what it takes to make
+            float32 of it
 
 Random weights. Each way of `fits` runs in a process of its own; peaks are the growth of the largest
 resident set. In `speed` every round runs each way once, so that a busy moment hits all of them; a
 prediction by the cost model, fitted to this machine just before, stands beside the measurement.
 
-    python examples/benchmarks/el_cpu.py [--json] [--only fits speed] [--budget 1024]
+    python examples/benchmarks/el_cpu.py [--json] [--only fits speed reads] [--budget 1024]
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # also where PYTHONSAFEPATH keep
 import resident
 import torch
 
-WAYS = ("stock", "ours")
+WAYS, PARTS = ("stock", "ours"), ("fits", "speed", "reads")
 TOKENS, VOCABULARY = 4, 50265
 # name: width, heads, tokens of input; sizes of known models
 SETTINGS = {
@@ -232,6 +236,80 @@ def compare(name: str, given: argparse.Namespace, machine: Any) -> dict[str, Any
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- reads
+
+
+def kernels(x: torch.Tensor, rows: int) -> dict[str, Callable[[], Any]]:
+    """The middle of a step, softmax(q x^T) x: for `rows` heads and beams of each item
+    of x [B, S, D], by the kernel that a step runs and by two products.
+    """
+    from attn_compiler.kernels.gathered_cpu import FORWARD
+
+    q = torch.randn(x.shape[0], rows, x.shape[2]) / x.shape[2] ** 0.5
+    q, states = q.to(x.dtype), x[:, None]
+
+    def products() -> torch.Tensor:
+        return torch.bmm(torch.bmm(q, x.transpose(1, 2)).softmax(-1), x)
+
+    def kernel() -> torch.Tensor:
+        found: torch.Tensor = FORWARD(q[:, None], states, states, 0.0, False, scale=1.0)[0][:, 0]
+        return found
+
+    if x.dtype is torch.float32:
+        torch.testing.assert_close(kernel(), products(), rtol=1e-3, atol=1e-4)
+    return {"kernel": kernel, "products": products}
+
+
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
+
+
+@torch.inference_mode()
+def reads(rows: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Alternated passes over states [B, S, D], one after the other of each round."""
+    batch, width = given.batch, given.width or SETTINGS["bart-large"][0]
+    keys, near = (int(size * MEBI) // (4 * batch * width) for size in (given.size, given.near))
+    x = torch.randn(batch, keys, width)
+    calls = {"one pass": x.sum, "largest": x.amax, "two passes": repeated(x.sum, 2)}
+    calls |= kernels(x, rows)
+    for name, call in kernels(torch.randn(batch, near, width), rows).items():
+        calls[f"{name}, near"] = repeated(call, keys // near)
+    half = x.bfloat16()
+    calls |= {"bfloat16": kernels(half, rows)["kernel"], "to float32": half.float}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(1 + given.rounds):
+        for name, call in calls.items():
+            took = seconds(call)
+            times[name] += [took] if number else []
+    # either way to read it once
+    times["one pass"] = list(map(min, times["one pass"], times.pop("largest")))
+    sizes = {"rows": rows, "bytes": x.nbytes, "near": given.near * MEBI, "width": width}
+    return {**sizes, "threads": torch.get_num_threads(), "seconds": times}
+
+
+def show_reads(rows: Sequence[dict[str, Any]], given: argparse.Namespace) -> None:
+    print(
+        f"\nstates of {given.size} MiB in float32, {given.batch} items, threads: "
+        f"{torch.get_num_threads()}; ms, medians (least to most); near: as many "
+        f"keys from {given.near} MiB that stay in the caches"
+    )
+    for row in rows:
+        medians = {name: statistics.median(found) for name, found in row["seconds"].items()}
+        one = medians["one pass"]
+        print(f"  {row['rows']} rows an item; one pass is {row['bytes'] / one / 1e9:.1f} GB/s")
+        for name, found in row["seconds"].items():
+            least, middle, most_ = (1e3 * f(found) for f in (min, statistics.median, max))
+            text = f"{middle:7.1f} ({least:.1f} to {most_:.1f})  {one / medians[name]:5.0%} of it"
+            if f"{name}, near" in medians:
+                more = (medians[name] - medians[f"{name}, near"]) / one
+                text += f", {more:.2f} passes more than near"
+            print(f"    {name:15} {text}")
+
+
 # ---------------------------------------------------------------- what people see
 
 
@@ -256,6 +334,8 @@ def show(found: dict[str, Any], given: argparse.Namespace) -> None:
             "setting        dtype    width tokens heads (even)   stock compiled  ours   "
             "faster (spread)      predicted  of it"
         )
+    if "reads" in found:
+        show_reads(found["reads"], given)
     for row in found.get("speed", ()):
         ms = [f"{row['seconds'][way] * 1e3:7.1f}" for way in ("stock", "compiled", "ours")]
         least, most_ = row["spread"]
@@ -270,17 +350,20 @@ def show(found: dict[str, Any], given: argparse.Namespace) -> None:
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=("fits", "speed"), default=("fits", "speed"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))
     parser.add_argument("--budget", type=float, default=1024, help="MiB")
     parser.add_argument("--limit", type=int, default=256, help="no batch above is tried")
     parser.add_argument("--length", type=int, default=512, help="tokens of input, for fits")
     parser.add_argument("--written", type=int, default=32, help="tokens of output, for speed")
-    parser.add_argument("--width", type=int, help="for fits, 1024 if not given")
+    parser.add_argument("--width", type=int, help="for fits and reads, 1024 if not given")
     parser.add_argument("--heads", type=int, help="for fits, 16 if not given")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--beams", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=4, help="for speed")
+    parser.add_argument("--batch", type=int, default=4, help="for speed and reads")
+    parser.add_argument("--rows", type=int, nargs="+", default=(1, 2, 4), help="for reads")
+    parser.add_argument("--size", type=int, default=256, help="MiB of states, for reads")
+    parser.add_argument("--near", type=int, default=8, help="MiB that the caches hold, for reads")
     parser.add_argument("--rounds", type=int, default=7)
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="for speed")
@@ -301,6 +384,8 @@ def main(given: Sequence[str] | None = None) -> int:
         machine = fitted()
         one = [argparse.Namespace(**(vars(options) | {"dtype": d})) for d in options.dtype]
         found["speed"] = [compare(name, g, machine) for g in one for name in options.settings]
+    if "reads" in options.only:
+        found["reads"] = [reads(rows, options) for rows in options.rows]
     print(json.dumps(found, indent=1)) if options.json else show(found, options)
     return 0
 

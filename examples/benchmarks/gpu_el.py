@@ -39,6 +39,8 @@ class Step:
         self.q = draw(s.B * s.T, 1, s.H, s.d).transpose(1, 2)
         size = self.x.element_size()
         self.states = {"bytes": self.x.numel() * size, "flops": 4.0 * s.H * s.T * self.x.numel()}
+        known = gpu.hardware(machine.device) if self.x.is_cuda else None
+        self.peak = known.peak16 if known is not None else 0.0
         self.cache = {
             "bytes": 2 * s.T * self.x.numel() * size,
             "flops": 4.0 * s.T * self.x.numel(),
@@ -80,4 +82,4 @@ def step(case: Case, machine: Machine) -> tuple[dict[str, Any], dict[str, Callab
     """What a case is about in numbers, and its ways."""
     found = Step(case, machine)
     ways = found.ways()
-    return dict(found.states), {name: ways[name] for name in case.ways}
+    return {**found.states, "peak": found.peak}, {name: ways[name] for name in case.ways}

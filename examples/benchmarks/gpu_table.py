@@ -191,12 +191,16 @@ def _bandwidth(row: Row, ceiling: float) -> tuple[str, str]:
 
 
 def _steps(row: Row, ceiling: float) -> tuple[str, str]:
-    """Bandwidth and operations a second of each way, and how many times faster ours is."""
+    """Bandwidth and operations a second of each way, as shares of what there is, and how many
+    times faster ours is.
+    """
     parts = []
     for way in row["ways"]:
         text = _bandwidth({**row, "ways": {way: row["ways"][way]}}, ceiling)[0]
         rates = _rates(row, way, 1e12, "flops")
         parts.append(f"{text}, {spread(rates, 0)} TFLOP/s" if rates else text)
+        if rates and row.get("peak"):
+            parts[-1] += f", {statistics.median(rates) * 1e12 / row['peak']:.0%} of tensor peak"
     if found := ratios(row, "own decode", "el"):
         parts.append(f"el is {spread(found)}x as fast as own decode")
     return parts[0], "; ".join(parts[1:])

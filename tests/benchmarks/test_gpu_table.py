@@ -53,7 +53,7 @@ def _row(case: Case) -> dict[str, Any]:
         ways[way] |= {"flops": 4e12, "memory": 3 * 2**20}
     row = {
         "name": case.name, "section": case.section, "rule": case.rule, "share": 0.5,
-        "sizes": asdict(s), "flops": 1e12, "bytes": 2e9, "ways": ways,
+        "sizes": asdict(s), "flops": 1e12, "bytes": 2e9, "peak": 4e15, "ways": ways,
     }  # fmt: skip
     if case.section == "forward":
         row["problem"] = asdict(problem)
@@ -125,6 +125,8 @@ def test_the_table_of_a_result() -> None:
     _, ours, others = _lines(text, "selective, causal, B 8")[0]
     assert ours == "selective: 1.00 (0.90 to 1.10) ms, takes 0.50 (0.50 to 0.50)x as long"
     assert others.startswith("our own dense kernel: 2.00 (1.80 to 2.20) ms; masks much: 3.00")
+    _, ours, others = _lines(text, "EL-attention")[0]
+    assert ours.endswith("1000 (909 to 1111) TFLOP/s, 25% of tensor peak")
     _, ours, others = _lines(text, "summaries")[0]
     assert ours == "el: 64000.0 (58181.8 to 71111.1) samples/s, batch 64"
     assert "dynamic: 8000.0 (7272.7 to 8888.9) samples/s, batch 16, el makes 8.00" in others

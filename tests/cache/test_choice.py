@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from doors.cached import FEATURES, HEADS, WIDTH, Attend, draw, same
+from doors.cached import heads as by_heads
+from torch import Tensor
 
 import attn_compiler as ac
 from attn_compiler.cache import choice
 from attn_compiler.cost.hardware import Hardware
+from attn_compiler.errors import BadOption
 from attn_compiler.passes.show_states import verdict
 from attn_compiler.variants.el import most_heads
 
@@ -95,5 +98,31 @@ def test_explain_reports_the_prediction(hardware: str | None, word: str) -> None
         Attend().eval(), (draw(2, 7), tf.DynamicCache()), to=ac.ELAttention(), hardware=hardware
     )
     (site,) = told.sites
-    assert f"for a step over 2 x 7 keys, predicted for {word}" in site.facts["el"]
+    assert f"for a step over 2 x 7 keys for 1 beam each, predicted for {word}" in site.facts["el"]
     assert site.facts["el"] in str(told)
+
+
+class Crosses(Attend):
+    """Attention over what an encoder gave."""
+
+    def forward(self, x: Tensor, states: Tensor, past: Any) -> Tensor:  # type: ignore[override]
+        q = by_heads(self.q(x))
+        k, v = past.update(*self.sides(states), 0)
+        weights = (q @ k.transpose(-1, -2) * FEATURES**-0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def test_explain_reports_the_prediction_for_beams() -> None:
+    """One step over the input of many beams, and as many predictions as `plan` makes."""
+    args, told = (draw(2, 1), draw(2, 8), tf.DynamicCache()), {}
+    for beams in (1, 61):
+        to = ac.ELAttention(beams=beams)
+        (site,) = ac.explain(Crosses().eval(), args, to=to, hardware="h200").sites
+        shape = ac.Shape(
+            2, 1, 8, HEADS, FEATURES, HEADS, FEATURES, WIDTH, causal=False, beams=beams
+        )
+        told[beams] = site.facts["el"]
+        assert told[beams] == verdict(shape, Hardware.named("h200"), torch.float32)
+    assert "for 61 beams each" in told[61] and told[1] != told[61]
+    with pytest.raises(BadOption):
+        ac.ELAttention(beams=0)

@@ -142,6 +142,13 @@ def test_what_an_update_notes_is_noted() -> None:
     assert cache.calls == 1 + T - PROMPT
 
 
+@pytest.mark.parametrize("make", [tf.DynamicCache, After, listened])
+def test_dynamo_knows_whose_update_it_is(make: Callable[[], Any]) -> None:
+    cache = make()
+    found = torch.compile(place.own_update, backend="eager", fullgraph=True)(cache)
+    assert found is place.own_update(cache) is (make is not tf.DynamicCache)
+
+
 CONFIG = tf.GPT2Config(n_layer=1)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "update": (After, "`update` of its own"),

@@ -190,30 +190,94 @@ def test_reset() -> None:
     assert ours.get_seq_length() == 7
 
 
-def test_a_static_cache_is_updated_as_ever() -> None:
-    made, x = Projections(), states(2, 7)
-    config = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
-    ours, theirs = (transformers.StaticCache(config=config, max_cache_len=11) for _ in range(2))
-    kept = el.keep(ours, (x, made.weights, False, 0, None, None), (ROWS, ROWS), 0)
-    theirs.update(*made(x), 0)
-    assert isinstance(kept, el.Pair) and torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+CONFIG = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
 
 
-@pytest.mark.parametrize(("length", "borrowed"), [(7, True), (11, True), (7, False)])
-def test_a_static_cache_that_is_filled_at_once_holds_states(length: int, borrowed: bool) -> None:
-    """That of cross-attention; one that has room left is the library's own."""
-    made, x = Projections(), states(2, 7).repeat_interleave(2, 0)
-    config = transformers.GPT2Config(n_layer=2, n_head=HEADS, n_embd=INNER)
-    ours, theirs = (transformers.StaticCache(config=config, max_cache_len=length) for _ in range(2))
+def static(length: int) -> Any:
+    return transformers.StaticCache(config=CONFIG, max_cache_len=length)
+
+
+def put(ours: Any, theirs: Any, made: Projections, x: Tensor, borrowed: bool = False) -> None:
+    """Into all layers of both."""
     for index in range(2):
         el.keep(ours, (x, made.weights, borrowed, 0, None, None), (ROWS, ROWS), index)
         theirs.update(*made(x), index)
+
+
+def test_a_static_cache_is_written_in_place() -> None:
+    made, ours, theirs = Projections(), static(11), static(11)
+    put(ours, theirs, made, states(3, 7))
+    assert [type(one) for one in ours.layers] == 2 * [layers.StaticStatesLayer]
+    held = ours.layers[1]
+    places = [tensor.data_ptr() for tensor in held.states.tensors]
+    for again in range(2):
+        for step in (1, 2):
+            same(ours, theirs)
+            for cache in (ours, theirs):
+                cache.reorder_cache(torch.tensor([2, 0, 2]))
+            put(ours, theirs, made, states(3, step + again))
+        same(ours, theirs)
+        asked = [
+            (c.get_max_length(), c.get_mask_sizes(1, 0), c.is_compileable) for c in (ours, theirs)
+        ]
+        assert asked[0] == asked[1]
+        for cache in (ours, theirs):
+            cache.reset()
+    assert [tensor.data_ptr() for tensor in held.states.tensors] == places
+    assert el.nbytes(ours) == 2 * (3 * 11 * WIDTH * 8 + 8) and ours.layers[1] is held
+    with pytest.raises(IndexError):
+        el.keep(ours, (states(3, 12), made.weights, False, 0, None, None), (ROWS, ROWS), 0)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_of_a_static_cache(again: Any) -> None:
+    made, ours, theirs = Projections(), static(11), static(11)
+    put(ours, theirs, made, states(2, 7))
+    twin = again(ours)
+    put(ours, static(11), made, states(2, 1))
+    same(twin, theirs)
+    put(twin, theirs, made, states(2, 3))
+    same(twin, theirs)
+
+
+def test_a_static_cache_that_others_write() -> None:
+    made, ours, theirs = Projections(), static(11), static(11)
+    put(ours, theirs, made, states(2, 7))
+    for cache in (ours, theirs):
+        cache.update(*made(states(2, 1)), 0)
+        cache.layers[1].values = cache.layers[1].values * 2
+    same(ours, theirs)
+    assert [type(one) for one in ours.layers] == 2 * [transformers.cache_utils.StaticLayer]
+    assert vars(ours.layers[0]).keys() == vars(theirs.layers[0]).keys()
+    # and x alone is then no longer enough
+    put(ours, theirs, made, states(2, 2))
+    same(ours, theirs)
+
+
+@pytest.mark.parametrize(("length", "borrowed"), [(7, True), (11, True), (7, False)])
+def test_a_static_cache_that_is_filled_at_once(length: int, borrowed: bool) -> None:
+    """That of cross-attention shares what the encoder gave; one with room left is the library's."""
+    made, x = Projections(), states(2, 7).repeat_interleave(2, 0)
+    ours, theirs = static(length), static(length)
+    put(ours, theirs, made, x, borrowed)
     for cache in (ours, theirs):
         cache.reorder_cache(torch.tensor([1, 1, 2, 3]))
     same(ours, theirs)
-    held = length == 7 and borrowed
-    assert {type(layer) is layers.StatesLayer for layer in ours.layers} == {held}
-    assert not held or el.nbytes(ours) == x.nbytes
+    shares = length == 7 and borrowed
+    kind = layers.StatesLayer if shares else layers.StaticStatesLayer
+    kind = transformers.cache_utils.StaticLayer if length == 11 else kind
+    assert {type(layer) for layer in ours.layers} == {kind}
+    assert not shares or el.nbytes(ours) == x.nbytes
+
+
+def test_a_static_layer_of_a_window_keeps_its_keys() -> None:
+    config = transformers.MistralConfig(num_hidden_layers=2, sliding_window=5)
+    made = Projections()
+    ours, theirs = (transformers.StaticCache(config=config, max_cache_len=11) for _ in range(2))
+    for step in (3, 1, 4, 1):
+        put(ours, theirs, made, states(2, step))
+        same(ours, theirs)
+    assert {type(one) for one in ours.layers} == {type(one) for one in theirs.layers}
 
 
 def test_a_cache_whose_layers_go_elsewhere_holds_keys() -> None:
@@ -286,6 +350,21 @@ def test_attention_over_what_is_kept(rows: int, key_bias: bool) -> None:
     ]
     for other in wanted:
         assert torch.allclose(found, other, 1e-11, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 29])
+@pytest.mark.parametrize("room", [0, 37])
+def test_attention_over_the_first_keys(room: int, rows: int) -> None:
+    made, x = Projections(), states(2, 31)
+    ours, theirs = (static(room), static(room)) if room else caches(made, x, False)
+    if room:
+        put(ours, theirs, made, x)
+    q = torch.randn(2, HEADS, rows, FEATURES, dtype=torch.float64)
+    options = {"program": "score: dot; mask: k <= q + (S - T); empty: any", "scale": 0.4}
+    wanted, _ = attention(q, *made(x[:, :29]), [], [], None, dropout=0.0, **options)
+    for cache in (ours, theirs):
+        found = el.attend(cache.layers[1], q, [], [], 29, key_bias=False, **options)
+        assert torch.allclose(found, wanted, 1e-11, 1e-12)
 
 
 def test_few_rows_read_x_and_many_do_not(monkeypatch: pytest.MonkeyPatch) -> None:

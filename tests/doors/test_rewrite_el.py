@@ -5,6 +5,7 @@ computes what it did.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -269,3 +270,50 @@ def test_a_cache_that_cannot_hold_states_goes_on_holding_keys() -> None:
     config = tf.GPT2Config(n_layer=1, n_head=HEADS, n_embd=INNER)
     past = same(model, new, lambda: tf.DynamicCache(config=config))
     assert type(past.layers[0]) is layer.StatesLayer
+
+
+class Begins(Attend):
+    """Behind an empty cache, keys are read only as far as there are any."""
+
+    def cached(self, sides: Sides, past: Any) -> Sides:
+        k, v = past.update(*sides, 0)
+        count = sides[0].shape[2]
+        if k.shape[2] > count > 1:
+            k, v = k[:, :, :count], v[:, :, :count]
+        return k, v
+
+
+def test_a_prompt_reads_the_beginning_of_a_static_cache() -> None:
+    """And in another model of the kind all of a dynamic one: what is alike follows the analysis of
+    the first.
+    """
+    x, config = draw(2, 7), tf.GPT2Config(n_layer=1)
+    for make, kind in (
+        (lambda: tf.StaticCache(config, max_cache_len=17), layer.StaticStatesLayer),
+        (tf.DynamicCache, layer.StatesLayer),
+    ):
+        new, decision = rewritten(model := Begins(), x, make())
+        assert decision.accepted, decision
+        with torch.no_grad():
+            torch.testing.assert_close(new(x, past := make()), model(x, make()))
+        assert type(past.layers[0]) is kind
+
+
+class BeginsInside(Begins):
+    """The cache is one of two in one."""
+
+    def cached(self, sides: Sides, past: Any) -> Sides:
+        return super().cached(sides, past.self_attention_cache)
+
+
+def test_caches_inside_of_one_are_told_apart() -> None:
+    model, x, config = BeginsInside(), draw(2, 7), tf.GPT2Config(n_layer=1)
+
+    def both(make: Callable[[], Any]) -> Any:
+        return tf.EncoderDecoderCache(make(), tf.DynamicCache())
+
+    new, decision = rewritten(model, x, both(tf.DynamicCache))
+    assert decision.accepted, decision
+    for make in (lambda: tf.StaticCache(config, max_cache_len=17), tf.DynamicCache):
+        with torch.no_grad():
+            torch.testing.assert_close(new(x, both(make)), model(x, both(make)))

@@ -48,11 +48,22 @@ def example(model: Any, states: Tensor, ids: Tensor) -> dict[str, Any]:
     return {"encoder_outputs": given, "decoder_input_ids": ids}
 
 
-def logits(model: Any, states: Tensor, ids: Tensor, kind: type | None = None) -> Tensor:
+def fresh(model: Any, static: int) -> Any:
+    """A cache: a dynamic one, or a static one whose input has so many tokens."""
+
+    def one(length: int) -> Any:
+        config = model.config.get_text_config(decoder=True)
+        return tf.StaticCache(config, max_cache_len=length) if static else tf.DynamicCache()
+
+    past = one(PROMPT + STEPS + 3)
+    return tf.EncoderDecoderCache(past, one(static)) if model.config.is_encoder_decoder else past
+
+
+def logits(
+    model: Any, states: Tensor, ids: Tensor, kind: type | None = None, static: bool = False
+) -> Tensor:
     """Of the steps behind the prompt, through a cache whose layers are of this kind."""
-    past = tf.DynamicCache()
-    if model.config.is_encoder_decoder:
-        past = tf.EncoderDecoderCache(past, tf.DynamicCache())
+    past = fresh(model, states.shape[1] if static else 0)
     found = []
     with torch.no_grad():
         for part in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)):
@@ -84,11 +95,12 @@ class Judged:
         for other in (self.new, self.exact):
             other.load_state_dict(self.model.state_dict())
 
-    def errors(self, states: Tensor, ids: Tensor) -> Tensor:
+    def errors(self, states: Tensor, ids: Tensor, static: bool = False) -> Tensor:
         """Mean squares beside that of the logits: rewritten, and as it was."""
         exact = logits(self.exact, states.double(), ids)
-        ours = logits(self.new, states, ids, layer.StatesLayer)
-        theirs = logits(self.model, states, ids)
+        kind = layer.StaticStatesLayer if static else layer.StatesLayer
+        ours = logits(self.new, states, ids, kind, static)
+        theirs = logits(self.model, states, ids, None, static)
         size = exact.square().mean()
         return torch.stack([(t - exact).square().mean() / size for t in (ours, theirs)])
 
@@ -100,14 +112,20 @@ NAMES = (
 
 # of phi's keys a part is rotated and kept by itself, and all of them are normalised
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((n, d) for n in NAMES for d in (torch.float32, HALF)), ("phi", HALF)]
+    ("name", "dtype", "static"),
+    [
+        *((n, d, False) for n in NAMES for d in (torch.float32, HALF)),
+        ("phi", HALF, False),
+        *((n, d, True) for n in ("bart", "gpt2", "opt", "bloom") for d in (torch.float32, HALF)),
+        ("phi", HALF, True),
+    ],
 )
-def test_error_of_logits(name: str, dtype: torch.dtype) -> None:
+def test_error_of_logits(name: str, dtype: torch.dtype, static: bool) -> None:
     judged, found = Judged(name, dtype), torch.zeros(2, dtype=torch.float64)
     for seed in range(DRAWS):
         redraw(judged.model, judged.stds, seed)
         judged.agree()
-        found += judged.errors(*judged.inputs(dtype)) / DRAWS
+        found += judged.errors(*judged.inputs(dtype), static) / DRAWS
     ours, theirs = found.sqrt().tolist()
     wanted = 1.2 * theirs if dtype is HALF else 4 * theirs + 8 * torch.finfo(dtype).eps
     assert ours <= wanted, (ours / theirs, theirs)
