@@ -67,6 +67,7 @@ class Call:
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
         self.leaves: list[str] = []
+        self._named: tuple[str, ...] = ()
         self._seen: dict[int, tuple[Any, str]] = {}
         self._homes: dict[str, int] = {}
 
@@ -101,6 +102,8 @@ class Call:
     def record(self, base: type[nn.Module], values: tuple[Any, ...]) -> None:
         """Trace the call."""
         names = names_of(base.forward)
+        starred = (p for p in parameters_of(base.forward) if p.kind is p.VAR_KEYWORD)
+        self._named = tuple(f"{given(p.name)}[" for p in starred)
         fakes = {n: self.leaf(given(n), v) for n, v in zip(names, values, strict=True)}
         result = self.recorder.run(base.forward, *as_call(base, fakes))
         self.recorder.graph.output(self.recorder.argument(result))
@@ -152,12 +155,18 @@ class Call:
         return fake
 
     def _place(self, text: str) -> fx.Node:
-        name = _cleaned(shown(text))
-        alike = [other for other in self.leaves if _cleaned(shown(other)) == name]
+        name = self._leaf_name(text)
+        alike = [other for other in self.leaves if self._leaf_name(other) == name]
         self.leaves.append(text)
         return self.recorder.graph.placeholder(
             given(f"{name}_{len(self.leaves)}" if alike else name)
         )
+
+    def _leaf_name(self, text: str) -> str:
+        """An argument of `**` has the name by which it is given."""
+        if text.startswith(self._named):
+            return _cleaned(text.partition("['")[2].replace("']", "", 1))
+        return _cleaned(shown(text))
 
     # ------------------------------------------------------------ modules, attributes, state
 

@@ -170,8 +170,8 @@ def require_mode(module: nn.Module, training: bool) -> None:
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Parameters of a forward without `self`, which may also be the first of `*args`."""
-    first, *others = inspect.signature(forward).parameters.values()
+    """Parameters of a forward without `self`, or of a wrapper that sees what is given, and how."""
+    first, *others = inspect.signature(forward, follow_wrapped=False).parameters.values()
     return [first, *others] if first.kind is first.VAR_POSITIONAL else others
 
 
