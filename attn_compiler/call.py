@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from attn_compiler.errors import require
+from attn_compiler.holding import held
 from attn_compiler.installed import names_of, parameters_of
 from attn_compiler.opaque import CONSTANTS, Opaque, shadow
 from attn_compiler.passes.emit import CONSTANT
@@ -188,12 +189,18 @@ class Call:
             found = node.meta.get("example_value")
             constant = str(node.target).startswith(CONSTANT)
             if node.op == "get_attr" and not constant and isinstance(found, torch.Tensor):
-                device = self.name(found.device)
                 home, _, name = str(node.target).rpartition(".")
-                text = attribute(self._module(home), name)
-                self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
-                self.check(f"{text}.shape == {tuple(found.shape)}")
+                self._same(attribute(self._module(home), name), found)
+            elif node.target is held and len(node.args) > 3 and isinstance(found, torch.Tensor):
+                _, path, name, key = node.args
+                self._same(f"{self._attribute(str(path), str(name))}[{self.name(key)}]", found)
         self._state_checks()
+
+    def _same(self, text: str, found: torch.Tensor) -> None:
+        """A tensor that a module holds is of the kind that it was."""
+        device = self.name(found.device)
+        self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
+        self.check(f"{text}.shape == {tuple(found.shape)}")
 
     def _attribute_checks(self, gone: frozenset[str]) -> None:
         """What was read of modules is as it was."""
