@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from attn_compiler.errors import require
+from attn_compiler.holding import held
 from attn_compiler.installed import names_of, parameters_of
 from attn_compiler.opaque import CONSTANTS, Opaque, is_cache, shadow
 from attn_compiler.passes.emit import CONSTANT
@@ -67,6 +68,7 @@ class Call:
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
         self.leaves: list[str] = []
+        self._named: tuple[str, ...] = ()
         self._seen: dict[int, tuple[Any, str]] = {}
         self._homes: dict[str, int] = {}
 
@@ -101,6 +103,8 @@ class Call:
     def record(self, base: type[nn.Module], values: tuple[Any, ...]) -> None:
         """Trace the call."""
         names = names_of(base.forward)
+        starred = (p for p in parameters_of(base.forward) if p.kind is p.VAR_KEYWORD)
+        self._named = tuple(f"{given(p.name)}[" for p in starred)
         fakes = {n: self.leaf(given(n), v) for n, v in zip(names, values, strict=True)}
         result = self.recorder.run(base.forward, *as_call(base, fakes))
         self.recorder.graph.output(self.recorder.argument(result))
@@ -156,12 +160,18 @@ class Call:
         return fake
 
     def _place(self, text: str) -> fx.Node:
-        name = _cleaned(shown(text))
-        alike = [other for other in self.leaves if _cleaned(shown(other)) == name]
+        name = self._leaf_name(text)
+        alike = [other for other in self.leaves if self._leaf_name(other) == name]
         self.leaves.append(text)
         return self.recorder.graph.placeholder(
             given(f"{name}_{len(self.leaves)}" if alike else name)
         )
+
+    def _leaf_name(self, text: str) -> str:
+        """An argument of `**` has the name by which it is given."""
+        if text.startswith(self._named):
+            return _cleaned(text.partition("['")[2].replace("']", "", 1))
+        return _cleaned(shown(text))
 
     # ------------------------------------------------------------ modules, attributes, state
 
@@ -183,12 +193,18 @@ class Call:
             found = node.meta.get("example_value")
             constant = str(node.target).startswith(CONSTANT)
             if node.op == "get_attr" and not constant and isinstance(found, torch.Tensor):
-                device = self.name(found.device)
                 home, _, name = str(node.target).rpartition(".")
-                text = attribute(self._module(home), name)
-                self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
-                self.check(f"{text}.shape == {tuple(found.shape)}")
+                self._same(attribute(self._module(home), name), found)
+            elif node.target is held and len(node.args) > 3 and isinstance(found, torch.Tensor):
+                _, path, name, key = node.args
+                self._same(f"{self._attribute(str(path), str(name))}[{self.name(key)}]", found)
         self._state_checks()
+
+    def _same(self, text: str, found: torch.Tensor) -> None:
+        """A tensor that a module holds is of the kind that it was."""
+        device = self.name(found.device)
+        self.check(f"plain({text}, {found.dtype}, {device}, {found.dim()})")
+        self.check(f"{text}.shape == {tuple(found.shape)}")
 
     def _attribute_checks(self, gone: frozenset[str]) -> None:
         """What was read of modules is as it was."""

@@ -8,6 +8,7 @@ once: modules are known by their calls, not by their names.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_compiler.call import as_call
 from attn_compiler.config import CompileConfig
 from attn_compiler.errors import UnsupportedCall
 from attn_compiler.installed import (
@@ -36,7 +38,7 @@ from attn_compiler.swap import obstacle
 from attn_compiler.symbols import CaptureError
 from attn_compiler.variants.base import NewTensor
 from attn_compiler.verify import kept, refused, verify_owner
-from attn_compiler.watch import Example, Recorded, copied, piecewise, untouched, watch
+from attn_compiler.watch import Example, Recorded, bound, copied, piecewise, untouched, watch
 
 log = logging.getLogger("attn_compiler")
 # how far above the attention its owner may stand, and how many attentions one owner may hold
@@ -251,14 +253,19 @@ def _with_a_cache(owner: nn.Module, call: Recorded) -> Recorded | None:
     makes one itself: no graph can hold that.
     """
     library = sys.modules.get("transformers.cache_utils")
-    names = names_of(base_of(owner).forward)
+    base = base_of(owner)
+    names = list(inspect.signature(base.forward).parameters)[1:]
     if library is None or _CACHE not in names:
         return None
-    at = names.index(_CACHE)
-    if call.values[at] is not None:
+    at, values = names.index(_CACHE), dict(zip(names_of(base.forward), call.values, strict=True))
+    args, kwargs = as_call(base, values)
+    if (args[at] if at < len(args) else kwargs.get(_CACHE)) is not None:
         return None
-    values = (*call.values[:at], library.DynamicCache(), *call.values[at + 1 :])
-    return replace(call, values=values)
+    if at < len(args):
+        args = (*args[:at], library.DynamicCache(), *args[at + 1 :])
+    else:
+        kwargs[_CACHE] = library.DynamicCache()
+    return replace(call, values=bound(base, args, kwargs))
 
 
 @dataclass(frozen=True)

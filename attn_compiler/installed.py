@@ -26,7 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 import attn_compiler.kernels.operators  # noqa: F401  (registers them)
 from attn_compiler import swap
@@ -113,31 +113,6 @@ def plain(value: Any, dtype: torch.dtype, device: torch.device, dim: int) -> boo
     )
 
 
-class _Self:
-    """Stands in a graph for the module that its text runs on."""
-
-    def __repr__(self) -> str:
-        return "self"
-
-
-SELF = _Self()
-
-
-@fx.node.has_side_effect
-def store(owner: nn.Module, path: str, name: str, value: Any, register: dict[str, bool]) -> None:
-    """Set an attribute below a module, or register it as a buffer with these options."""
-    home = owner.get_submodule(path) if path else owner
-    if register:
-        home.register_buffer(name, value, **register)
-    else:
-        setattr(home, name, value)
-
-
-def held(owner: nn.Module, path: str, name: str) -> Any:
-    """An attribute of a module below."""
-    return getattr(owner.get_submodule(path) if path else owner, name)
-
-
 def outline(value: Any) -> str:
     """What a trace may have branched on: the form of a container, and the numbers in it."""
     if isinstance(value, torch.Tensor):
@@ -170,8 +145,8 @@ def require_mode(module: nn.Module, training: bool) -> None:
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Parameters of a forward without `self`, which may also be the first of `*args`."""
-    first, *others = inspect.signature(forward).parameters.values()
+    """Parameters of a forward without `self`, or of a wrapper that sees what is given, and how."""
+    first, *others = inspect.signature(forward, follow_wrapped=False).parameters.values()
     return [first, *others] if first.kind is first.VAR_POSITIONAL else others
 
 

@@ -11,6 +11,7 @@ parameters and buffers; anything else is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -23,11 +24,10 @@ from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode
 
 from attn_compiler.constants import RealConstants
-from attn_compiler.installed import SIMPLE
 from attn_compiler.ir.affine import is_listened_to
-from attn_compiler.listen import kind_of, patched, watched
+from attn_compiler.listen import patched, watched
 from attn_compiler.opaque import CONSTANTS, Assumption, made, unwrap
-from attn_compiler.snapshot import Snapshot
+from attn_compiler.snapshot import Snapshot, likeness
 from attn_compiler.symbols import CaptureError, Mismatch, Symbols, answered, exactly, oblivious
 from attn_compiler.writer import Writer, attribute_of, holds_tensor
 
@@ -135,8 +135,21 @@ class Recorder(PreDispatchTorchFunctionMode):
         changed = (at for at in before.changed() if at not in self.stores)
         called = tuple(f"{path}." for path in self.leaves)
         for path, name in (*late, *changed):
-            if not f"{path}.".startswith(called):
+            if not f"{path}.".startswith(called) and not self._keep(before, (path, name)):
                 raise CaptureError("owner.not_pure", f"it changes what {name} holds", path)
+
+    def _keep(self, before: Snapshot, at: tuple[str, str]) -> bool:
+        """Write down which tensors a module's dict has got, if that is all that was changed."""
+        home = self.root.get_submodule(at[0])
+        added = before.added(*at, home.__dict__.get(at[1]))
+        if not all(isinstance(value, torch.Tensor) for value in added.values()):
+            return False
+        for key, value in added.items():
+            if not self.symbols.static and re.search(r"\b[suz]\d+\b", str(key)):
+                raise CaptureError("owner.untraceable", f"a size stands in the key {key}")
+            self.symbols.produce(("keep", at, key, self._key(value)), lambda: None)
+            self.writer.keep(at, key, value)
+        return bool(added)
 
     def store(self, at: tuple[str, str], value: Any, register: dict[str, bool]) -> None:
         """The forward sets an attribute, or registers a buffer with these options."""
@@ -327,8 +340,8 @@ class Recorder(PreDispatchTorchFunctionMode):
         node = self.writer.module(path, args, kwargs)
         self.leaves.append(path)
         with torch._C.DisableTorchFunction():
-            likeness = _likeness(module)
-        token = ("module", path, likeness, self._key(unwrap(args)), self._key(unwrap(kwargs)))
+            alike = likeness(module)
+        token = ("module", path, alike, self._key(unwrap(args)), self._key(unwrap(kwargs)))
         value = self.symbols.produce(token, lambda: self._run_leaf(module, args, kwargs))
         if not _plain(value):
             raise CaptureError("owner.value", f"{path} returns a {type(value).__name__}", path)
@@ -354,20 +367,6 @@ class Recorder(PreDispatchTorchFunctionMode):
 def is_bare(module: nn.Module) -> bool:
     """Has it nothing of its own: a dropout, a softmax, a reshape?"""
     return not module._parameters and not module._buffers and not module._modules
-
-
-def _likeness(root: nn.Module) -> Any:
-    """Equal for modules that give results of the same type and shape, and may be replaced alike."""
-    found = []
-    for path, module in root.named_modules():
-        owned = [
-            (n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None
-        ]
-        simple = [(n, v) for n, v in module.__dict__.items() if type(v) in SIMPLE]
-        if kind_of(module).__module__.startswith("torch.nn."):
-            simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
-        found.append((path, kind_of(module), is_listened_to(module), owned, simple))
-    return found
 
 
 def _ambient() -> Any:

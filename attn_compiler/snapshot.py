@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from attn_compiler.installed import SIMPLE
+from attn_compiler.ir.affine import is_listened_to
+from attn_compiler.listen import kind_of
+
 _DEEPEST = 3
 # tables of a module whose keys are attributes; all else in a fresh module is PyTorch's own
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -50,11 +54,11 @@ class _Table:
             for key in {**self.before, **self.held}:
                 if self.held.get(key, missing) is not self.before.get(key, missing):
                     yield key
-        elif not self._equal():
+        elif not self.equal():
             yield self.name
 
     def put_back(self) -> None:
-        if self._equal():
+        if self.equal():
             return
         if isinstance(self.held, list):
             self.held[:] = self.before
@@ -62,7 +66,8 @@ class _Table:
             self.held.clear()
             self.held.update(self.before)
 
-    def _equal(self) -> bool:
+    def equal(self) -> bool:
+        """Does it hold what it held?"""
         if isinstance(self.held, dict):
             same = list(map(id, self.held.values())) == list(map(id, self.before.values()))
             return same and list(map(id, self.held)) == list(map(id, self.before))
@@ -100,6 +105,16 @@ class Snapshot:
                 if name not in _FRAME and not once:
                     yield table.path, name
 
+    def added(self, path: str, name: str, held: Any) -> dict[Any, Any]:
+        """What this dict of an attribute has got, if nothing else has happened to the attribute."""
+        tables = [t for t in self._tables if (t.path, t.name) == (path, name) and not t.equal()]
+        if [t.held is held for t in tables] != [True] or type(held) is not dict:
+            return {}
+        before = tables[0].before
+        if any(held.get(key, self) is not value for key, value in before.items()):
+            return {}
+        return {key: value for key, value in held.items() if key not in before}
+
     def put_back(self) -> None:
         """Let everything be held again that was; what was not, is dropped."""
         for table in self._tables:
@@ -133,3 +148,17 @@ def twin(model: nn.Module) -> nn.Module:
     """
     held = Snapshot(model).tensors.values()
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+
+
+def likeness(root: nn.Module) -> Any:
+    """Equal for modules that give results of the same type and shape, and may be replaced alike."""
+    found = []
+    for path, module in root.named_modules():
+        owned = [
+            (n, p.shape, p.dtype, p.device) for n, p in module._parameters.items() if p is not None
+        ]
+        simple = [(n, v) for n, v in module.__dict__.items() if type(v) in SIMPLE]
+        if kind_of(module).__module__.startswith("torch.nn."):
+            simple = [(n, v) for n, v in simple if n != "training"]  # no matter to type and shape
+        found.append((path, kind_of(module), is_listened_to(module), owned, simple))
+    return found

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from attn_compiler.installed import SELF, held, store
+from attn_compiler.holding import SELF, held, keep, store
 from attn_compiler.opaque import CONSTANTS, Opaque
 from attn_compiler.symbols import CaptureError, Symbols
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _WRITABLE = (*CONSTANTS, fx.Node, int, type(...), torch.layout, torch.memory_format)
+# the tables that PyTorch keeps in every module
+_FRAME = frozenset(vars(nn.Module()))
 _TRACING = ("attn_compiler.record", "attn_compiler.listen", "torch.overrides", __name__)
 
 
@@ -62,7 +64,7 @@ class Writer:
         home: path of the root in the module that owns the graph.
 
     Attributes:
-        paths: parameters and buffers of the root, by identity.
+        paths: parameters, buffers and other tensors that the root holds, by identity.
         stack: the modules that are being traced through, outermost first.
     """
 
@@ -70,6 +72,8 @@ class Writer:
         self.symbols = symbols
         self.graph = symbols.graph
         self.paths = _tensor_paths(root)
+        self._items = _items(root)
+        self.paths |= {i: f"{path}.{name}[{key!r}]" for i, (path, name, key) in self._items.items()}
         self._root = root
         self.stack: list[tuple[str, nn.Module]] = [("", root)]
         self._prefix = prefix
@@ -103,6 +107,11 @@ class Writer:
         """An attribute of a module below the root is set."""
         given: Any = (SELF, *at, self.argument(value), register)
         self.provenance(self.graph.call_function(store, given))
+
+    def keep(self, at: tuple[str, str], key: Any, value: Any) -> None:
+        """A dict that a module below the root holds gets a tensor."""
+        given: Any = (SELF, *at, self.argument(key), self.argument(value))
+        self.provenance(self.graph.call_function(keep, given))
 
     def results(self, value: Any, node: fx.Node) -> None:
         """The tensors that the node gave, each with a node of its own."""
@@ -155,7 +164,13 @@ class Writer:
                     "owner.not_pure",
                     "it reads a tensor that is neither an argument nor a parameter",
                 )
-            node = self.graph.get_attr(self._at(path))
+            item = self._items.get(id(value))
+            where: Any = (SELF, *(item or ()))
+            node = (
+                self.graph.call_function(held, where)
+                if item
+                else self.graph.get_attr(self._at(path))
+            )
             self._known[id(value)] = node
             with torch._C.DisableTorchFunction():  # what a module is given is met on its way in
                 fake = self.symbols.mode.from_tensor(value, static_shapes=True)
@@ -224,6 +239,18 @@ def _tensor_paths(root: nn.Module) -> dict[int, str]:
         for name, value in owned.items():
             if isinstance(value, torch.Tensor):
                 found.setdefault(id(value), f"{path}.{name}".lstrip("."))
+    return found
+
+
+def _items(root: nn.Module) -> dict[int, tuple[str, str, Any]]:
+    """Tensors in dicts that modules hold: path of the module, name of the dict, and key."""
+    found: dict[int, tuple[str, str, Any]] = {}
+    for path, module in root.named_modules():
+        for name, table in module.__dict__.items():
+            if type(table) is dict and name not in _FRAME:
+                for key, value in table.items():
+                    if isinstance(value, torch.Tensor) and isinstance(key, (*CONSTANTS, int)):
+                        found[id(value)] = path, name, key
     return found
 
 

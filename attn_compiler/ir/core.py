@@ -235,7 +235,8 @@ def program_of(
         return not floating or bool(node.meta.get("bounded")) or along == {"h"}
 
     rows_in_keys = ax.at_most(naming.sizes["T"], naming.sizes["S"])
-    found = split(score, dtype, bounded, is_bool, rows_in_keys)
+    lowest = torch.finfo(soft.dtype or dtype).min
+    found = split(score, dtype, bounded, is_bool, rows_in_keys, lowest)
     allowed = found.mask if mask == TRUE else normalise(call("and", mask, found.mask))
     empty = found.empty if found.mask != TRUE else "any"
     if never_empty(allowed, rows_in_keys):

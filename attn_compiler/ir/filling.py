@@ -47,6 +47,13 @@ class _Found:
     infinite_added: bool = False
     summed: bool = False  # a fill is added to what another fill has set
 
+    def cast(self, lowest: float) -> None:
+        """Fills below the lowest number that the softmax knows are infinite there."""
+        if any(-math.inf < fill < lowest for fill in self.fills):
+            self.fills = {-math.inf if fill < lowest else fill for fill in self.fills}
+            self.infinite_added |= self.added > 0
+            self.infinite_set |= self.added == 0
+
 
 def split(
     logits: Expr,
@@ -54,6 +61,7 @@ def split(
     bounded: Callable[[Expr], bool],
     is_bool: Callable[[Expr], bool],
     rows_in_keys: bool,
+    lowest: float = -math.inf,
 ) -> Split:
     """Split `logits`, an expression over `dot`, into score and mask.
 
@@ -63,9 +71,11 @@ def split(
         bounded: is this leaf known not to hold huge negative numbers of its own?
         is_bool: is this leaf a boolean?
         rows_in_keys: is T <= S known?
+        lowest: the lowest finite number of the dtype that the softmax computes in.
     """
     found = _Found([], set())
     score = _strip(logits, found, dtype, is_bool)
+    found.cast(lowest)
     if not found.mask:
         return Split(logits, TRUE, "any")
     if found.infinite_added and _holds_fill(score):

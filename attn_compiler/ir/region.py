@@ -124,6 +124,9 @@ def is_boundary(node: fx.Node) -> bool:
         return True
     if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
+    home = getattr(node.target, "__module__", None)
+    if node.op == "call_function" and str(home).startswith("attn_compiler."):
+        return True  # it reads what a module holds
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in (
         "aten",
         "prims",

@@ -57,6 +57,7 @@ class Softmax:
         moved: the logits were shifted in a way that a row without keys does not survive.
         hidden: conditions under which the exponential is set to zero before the sum.
         cut: whether gradients stop where it is, also those of a row without keys.
+        dtype: what it computes in, None for that of the logits.
     """
 
     logits: fx.Node
@@ -71,6 +72,7 @@ class Softmax:
     moved: bool = False
     hidden: list[Expr] = field(default_factory=list)
     cut: bool = False
+    dtype: torch.dtype | None = None
 
 
 def is_float_cast(node: fx.Node) -> bool:
@@ -159,7 +161,8 @@ def _softmax_at(puller: Puller, node: fx.Node, args: dict[str, Any], where: Coor
     name = op(node)
     if name in _SOFTMAX:
         dim = args["dim"] % len(where)
-        return Softmax(args["self"], where, dim, safe=name == "_safe_softmax")
+        safe = name == "_safe_softmax"
+        return Softmax(args["self"], where, dim, safe=safe, dtype=val(node).dtype)
     if name in ("div", "mul"):
         found = _by_hand(puller, node, where)
         if found is not None:

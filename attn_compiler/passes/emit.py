@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from attn_compiler.errors import require
 from attn_compiler.ir import axes as ax
@@ -33,6 +34,14 @@ aten = torch.ops.aten
 CONSTANT = "_attn_constant"
 # key in the meta of a node that is right for the mode (training or not) of its module alone
 MODAL = "modal"
+# how sizes are made of sizes
+_ARITHMETIC: dict[type[sympy.Basic], Callable[[Any, Any], Any]] = {
+    sympy.Mul: operator.mul,
+    sympy.Add: operator.add,
+    FloorDiv: operator.floordiv,
+    Mod: operator.mod,
+    PythonMod: operator.mod,
+}
 _META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -199,8 +208,8 @@ class Emitter:
         found = self._size_before(size)
         if found is not None:
             return found
-        if isinstance(size, sympy.Mul | sympy.Add):
-            combine = operator.mul if isinstance(size, sympy.Mul) else operator.add
+        combine = next((f for kind, f in _ARITHMETIC.items() if isinstance(size, kind)), None)
+        if combine is not None:
             parts = [self.size(ax.simple(part)) for part in size.args]
             result = parts[0]
             for part in parts[1:]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import claims
 import torch
 from doors.cached import Counted
 from torch import Tensor, nn
@@ -59,3 +62,41 @@ def test_what_cancels_out_is_verified_in_float64_too() -> None:
         model, x = Differences().eval().to(dtype), torch.randn(2, 7, WIDTH, dtype=dtype)
         new = ac.rewrite(model, (x,), to=ac.Flash())
         assert _operators(new, x) == 1, str(ac.last_report())
+
+
+def defaults(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An argument that is not given is the module's."""
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs["causal"] = kwargs.get("causal", self.causal)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Wrapped(Apart):
+    """What the wrapper sees is how the caller has called."""
+
+    causal = True
+
+    @defaults
+    def forward(self, x: Tensor, padding: Tensor | None = None, causal: bool = False) -> Tensor:
+        q, k, v = self.sides(x).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, 1)
+        scores, ones = q @ k.mT, torch.ones(2 * x.shape[1:2], dtype=torch.bool)
+        if causal:
+            scores = scores.masked_fill(ones.triu(1), -1e9)
+        if padding is not None:
+            scores = scores.masked_fill(~padding[:, None, None], -1e9)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def test_a_wrapper_around_a_forward_sees_how_it_is_called() -> None:
+    model, x = Wrapped().eval(), torch.randn(2, 7, WIDTH)
+    padding = torch.ones(2, 7, dtype=torch.bool)
+    new = ac.rewrite(model, (x,), {"padding": padding})
+    (site,) = ac.last_report().sites
+    assert site.decision.accepted and site.mask == "causal & padding(padding)"
+    for kwargs in ({}, {"padding": padding}, {"causal": False}):
+        claims.same_numbers(model, new, (x,), kwargs)
+        assert _operators(functools.partial(new, **kwargs), x) == 1

@@ -37,3 +37,29 @@ def test_rounded_sizes_are_checked() -> None:
         x = torch.randn(2, tokens, WIDTH)
         claims.same_numbers(model, new, (x,))
         assert calls(new, x) == 1 or tokens != 7
+
+
+class Padded(Chunks):
+    """The length of a chunk, as a quotient of sizes, is nobody's size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens = x.shape[:2]
+
+        def split(t: Tensor) -> Tensor:
+            t = t.view(batch, -1, 2, WIDTH // 2)
+            t = F.pad(t, (0, 0, 0, 0, 0, -tokens % 4)) if tokens % 4 else t
+            return t.reshape(batch, t.shape[1] // 4, 4, 2, WIDTH // 2)
+
+        q, k, v = (split(t) for t in (self.query(x), self.key(x), x))
+        p = torch.einsum("...qhd,...khd->...hqk", q, k).softmax(-1)
+        mixed = torch.einsum("...hqk,...khd->...qhd", p, v)
+        return mixed.contiguous().view(batch, -1, WIDTH)[:, :tokens]
+
+
+def test_quotients_and_remainders_of_sizes_are_computed() -> None:
+    model = Padded().eval()
+    new = ac.rewrite(model, (torch.randn(2, 7, WIDTH),))
+    for tokens in (7, 11, 8):
+        x = torch.randn(2, tokens, WIDTH)
+        claims.same_numbers(model, new, (x,))
+        assert calls(new, x) == 1 or tokens == 8

@@ -114,6 +114,21 @@ class Listed(Attention):
         return super().attend(q, k, v)
 
 
+class Biases(Attention):
+    """A bias is made once for each length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distance = nn.Parameter(torch.randn(64))
+        self.made: dict[str, Tensor] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = torch.arange(q.shape[1])
+        if str(q.shape[1]) not in self.made:
+            self.made[str(q.shape[1])] = self.distance[(rows[:, None] - rows).abs()]
+        return (q @ k.mT + self.made[str(q.shape[1])]).softmax(-1) @ v
+
+
 class Slots(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +215,7 @@ class Passing(Attention):
 
 REWRITTEN = (
     KeepsKeys, Counts, Slices, LazyMask, LateBuffer, MovingMean, Pair, Listed, InSlots, InTable,
-    Passing,
+    Passing, Biases,
 )  # fmt: skip
 REFUSED = {
     History: "owner.not_pure",
@@ -325,3 +340,13 @@ def test_explain_leaves_nothing_behind() -> None:
         before = copy.deepcopy(model)
         ac.explain(model, (torch.randn(2, 7, WIDTH),))
         assert_same_state(model, before)
+
+
+def test_what_a_dict_holds_is_read_from_it() -> None:
+    model, x = Biases().eval(), torch.randn(2, 7, WIDTH)
+    with torch.no_grad():
+        model(x)
+        new = ac.rewrite(model, (x,), on_reject="raise")
+        for kept in (new.made["7"], model.made["7"]):
+            kept.mul_(2)
+        torch.testing.assert_close(new(x), model(x))

@@ -235,6 +235,23 @@ def test_a_row_without_keys_is_what_it_was() -> None:
     torch.testing.assert_close(out[0], args[2][0].mean(1, keepdim=True).expand(H, T, D))
 
 
+def test_a_fill_that_the_softmax_cannot_hold_is_infinite() -> None:
+    """What float64 calls its lowest number, float32 calls -inf."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        s = q @ k.transpose(-1, -2)
+        fill = torch.zeros_like(keep, dtype=s.dtype).masked_fill(~keep, torch.finfo(s.dtype).min)
+        s = s + fill[:, None, None]
+        return s.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    keep = torch.zeros(B, S, dtype=torch.bool)
+    keep[1, 2] = True
+    args = (*(x.double() for x in qkv()), keep)
+    out, report = compiled(attend, *args)
+    assert only(report).decision.accepted
+    torch.testing.assert_close(out, attend(*args), equal_nan=True)
+
+
 def test_two_finite_fills_that_overlap_stay_arithmetic() -> None:
     """Set and then added: keys forbidden twice fall below those forbidden once."""
 
