@@ -130,9 +130,9 @@ class Call:
             raise CaptureError("owner.untraceable", f"{shown(text)} holds tensors of unknown sizes")
         self.check(f"type({text}) is {self.name(type(value))}")
         # of two caches in one, a static one is as long before the prompt as behind it
-        for name, held in getattr(value, "__dict__", {}).items():
-            if is_cache(held):
-                self.check(f"type({text}.{name}) is {self.name(type(held))}")
+        for name, part in getattr(value, "__dict__", {}).items():
+            if is_cache(part):
+                self.check(f"type({text}.{name}) is {self.name(type(part))}")
         sites = self.recorder.root.__dict__.get("_attn_sites", ())
         seen = shadow(value, self.recorder.symbols, sites)
         return Opaque(self.recorder, seen, self._place(text), text)
