@@ -59,11 +59,12 @@ class Plot:
 
 def of_result(result: dict[str, Any]) -> Plot | None:
     """The plot of one result; None if nothing was measured that can be compared."""
-    if any("case" in row for row in result["rows"]):
-        lines, title = tuple(_choices(result["rows"])), f"CPU, {result['threads']} threads, float32"
+    rows = result.get("rows", [])
+    if any("case" in row for row in rows):
+        lines, title = tuple(_choices(rows)), f"CPU, {result['threads']} threads, float32"
         across = "times as fast as the model's own way (keep; layer with cached keys and values)"
     else:
-        lines, title = tuple(_against(result["rows"])), str(result.get("gpu", ""))
+        lines, title = tuple(_against(rows)), str(result.get("gpu", ""))
         across = "generated kernel: times as fast as"
     return Plot(title, across, lines) if lines else None
 

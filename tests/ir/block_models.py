@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from attn_compiler.passes.expand_composite import expand_composites
 from attn_compiler.passes.find_regions import find_candidates
 from attn_compiler.record import Recorder
 from attn_compiler.symbols import Symbols, oblivious
+from attn_compiler.watch import bound
 
 WIDTH, HEADS = 12, 3
 
@@ -117,10 +117,8 @@ class Parallel(Pre):
 def graph_of(model: nn.Module, *args: Any) -> fx.Graph:
     """Its forward as the door sees it, every module traced through."""
     recorder = Recorder(model, lambda path, module: True, Symbols(fx.Graph(), False))
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    defaults = [{} if p.kind is p.VAR_KEYWORD else p.default for p in parameters]
     with oblivious():
-        Call(recorder).record(type(model), (*args, *defaults[len(args) + 1 :]))
+        Call(recorder).record(type(model), bound(type(model), args, {}))
     return fx.GraphModule(model, recorder.graph).graph
 
 

@@ -27,7 +27,7 @@ EYE = [[True, False], [True, True]]
 
 DEFAULTS: dict[type[VariantSpec], dict[str, Any]] = {
     Flash: {},
-    ELAttention: {"keep_key_bias": False, "only_where_faster": False},
+    ELAttention: {"keep_key_bias": False, "only_where_faster": False, "beams": 1},
     LinearAttention: {"window": 64},
     Selective: {"head": 0, "select_from": "qk", "start": "direct", "budgets": None},
     SPION: {

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from attn_compiler.errors import BadOption
-from attn_compiler.ir.affine import LinearMap
 from attn_compiler.ir.expr import Expr, Int, Read, depends, walk
 from attn_compiler.ir.mask import Causal, Documents, Mask, Padding, Term
 from attn_compiler.ir.no_attention import NotAttention
@@ -31,6 +30,9 @@ from attn_compiler.variants.base import (
 )
 from attn_compiler.variants.gau import GAU, break_even_length, filled, parameters, second_of
 from attn_compiler.variants.starts import Like, Start, normal
+
+if TYPE_CHECKING:
+    from attn_compiler.ir.affine import LinearMap
 
 # offsets of a causal mask that lets a row see up to itself
 _DIAGONALS = ("0", "S - T")
