@@ -227,10 +227,26 @@ def _as_dtype(emitter: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 def _read(emitter: Emitter, node: fx.Node, like: fx.Node) -> fx.Node:
     host = emitter.host(node)
     if isinstance(ops.value(host), torch.Tensor):
-        return host  # type: ignore[no-any-return]
+        return _as_given(emitter, host)
     return emitter.call(
         aten.scalar_tensor.default, host, dtype=torch.float64, device=ops.value(like).device
     )
+
+
+def _as_given(emitter: Emitter, host: fx.Node) -> fx.Node:
+    """A copy, made at once, of a position or a length that an object gave: it may be the object's
+    own, and its next call writes to it, as a static cache counts its tokens.
+    """
+    value = ops.value(host)
+    if value.dim() > 1 or value.is_floating_point():
+        return host
+    given = (n for n in emitter.graph.nodes if "opaque" in n.meta)
+    if not any(ops.storages(host) & ops.storages(n) for n in given):
+        return host
+    early = Emitter(emitter.region, emitter.functional, host.next)
+    copy = early.call(aten.clone.default, host)
+    emitter.new += early.new
+    return copy
 
 
 def _laid_out(emitter: Emitter, node: fx.Node) -> fx.Node:

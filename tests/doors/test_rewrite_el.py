@@ -27,6 +27,8 @@ from doors.cached import (
 )
 from torch import Tensor, nn
 
+import attn_compiler as ac
+
 tf = pytest.importorskip("transformers")
 nbytes = pytest.importorskip("attn_compiler.cache.el").nbytes
 layer = pytest.importorskip("attn_compiler.cache.layer")
@@ -317,3 +319,21 @@ def test_caches_inside_of_one_are_told_apart() -> None:
     for make in (lambda: tf.StaticCache(config, max_cache_len=17), tf.DynamicCache):
         with torch.no_grad():
             torch.testing.assert_close(new(x, both(make)), model(x, both(make)))
+
+
+@pytest.mark.parametrize("to", ["fastest", ac.ELAttention()])
+@torch.no_grad()
+def test_how_many_keys_there_are_is_read_before_the_cache_counts_on(to: Any) -> None:
+    torch.manual_seed(0)
+    config = tf.BloomConfig(vocab_size=61, hidden_size=16, n_head=4, n_layer=2)
+    model = tf.BloomForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.normal_(0, 0.5)
+    ids = torch.randint(0, 61, (2, 7))
+    new, past = ac.rewrite(model, (ids,), to=to), tf.StaticCache(config, max_cache_len=11)
+    assert ac.last_report().rewritten == 2
+    # without a mask the model asks the cache, whose answer is a tensor that `update` writes to
+    parts = (ids[:, :4], *ids[:, 4:].split(1, 1))
+    found = torch.cat([new(part, past_key_values=past).logits for part in parts], 1)
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-4, atol=1e-4)
