@@ -6,6 +6,7 @@ Start(normal, (0.02,), Like(("attn.q_proj",)))       that of weights which are r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,16 @@ class Like:
     gain: float = 1.0
 
     def deviation(self, owner: torch.nn.Module) -> float | None:
-        """None where no matrix of them has numbers: on the meta device, or in integers."""
+        """None where no matrix of them has finite numbers: on the meta device, in integers, or
+        where nobody has filled them yet.
+        """
         held = (p for path in self.paths for p in _weights(owner, path))
         matrices = [p for p in held if p.dim() >= 2 and p.is_floating_point() and not p.is_meta]
         if not matrices:
             return None
         largest = max(matrices, key=torch.Tensor.numel).detach()
-        return self.gain * float(largest.float().square().mean().sqrt())
+        found = self.gain * float(largest.double().square().mean().sqrt())
+        return found if math.isfinite(found) else None
 
 
 def _weights(owner: torch.nn.Module, path: str) -> list[torch.nn.Parameter]:

@@ -84,6 +84,15 @@ def test_outputs_that_start_at_zero_do_so() -> None:
     assert not new.w_o.any() and new.w_v.any()  # type: ignore[union-attr,operator]
 
 
+def test_weights_that_nobody_has_filled_are_not_asked() -> None:
+    torch.manual_seed(0)
+    model, x = Separate(), torch.randn(2, 11, 42)
+    nn.init.constant_(model.q.weight, float("nan"))
+    new = ac.rewrite(model, (x,), to=ac.SwitchHead(), on_reject="raise")
+    torch.testing.assert_close(float(new.w_q.detach().std()), 42**-0.5, rtol=0.1, atol=0)  # type: ignore[operator,union-attr]
+    assert new(x).isfinite().all()
+
+
 def test_weights_without_numbers_are_not_asked() -> None:
     with torch.device("meta"):
         model, x = Fused(), torch.randn(2, 11, 42)
